@@ -1,0 +1,112 @@
+"""Where a backend's name is turned into code: the only place where one is.
+
+A backend is an object with the four members of `Backend`; the table below holds them in the order in
+which `"auto"` tries them. A backend that the user names runs or raises `BackendUnavailable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..errors import BackendUnavailable, InputError
+from . import cpu, gpu, reference
+from .reference import Linearization
+
+
+class Energy(Protocol):
+    """What a backend differentiates: a scalar energy per image, batched, with parameters."""
+
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        """`r(x_b)`, `[B]`."""
+        ...
+
+
+class Backend(Protocol):
+    """The three derivatives of one energy, and what the backend can do here."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """None if the backend can run on this machine, else the reason and the way to get it."""
+        ...
+
+    def why_not(self, energy: nn.Module, x: torch.Tensor) -> str | None:
+        """None if the backend covers this energy for this tensor, else the reason."""
+        ...
+
+    def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`r(x_b)` `[B]` and `grad r(x_b)` `[B, C, H, W]`."""
+        ...
+
+    def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
+        """The Hessian and the mixed derivative at a point that stays put."""
+        ...
+
+
+_TABLE: dict[str, Backend] = {
+    "gpu": gpu.GpuBackend(),
+    "cpu": cpu.CpuBackend(),
+    "reference": reference.ReferenceBackend(),
+}
+_CHOICE: ContextVar[str] = ContextVar("deepreg_fast_backend", default="auto")
+
+
+def register(backend: Backend) -> None:
+    """Add a backend under `backend.name`; `"auto"` asks it before those that were there."""
+    if backend.name == "auto":
+        raise InputError("A backend must have a name of its own, but came with 'auto'; choose another name.")
+    items = dict(_TABLE)
+    _TABLE.clear()
+    _TABLE.update({backend.name: backend, **{k: v for k, v in items.items() if k != backend.name}})
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name, with None if it can run here and else the reason why not."""
+    return {name: b.unavailable() for name, b in _TABLE.items()}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend inside a `with` block: `"auto"` or a name of `backends()`.
+
+    Raises
+    ------
+    InputError
+        If there is no backend of that name.
+    BackendUnavailable
+        If it cannot run on this machine.
+    """
+    if name != "auto":
+        if name not in _TABLE:
+            raise InputError(f"The backend must be 'auto' or one of {sorted(_TABLE)}, but is {name!r}.")
+        reason = _TABLE[name].unavailable()
+        if reason is not None:
+            raise BackendUnavailable(f"The backend {name!r} cannot run here: {reason}")
+    token = _CHOICE.set(name)
+    try:
+        yield
+    finally:
+        _CHOICE.reset(token)
+
+
+def select(energy: nn.Module, x: torch.Tensor) -> Backend:
+    """The backend that serves this energy and tensor under the choice in force."""
+    name = _CHOICE.get()
+    if name != "auto":
+        reason = _TABLE[name].why_not(energy, x)
+        if reason is not None:
+            raise BackendUnavailable(f"The backend {name!r} cannot take this: {reason}")
+        return _TABLE[name]
+    for backend in _TABLE.values():
+        if backend.unavailable() is None and backend.why_not(energy, x) is None:
+            return backend
+    raise BackendUnavailable("No backend can take this tensor; move it to the CPU in float32 or float64.")
+
+
+__all__ = ["Backend", "Energy", "Linearization", "backends", "register", "select", "use_backend"]

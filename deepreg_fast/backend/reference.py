@@ -1,0 +1,108 @@
+"""The reference backend: torch's autograd on the energy as it is written.
+
+`linearize` keeps the graph of `grad r(x)` and reuses it: by the symmetry of the Hessian its product
+with `v` is the vector-Jacobian product of the gradient, and the mixed derivative comes from the same
+graph. This was measured as the fastest formulation in eager torch, and it takes any `nn.Module`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+
+
+class Linearization(Protocol):
+    """`grad r` linearized at a point `x` that stays put, for a batch of images.
+
+    Every backend returns one; the parameters must not change while it is in use.
+    """
+
+    x: torch.Tensor
+    value: torch.Tensor
+    grad: torch.Tensor
+
+    def hvp(self, v: torch.Tensor) -> torch.Tensor:
+        """`hess r(x_b) v_b`, `[B, C, H, W]`."""
+        ...
+
+    def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
+        ...
+
+
+class ReferenceLinearization:
+    """The graph of the gradient, kept and reused."""
+
+    def __init__(self, energy: nn.Module, x: torch.Tensor) -> None:
+        self._names = [n for n, p in energy.named_parameters() if p.requires_grad]
+        self._params = [p for p in energy.parameters() if p.requires_grad]
+        self._versions = [p._version for p in self._params]
+        self._x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            value = energy.energy(self._x)  # type: ignore[operator]
+            self._grad = _grad_of(value, self._x, create_graph=True)
+        self.x = self._x.detach()
+        self.value = value.detach()
+        self.grad = self._grad.detach()
+
+    def _pull_back(self, v: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        if [p._version for p in self._params] != self._versions:
+            raise InputError(
+                "The regularizer's parameters must stay as they were at linearize(x), but have changed since; "
+                "call linearize(x) again."
+            )
+        if v.shape != self.x.shape or v.dtype != self.x.dtype:
+            raise InputError(
+                f"v must have the shape {list(self.x.shape)} and dtype of x ({self.x.dtype}), "
+                f"but has {list(v.shape)} and {v.dtype}."
+            )
+        if not self._grad.requires_grad or not inputs:
+            return [torch.zeros_like(p) for p in inputs]
+        out = torch.autograd.grad(self._grad, inputs, v, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(out, inputs, strict=True)]
+
+    def hvp(self, v: torch.Tensor) -> torch.Tensor:
+        """`hess r(x_b) v_b`."""
+        return self._pull_back(v, [self._x])[0].detach()
+
+    def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
+        return dict(zip(self._names, self._pull_back(v, list(self._params)), strict=True))
+
+
+def _grad_of(value: torch.Tensor, x: torch.Tensor, create_graph: bool) -> torch.Tensor:
+    """Gradient of `sum_b value_b`; zero where the energy does not depend on x at all."""
+    if not value.requires_grad:
+        return torch.zeros_like(x)
+    (g,) = torch.autograd.grad(value.sum(), x, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(x) if g is None else g
+
+
+class ReferenceBackend:
+    """Runs for everything: any energy, device and floating dtype."""
+
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        """Always available."""
+        return None
+
+    def why_not(self, energy: nn.Module, x: torch.Tensor) -> str | None:
+        """Covers every energy."""
+        return None
+
+    def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`r(x_b)` and `grad r(x_b)` by one backward pass."""
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            value = energy.energy(leaf)  # type: ignore[operator]
+            grad = _grad_of(value, leaf, create_graph=False)
+        return value.detach(), grad
+
+    def linearize(self, energy: nn.Module, x: torch.Tensor) -> ReferenceLinearization:
+        """Keeps the graph of the gradient at x."""
+        return ReferenceLinearization(energy, x)

@@ -1,0 +1,93 @@
+"""Checks of what comes in, each with a sentence that says what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .errors import InputError
+
+FLOATS = (torch.float32, torch.float64)
+
+
+def describe(value: object) -> str:
+    """A short description of a value for an error message."""
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def images(x: object, name: str = "x", shape: tuple[int, int, int] | None = None) -> torch.Tensor:
+    """Check that `x` is a batch of images `[B, C, H, W]` in float32 or float64; return it.
+
+    Raises
+    ------
+    InputError
+        If `x` is not such a tensor, or its `C, H, W` differ from `shape`.
+    """
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.dtype not in FLOATS:
+        raise InputError(
+            f"{name} must be a float32 or float64 tensor [B, C, H, W], but is {describe(x)}; "
+            "add the missing dimensions with x[None, None] or convert with x.float()."
+        )
+    if shape is not None and tuple(x.shape[1:]) != tuple(shape):
+        raise InputError(
+            f"{name} must hold images of shape {list(shape)} (C, H, W), but has shape {list(x.shape)}; "
+            "crop the images or build the operator for their shape."
+        )
+    return x
+
+
+def vectors(y: object, m: int, name: str = "y") -> torch.Tensor:
+    """Check that `y` is a batch of measurements `[B, m]` in float32 or float64; return it."""
+    if not isinstance(y, torch.Tensor) or y.ndim != 2 or y.dtype not in FLOATS or y.shape[1] != m:
+        raise InputError(
+            f"{name} must be a float32 or float64 tensor [B, {m}] (one row of measurements per image), "
+            f"but is {describe(y)}; were these measurements made by another operator?"
+        )
+    return y
+
+
+def same_kind(a: torch.Tensor, b: torch.Tensor, names: str) -> None:
+    """Check that two tensors agree in dtype and device."""
+    if a.dtype != b.dtype or a.device != b.device:
+        raise InputError(
+            f"{names} must have one dtype and one device, but are {describe(a)} and {describe(b)}; "
+            "convert one of them with .to(other)."
+        )
+
+
+def finite(x: torch.Tensor, name: str) -> torch.Tensor:
+    """Check that every entry of `x` is finite; return it."""
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise InputError(
+            f"{name} must be finite, but {bad} of its {x.numel()} entries are NaN or infinite; "
+            "clean the data first (torch.nan_to_num, or drop that image)."
+        )
+    return x
+
+
+def number(value: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+    """Check that `value` is a finite number in `[low, high]` (or `(low, high]`); return it as float."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or value < low or value > high or (open_low and value <= low):  # type: ignore[operator]
+        left = "(" if open_low else "["
+        raise InputError(f"{name} must be a number in {left}{low:g}, {high:g}], but is {value!r}.")
+    return float(value)  # type: ignore[arg-type]
+
+
+def integer(value: object, name: str, low: int, high: int | None = None) -> int:
+    """Check that `value` is an integer in `[low, high]`; return it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InputError(f"{name} must be an integer, {bound}, but is {value!r}.")
+    return value
+
+
+def choice(value: object, name: str, options: tuple[str, ...]) -> str:
+    """Check that `value` is one of `options`; return it."""
+    if value not in options:
+        raise InputError(f"{name} must be one of {', '.join(map(repr, options))}, but is {value!r}.")
+    return str(value)

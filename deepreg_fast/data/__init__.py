@@ -1,0 +1,28 @@
+"""Images: files, folders, BSD400, the embedded pictures, and the paper's augmentation."""
+
+from .augment import AUGMENTATIONS, augment
+from .bsd400 import BASE_URL, bsd400_registry, download_bsd400
+from .embedded import EmbeddedImages, embedded_images
+from .folder import ImageSet, Split, bsd400_split, carve_validation, image_names, load_folder, load_split
+from .images import MAX_PIXELS, centre_crop, load_image, save_image
+
+__all__ = [
+    "AUGMENTATIONS",
+    "BASE_URL",
+    "MAX_PIXELS",
+    "EmbeddedImages",
+    "ImageSet",
+    "Split",
+    "augment",
+    "bsd400_registry",
+    "bsd400_split",
+    "carve_validation",
+    "centre_crop",
+    "download_bsd400",
+    "embedded_images",
+    "image_names",
+    "load_folder",
+    "load_image",
+    "load_split",
+    "save_image",
+]

@@ -1,0 +1,108 @@
+"""Natural images that need no download: those inside the scikit-image wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .. import checks
+from ..errors import DataError
+from .folder import ImageSet
+from .images import load_image, pair
+
+TRAIN_PICTURES = (
+    "astronaut.png",
+    "brick.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "rocket.jpg",
+)
+HELD_OUT_PICTURES = ("camera.png", "chelsea.png", "coffee.png")
+
+
+class EmbeddedImages(NamedTuple):
+    """Training and held-out crops; no picture gives both."""
+
+    train: ImageSet
+    held_out: ImageSet
+
+
+def embedded_images(size: int | tuple[int, int], train_crops: int = 9, held_out_crops: int = 2) -> EmbeddedImages:
+    """Gray crops of eight training and three held-out photographs of scikit-image, always the same ones.
+
+    A picture is first halved by averaging 2x2 pixels if it is then still twice as large as the crop in each direction
+    (the originals are soft at full size, and more of the scene comes into a small crop). The crops lie on an even grid
+    around the middle, and overlap where the picture is small.
+
+    Parameters
+    ----------
+    size
+        Height and width of the crops, an integer or a pair; at most 300x384, the smallest extent among the pictures.
+    train_crops, held_out_crops
+        Crops per picture. Crop `i` of `camera.png` is named `camera-i`.
+
+    Raises
+    ------
+    DataError
+        If scikit-image or one of its pictures is not installed, or a picture is smaller than `size`.
+    """
+    pair(size)
+    checks.integer(train_crops, "train_crops", 1)
+    checks.integer(held_out_crops, "held_out_crops", 1)
+    folder = _folder()
+    return EmbeddedImages(
+        _crop_all(folder, TRAIN_PICTURES, size, train_crops),
+        _crop_all(folder, HELD_OUT_PICTURES, size, held_out_crops),
+    )
+
+
+def _folder() -> Path:
+    """The data folder of the installed scikit-image, found without importing it."""
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise DataError(
+            "Expected scikit-image, whose wheel carries the embedded images, but it is not installed; "
+            "run `pip install scikit-image` or name a folder of images."
+        )
+    return Path(spec.origin).parent / "data"
+
+
+def _crop_all(folder: Path, pictures: tuple[str, ...], size: int | tuple[int, int], crops: int) -> ImageSet:
+    height, width = pair(size)
+    names: list[str] = []
+    images: list[torch.Tensor] = []
+    for picture in pictures:
+        image = load_image(folder / picture)
+        h, w = image.shape[-2:]
+        if h < height or w < width:
+            raise DataError(
+                f"Expected a size within the embedded images, but {height}x{width} came and {picture} has {h}x{w} "
+                "pixels; take a smaller size or a folder of larger images."
+            )
+        if h // 2 >= 2 * height and w // 2 >= 2 * width:
+            image = torch.nn.functional.avg_pool2d(image[None], 2)[0]
+        for i, (top, left) in enumerate(_corners(image, height, width, crops)):
+            names.append(f"{picture.rpartition('.')[0]}-{i}")
+            images.append(image[:, top : top + height, left : left + width])
+    return ImageSet(tuple(names), torch.stack(images))
+
+
+def _corners(image: torch.Tensor, height: int, width: int, crops: int) -> list[tuple[int, int]]:
+    """Top left corners of `crops` crops: the first ones of an even grid, row by row; the centre if there is one."""
+    rows = math.isqrt(crops)
+    columns = math.ceil(crops / rows)
+    tops = _spread(image.shape[-2] - height, math.ceil(crops / columns))
+    lefts = _spread(image.shape[-1] - width, columns)
+    return [(top, left) for top in tops for left in lefts][:crops]
+
+
+def _spread(room: int, count: int) -> list[int]:
+    """`count` numbers of `[0, room]`, each in the middle of its share."""
+    return [(2 * i + 1) * room // (2 * count) for i in range(count)]

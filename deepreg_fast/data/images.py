@@ -1,0 +1,187 @@
+"""One image file, read with suspicion and returned as a gray float32 tensor `[1, H, W]` in [0, 1]."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import DataError, InputError
+
+# Pillow's names; its PPM reader covers PGM and PPM. Nothing else is decoded, whatever the file's ending says.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".pgm", ".ppm", ".webp")
+_FORMATS_TEXT = "PNG, JPEG, TIFF, BMP, PGM, PPM or WebP"
+MAX_PIXELS = 64_000_000
+"""A file whose header announces more pixels is refused before anything is decompressed."""
+
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
+_SIXTEEN_BIT = 65535
+
+Size = int | tuple[int, int] | None
+
+
+def load_image(path: str | os.PathLike[str], size: Size = None) -> torch.Tensor:
+    """Read one image as gray values, a float32 tensor `[1, H, W]` in [0, 1].
+
+    8-bit values are divided by 255, 16-bit values by 65535, float values must lie in [0, 1] already. Colour becomes
+    ITU-R BT.601 luma, `0.299 R + 0.587 G + 0.114 B`, without rounding to 8 bits; transparency is dropped; of several
+    frames the first is taken.
+
+    Parameters
+    ----------
+    path
+        A PNG, JPEG, TIFF, BMP, PGM, PPM or WebP file. The content decides, not the ending.
+    size
+        None for the whole image, an integer `n` for `n x n`, or `(height, width)`: see `centre_crop`.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, of another format, damaged, larger than `MAX_PIXELS`, or smaller than `size`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"Expected an image file, but {path} is a folder; name one file in it, or load the folder.")
+    try:
+        with path.open("rb") as file:
+            gray = _decode(file, path)
+    except FileNotFoundError:
+        raise DataError(f"There is no image file {path}; check the name and the folder.") from None
+    except PermissionError as error:
+        raise DataError(f"The image file {path} cannot be read ({error.strerror}); check its permissions.") from error
+    return centre_crop(torch.from_numpy(gray)[None], size, name=str(path))
+
+
+def centre_crop(image: torch.Tensor, size: Size, name: str = "the image") -> torch.Tensor:
+    """The middle `height x width` pixels of an image `[..., H, W]`: from row `(H - height) // 2` and column
+    `(W - width) // 2` on. Images are never scaled or padded.
+
+    Raises
+    ------
+    DataError
+        If the image is smaller than `size`.
+    """
+    if size is None:
+        return image
+    height, width = pair(size)
+    h, w = image.shape[-2:]
+    if h < height or w < width:
+        raise DataError(
+            f"Expected images of at least {height}x{width} pixels (height x width), but {name} has {h}x{w}; "
+            "take a smaller size or leave this image out."
+        )
+    top, left = (h - height) // 2, (w - width) // 2
+    return image[..., top : top + height, left : left + width].contiguous()
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """`(height, width)` from an integer or a pair, both checked to be positive integers."""
+    both = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(both) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in both):
+        raise InputError(f"size must be a positive integer or a pair (height, width) of them, but is {size!r}.")
+    return both[0], both[1]
+
+
+def save_image(path: str | os.PathLike[str], image: torch.Tensor) -> Path:
+    """Write a gray image `[1, H, W]` or `[H, W]`, clipped to [0, 1], as an 8-bit PNG; return its path.
+
+    The file appears whole or not at all: it is written beside its place and renamed.
+
+    Raises
+    ------
+    InputError
+        If `image` has another shape or is not finite.
+    DataError
+        If the file cannot be written.
+    """
+    path = Path(path)
+    plane = image.detach().cpu()
+    plane = plane[0] if plane.ndim == 3 and plane.shape[0] == 1 else plane
+    if plane.ndim != 2 or not bool(torch.isfinite(plane).all()):
+        raise InputError(
+            f"Expected a finite gray image [1, H, W] or [H, W], but a tensor of shape {list(image.shape)} came"
+            f"{'' if plane.ndim != 2 else ' with NaN or infinite pixels'}; write one image at a time."
+        )
+    pixels = (plane.double().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("wb") as file:
+            Image.fromarray(pixels).save(file, format="PNG")
+        os.replace(scratch, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise DataError(
+            f"The image {path} cannot be written ({error.strerror or error}); name a file in a folder that exists "
+            "and that you may write to."
+        ) from error
+    return path
+
+
+def _decode(file: BinaryIO, path: Path) -> np.ndarray:
+    """Gray float32 values `[H, W]` of an open file; every damage becomes a `DataError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of size and of odd metadata; the size is judged below.
+            with Image.open(file, formats=FORMATS) as image:
+                _refuse_bomb(image.size, path)
+                image.verify()  # PNG: the checksum of every chunk, which decoding alone would skip.
+            file.seek(0)
+            with Image.open(file, formats=FORMATS) as image:
+                image.load()
+                return _gray(image, path)
+    except DataError:
+        raise
+    except Image.DecompressionBombError:
+        raise _bomb(path) from None
+    except Image.UnidentifiedImageError:
+        raise DataError(
+            f"Expected an image as {_FORMATS_TEXT}, but {path} is none of these, or is damaged; convert it to PNG."
+        ) from None
+    except Exception as error:  # on damaged files Pillow's decoders raise errors of nearly every kind
+        raise DataError(
+            f"Expected a whole image, but {path} is truncated or damaged ({error}); fetch or export it again."
+        ) from error
+
+
+def _refuse_bomb(size: tuple[int, int], path: Path) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise _bomb(path)
+
+
+def _bomb(path: Path) -> DataError:
+    return DataError(
+        f"Expected at most {MAX_PIXELS:,} pixels, but {path} announces more and would fill the memory "
+        "(a decompression bomb?); crop it first."
+    )
+
+
+def _gray(image: Image.Image, path: Path) -> np.ndarray:
+    mode = image.mode
+    if mode == "1" or mode in ("L", "LA", "La"):
+        return np.asarray(image.convert("L"), dtype=np.float32) / 255
+    if mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > _SIXTEEN_BIT:
+            raise DataError(
+                f"Expected 8-bit or 16-bit values, but {path} holds integers from {values.min()} to {values.max()}; "
+                "convert it to a 16-bit image."
+            )
+        return (values / _SIXTEEN_BIT).astype(np.float32)
+    if mode == "F":
+        floats = np.asarray(image, dtype=np.float32)
+        if not (np.isfinite(floats).all() and floats.min() >= 0 and floats.max() <= 1):
+            raise DataError(
+                f"Expected finite float values in [0, 1], but {path} holds others (from {floats.min():g} to "
+                f"{floats.max():g}); scale them to [0, 1] first."
+            )
+        return floats.copy()
+    rgb = np.asarray(image.convert("RGB"), dtype=np.float32)
+    return np.clip(rgb @ _LUMA / 255, 0, 1, dtype=np.float32)

@@ -1,0 +1,114 @@
+"""The network `h` of a learned regularizer, and the heads that make an energy of it (docs/math.md, M8-M10).
+
+`h`: conv 1->C, [LayerNorm], SiLU, (conv C->C, [LayerNorm], SiLU) x (depth-2), conv C->1;
+zero padding, so that `h` maps images of any size to images of that size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import InputError
+
+NORMS = ("none", "pixel", "image")
+HEADS = ("red", "residual", "norm")
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm of `[B, C, H, W]`, over channels at each pixel (`"pixel"`) or over C, H, W (`"image"`).
+
+    `n = g (u - mean u) / sqrt(var u + eps) + b` with one gain and one bias per channel, so that any
+    image size is accepted. Ba, Kiros, Hinton 2016.
+    """
+
+    def __init__(self, channels: int, over: str, eps: float) -> None:
+        super().__init__()
+        self.dims = (1,) if over == "pixel" else (1, 2, 3)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """The normalized `u`."""
+        centred = u - u.mean(self.dims, keepdim=True)
+        scale = torch.rsqrt(centred.square().mean(self.dims, keepdim=True) + self.eps)
+        return centred * scale * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class ConvChain(nn.Module):
+    """`h(u) = net(kappa u) / kappa` with the input gain `kappa`, which leaves `Lip(h)` as it is.
+
+    The last convolution starts at zero, so that `h = 0` and the regularizer starts as `1/2 ||u||^2`;
+    the others start at `N(0, 1/fan_in)`.
+    """
+
+    def __init__(  # noqa: PLR0913 - the network's own description
+        self,
+        channels: int = 16,
+        depth: int = 3,
+        norm: str = "none",
+        kernel_size: int = 3,
+        gain: float = 10.0,
+        eps: float = 1e-2,
+        image_channels: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        widths = [image_channels] + [channels] * (depth - 1) + [image_channels]
+        self.gain = gain
+        self.reach = depth * (kernel_size // 2)
+        self.kernel_size = kernel_size
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, kernel_size, padding=kernel_size // 2) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.norms = nn.ModuleList(
+            nn.Identity() if norm == "none" else ChannelNorm(channels, norm, eps) for _ in range(depth - 1)
+        )
+        self.reset(seed)
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """Draw the initial weights from a generator of their own (the global one is not touched)."""
+        g = torch.Generator().manual_seed(seed)
+        for conv in self.convs:
+            assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+            fan_in = conv.in_channels * self.kernel_size**2
+            conv.weight.copy_(torch.randn(conv.weight.shape, generator=g) / math.sqrt(fan_in))
+            conv.bias.zero_()
+        last = self.convs[-1]
+        assert isinstance(last, nn.Conv2d)
+        last.weight.zero_()
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        """`h(u)`, `[B, C, H, W] -> [B, C, H, W]`."""
+        if min(u.shape[-2:]) < self.kernel_size:
+            raise InputError(
+                f"Images must be at least {self.kernel_size} x {self.kernel_size} pixels, the reach of one "
+                f"convolution, but are {u.shape[-2]} x {u.shape[-1]}; use larger images or smaller filters."
+            )
+        a = self.gain * u
+        for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
+            a = F.silu(norm(conv(a)))
+        return self.convs[-1](a) / self.gain
+
+
+def per_image(e: torch.Tensor) -> torch.Tensor:
+    """Sum over all but the batch dimension, `[B, ...] -> [B]`."""
+    return e.flatten(1).sum(1)
+
+
+def head_energy(head: str, u: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """The energy `[B]` made of `u` and `h(u)`: the outer function `phi(u, h)`.
+
+    `"red"`: `1/2 <u, u - h>` (Romano, Elad, Milanfar 2017); `"residual"`: `1/2 ||u - h||^2` (Cohen et al.
+    2021; Hurault et al. 2022); `"norm"`: `1/2 ||h||^2`.
+    """
+    if head == "red":
+        return 0.5 * per_image(u * (u - h))
+    if head == "residual":
+        return 0.5 * per_image((u - h).square())
+    return 0.5 * per_image(h.square())

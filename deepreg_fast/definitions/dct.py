@@ -1,0 +1,35 @@
+"""The orthonormal DCT-II as a matrix, and in two dimensions (docs/math.md, M3)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+@lru_cache(maxsize=64)
+def dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`C[k, j] = sqrt((2 - [k=0])/n) cos(pi (2j+1) k / (2n))`, `[n, n]`, orthonormal, built in float64."""
+    # The argument is reduced modulo 4n in integers, so that cos sees no large angle.
+    k, j = np.arange(n)[:, None], np.arange(n)[None, :]
+    c = np.cos(np.pi * (((2 * j + 1) * k) % (4 * n)) / (2 * n)) * np.sqrt(2.0 / n)
+    c[0] = np.sqrt(1.0 / n)
+    return torch.from_numpy(c).to(device=device, dtype=dtype)
+
+
+def separable(left: torch.Tensor, x: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left X right^T` for each image and channel, `[B, C, H, W]`."""
+    return torch.matmul(torch.matmul(left, x), right.T)
+
+
+def dct2(x: torch.Tensor) -> torch.Tensor:
+    """Orthonormal 2-D DCT-II of each channel, `[B, C, H, W]`."""
+    ch, cw = (dct_matrix(n, x.dtype, x.device) for n in x.shape[-2:])
+    return separable(ch, x, cw)
+
+
+def idct2(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of `dct2`, which is its transpose."""
+    ch, cw = (dct_matrix(n, x.dtype, x.device) for n in x.shape[-2:])
+    return separable(ch.T, x, cw.T)

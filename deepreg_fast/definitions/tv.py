@@ -1,0 +1,16 @@
+"""Smoothed isotropic total variation (Rudin, Osher, Fatemi 1992; Charbonnier smoothing)."""
+
+from __future__ import annotations
+
+import torch
+
+from .conv_chain import per_image
+
+
+def smoothed_tv(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """`sum_p (sqrt(|D x|_p^2 + eps^2) - eps)` with forward differences, zero across the border; `[B,C,H,W] -> [B]`."""
+    dv = torch.zeros_like(x)
+    dh = torch.zeros_like(x)
+    dv[..., :-1, :] = x[..., 1:, :] - x[..., :-1, :]
+    dh[..., :, :-1] = x[..., :, 1:] - x[..., :, :-1]
+    return per_image(torch.sqrt(dv.square() + dh.square() + eps**2) - eps)

@@ -1,0 +1,185 @@
+"""The gradient of the recovery error in the parameters, through the solution (docs/math.md, M7).
+
+Invariant: at `xhat = argmin 1/2||y - Ax||^2 + mu r(x)`, `A^T(A xhat - y) + mu grad r(xhat) = 0`. Differentiating it
+gives, for `L = sum_b ||xhat_b - x_b||^2` and `H = A^T A + mu hess r(xhat)`:
+`H gamma = x - xhat`, `dL/dtheta = 2 mu d/dtheta <grad r(xhat), gamma>`, `dL/dlog mu = 2 mu <grad r(xhat), gamma>`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import checks
+from .backend import Linearization
+from .fidelity import resolve_mu
+from .linsolve import CGOptions, LinearSolution, MinresOptions, cg, minres
+from .linsolve.batch import dot, expand, norm
+from .operators.base import LinearOperator
+from .regularizers.base import Regularizer, as_regularizer
+from .solvers import PGDOptions, Solution, pgd
+from .status import Status
+
+METHODS = ("cg", "minres", "jfb", "unrolled")
+
+
+@dataclass(frozen=True)
+class AdjointOptions:
+    """How `H gamma = x - xhat` is solved.
+
+    Attributes
+    ----------
+    method : "cg", "minres", "jfb" or "unrolled"
+        Preconditioned CG; preconditioned MINRES (for indefinite H: beta > 1 + alpha); Jacobian-free (Fung et al.
+        2022: the preconditioner alone, no Hessian product); or back through `unrolled_steps` plain PGD steps.
+    max_iterations, tolerance
+        Of CG and MINRES; the tolerance is on the relative residual.
+    bound : float
+        `||gamma|| <= bound ||x - xhat|| / mu`; longer answers (H close to singular) are scaled back.
+    unrolled_steps : int
+        Steps differentiated by "unrolled"; memory grows with them.
+    """
+
+    method: str = "cg"
+    max_iterations: int = 100
+    tolerance: float = 1e-5
+    bound: float = 10.0
+    unrolled_steps: int = 100
+
+    def __post_init__(self) -> None:
+        checks.choice(self.method, "method", METHODS)
+        checks.integer(self.max_iterations, "max_iterations", 1)
+        checks.number(self.tolerance, "tolerance", 0.0)
+        checks.number(self.bound, "bound", 0.0, open_low=True)
+        checks.integer(self.unrolled_steps, "unrolled_steps", 1)
+
+
+@dataclass
+class Hypergradient:
+    """`theta`: parameter name -> gradient; `log_mu`: gradient in log mu (0-d tensor); `loss`: `[B]`, `||xhat - x||^2`;
+    `solution`: the recovery; `adjoint`: gamma with its status, None for "unrolled"."""
+
+    theta: dict[str, torch.Tensor]
+    log_mu: torch.Tensor
+    loss: torch.Tensor
+    solution: Solution
+    adjoint: LinearSolution | None
+
+
+def solve_adjoint(  # noqa: PLR0913 - the system is five things
+    lin: Linearization,
+    A: LinearOperator,
+    mu: torch.Tensor,
+    b: torch.Tensor,
+    options: AdjointOptions,
+    gamma0: torch.Tensor | None = None,
+    curvature: float = 1.0,
+) -> LinearSolution:
+    """Solve `(A^T A + mu hess r) gamma = b` for each image, preconditioned by `(A^T A + mu c I)^{-1}`.
+
+    Where CG meets negative curvature its truncated iterate is returned (Steihaug 1983), with that status.
+    """
+
+    def matvec(v: torch.Tensor) -> torch.Tensor:
+        return A.normal(v) + expand(mu, v) * lin.hvp(v)
+
+    def precondition(v: torch.Tensor) -> torch.Tensor:
+        return A.shifted_inverse(v, mu * curvature)
+
+    preconditioner = precondition if A.has_shifted_inverse else None
+    if options.method == "jfb":
+        x = precondition(b) if preconditioner else b / expand(mu * curvature, b)
+        zero = torch.zeros(len(b), dtype=torch.int64, device=b.device)
+        residual = norm(b - matvec(x)) / norm(b).clamp_min(1e-300)
+        sol = LinearSolution(x, torch.full_like(zero, int(Status.MAX_ITERATIONS)), zero, residual)
+    elif options.method == "minres":
+        sol = minres(
+            matvec,
+            b,
+            MinresOptions(options.max_iterations, options.tolerance),
+            x0=gamma0,
+            preconditioner=preconditioner,
+        )
+    else:
+        cg_options = CGOptions(options.max_iterations, options.tolerance, truncated_fallback=True)
+        sol = cg(matvec, b, cg_options, x0=gamma0, preconditioner=preconditioner)
+    length = norm(sol.x)
+    limit = options.bound * norm(b) / mu.double()
+    factor = torch.where(length > limit, limit / length.clamp_min(1e-300), 1.0)
+    sol.x = torch.where(expand(length > limit, sol.x), expand(factor, sol.x) * sol.x, sol.x)
+    cut = (length > limit) & (sol.status == int(Status.CONVERGED))
+    sol.status = torch.where(cut, int(Status.STAGNATED), sol.status)
+    return sol
+
+
+def hypergradient(  # noqa: PLR0913 - the problem, then the options
+    x_true: torch.Tensor,
+    y: torch.Tensor,
+    A: LinearOperator,
+    reg: nn.Module,
+    mu: float | torch.Tensor | None = None,
+    *,
+    lam: float | None = None,
+    sigma: float | None = None,
+    options: PGDOptions | None = None,
+    adjoint: AdjointOptions | None = None,
+) -> Hypergradient:
+    """Gradient of `sum_b ||xhat_b - x_b||^2` in theta and log mu at the recovered `xhat`.
+
+    Parameters
+    ----------
+    x_true : `[B, C, H, W]`; y : `[B, m]`.
+    mu : weight of the regularizer (> 0), or `lam` and `sigma` with `mu = lam sigma^2`.
+    options : of the recovery (default: tolerance 1e-6, Anderson); adjoint : of the linear solve.
+
+    Images whose recovery is not finite contribute nothing.
+    """
+    reg = as_regularizer(reg)
+    checks.finite(checks.images(x_true, "x_true", A.image_shape), "x_true")
+    checks.finite(checks.vectors(y, A.measurements), "y")
+    options = options or PGDOptions(max_iterations=1000, tolerance=1e-6, acceleration="anderson")
+    adjoint = adjoint or AdjointOptions()
+    mu_b = resolve_mu(mu, lam, sigma, like=y)
+    x0 = initial_point(y, A, reg)
+    sol = pgd(y, A, reg, mu_b, options, x0)
+    loss = dot(sol.x - x_true, sol.x - x_true)
+    if adjoint.method == "unrolled":
+        theta, log_mu = _unrolled(x_true, y, A, reg, mu_b, x0, sol.tau, adjoint.unrolled_steps)
+        return Hypergradient(theta, log_mu, loss, sol, None)
+    lin = reg.linearize(sol.x)
+    gamma = solve_adjoint(lin, A, mu_b, x_true - sol.x, adjoint, curvature=1.0 + reg.alpha)
+    theta, log_mu = parameter_gradients(lin, mu_b, gamma.x)
+    return Hypergradient(theta, log_mu, loss, sol, gamma)
+
+
+def initial_point(y: torch.Tensor, A: LinearOperator, reg: Regularizer) -> torch.Tensor:
+    """The point nearest to the regularizer's centre that has the measurements: `c + A^+ (y - A c)`."""
+    c = y.new_full((y.shape[0], *A.image_shape), reg.center)
+    return c + A.A_dagger(y - A.A(c))
+
+
+def parameter_gradients(
+    lin: Linearization, mu: torch.Tensor, gamma: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """`2 mu d/dtheta <grad r, gamma>` by name and `2 mu <grad r, gamma>`, summed over images."""
+    theta = lin.param_vjp(expand(2.0 * mu, gamma) * gamma)
+    log_mu = (2.0 * mu.double() * dot(lin.grad, gamma)).sum().to(gamma.dtype)
+    return theta, log_mu
+
+
+def _unrolled(x_true, y, A, reg, mu, x0, tau, steps):  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    """Reverse-mode through `steps` plain PGD steps of fixed size: the oracle of the implicit gradient."""
+    names, params = zip(*[(n, p) for n, p in reg.named_parameters() if p.requires_grad], strict=True)
+    log_mu = torch.log(mu).detach().requires_grad_()
+    step = expand(0.5 * tau, x0)
+    x = x0.detach().requires_grad_()
+    with torch.enable_grad():
+        for _ in range(steps):
+            (g,) = torch.autograd.grad(reg.energy(x).sum(), x, create_graph=True)
+            x = A.prox_l2(x - step * g, y, 0.5 * tau.to(x0.dtype) / torch.exp(log_mu))
+        loss = (x - x_true).square().sum()
+        grads = torch.autograd.grad(loss, [*params, log_mu], allow_unused=True)
+    full = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, [*params, log_mu], strict=True)]
+    return dict(zip(names, full[:-1], strict=True)), full[-1].sum()

@@ -1,0 +1,161 @@
+"""Batched MINRES (Paige & Saunders 1975) for symmetric systems, definite or not (docs/math.md, M14)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import checks
+from ..status import Status
+from .batch import dot, expand, norm
+from .cg import _empty
+from .system import LinearSolution, Map, System, drive
+
+
+@dataclass(frozen=True)
+class MinresOptions:
+    """Options of `minres`.
+
+    Attributes
+    ----------
+    max_iterations : int
+        Limit on the products with A of each image.
+    tolerance : float
+        On `||b - A x|| / ||b||`, taken truly at the returned x.
+    """
+
+    max_iterations: int = 100
+    tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        checks.integer(self.max_iterations, "max_iterations", 1)
+        checks.number(self.tolerance, "tolerance", 0.0)
+
+
+@torch.no_grad()
+def minres(
+    matvec: Map,
+    b: torch.Tensor,
+    options: MinresOptions | None = None,
+    x0: torch.Tensor | None = None,
+    preconditioner: Map | None = None,
+) -> LinearSolution:
+    """Solve `A_b x_b = b_b` for each image, A symmetric.
+
+    Parameters
+    ----------
+    matvec : callable
+        `v -> A v`, both like `b`, for all images at once; images that have ended get zeros.
+    b : Tensor `[B, ...]`, float32 or float64
+    options : MinresOptions
+    x0 : Tensor like `b`, optional
+        Start. One that is not finite, or no better than zero, is dropped.
+    preconditioner : callable, optional
+        `v -> M^{-1} v`, symmetric positive definite; then `||b - A x||` in the norm of `M^{-1}` is what falls
+        monotonically, while the end is judged, as ever, by the plain norm.
+
+    Returns
+    -------
+    LinearSolution
+        `CONVERGED` only where the true residual says so; `STAGNATED` at a least-squares solution of a singular
+        system or at the rounding of this precision; `NEGATIVE_CURVATURE` where the preconditioner is not positive.
+
+    Raises
+    ------
+    InputError
+        If a shape or dtype does not fit.
+    """
+    options = options or MinresOptions()
+    if isinstance(b, torch.Tensor) and b.ndim and len(b) == 0:
+        return _empty(b)
+    system = System(matvec, b, x0, options.tolerance)
+    system.begin(x0 is not None)
+    return drive(system, _Minres(system, preconditioner), options.max_iterations)
+
+
+class _Minres:
+    """Names as in Paige & Saunders: `r1, r2, y` the Lanczos vectors times their betas, `w` the search directions,
+    `(cs, sn)` the last rotation, `phibar` the residual in the norm of `M^{-1}`."""
+
+    def __init__(self, system: System, preconditioner: Map | None) -> None:
+        self.system, self.preconditioner = system, preconditioner
+        zero, none = torch.zeros_like(system.b), torch.zeros_like(system.b_norm)
+        self.r1, self.r2, self.y, self.w, self.w_old = zero, zero, zero, zero, zero
+        self.beta, self.beta_old, self.dbar, self.epsln = none, none, none, none
+        self.phibar, self.cs, self.sn, self.a_est = none, none, none, none
+
+    def _solve(self, r: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`M^{-1} r` and `sqrt(<r, M^{-1} r>)`; images where that is not a positive square end here."""
+        s = self.system
+        r = torch.where(expand(rows, r), r, 0.0)
+        y = self.preconditioner(r) if self.preconditioner else r
+        square = dot(r, y)
+        s.end(rows & ~torch.isfinite(square), Status.NON_FINITE)
+        s.end(rows & (square < -10.0 * s.eps * norm(r) * norm(y)), Status.NEGATIVE_CURVATURE)
+        return y, torch.sqrt(square.clamp_min(0.0))
+
+    def restart(self) -> None:
+        s = self.system
+        rows = s.running
+        y, beta = self._solve(s.r, rows)
+        wide = expand(rows, y)
+        self.r1 = torch.where(wide, 0.0, self.r1)
+        self.r2 = torch.where(wide, s.r, self.r2)
+        self.y = torch.where(wide, y, self.y)
+        self.w, self.w_old = torch.where(wide, 0.0, self.w), torch.where(wide, 0.0, self.w_old)
+        self.beta, self.phibar = torch.where(rows, beta, self.beta), torch.where(rows, beta, self.phibar)
+        self.beta_old = torch.where(rows, 1.0, self.beta_old)
+        self.cs = torch.where(rows, -1.0, self.cs)
+        self.sn, self.dbar = torch.where(rows, 0.0, self.sn), torch.where(rows, 0.0, self.dbar)
+        self.epsln, self.a_est = torch.where(rows, 0.0, self.epsln), torch.where(rows, 0.0, self.a_est)
+        s.end(s.running & ~(beta > 0), Status.STAGNATED)
+
+    def step(self) -> None:
+        s = self.system
+        v, alfa, r2 = self._lanczos()
+        y, beta = self._solve(r2, s.running)
+        rows = s.running
+        oldeps, delta = self.epsln, self.cs * self.dbar + self.sn * alfa
+        gbar, epsln, dbar = self.sn * self.dbar - self.cs * alfa, self.sn * beta, -self.cs * beta
+        self.a_est = torch.where(rows, torch.maximum(self.a_est, torch.hypot(alfa, beta)), self.a_est)
+        tiny = s.eps * self.a_est
+        gamma = torch.hypot(gbar, beta)
+        # gbar = dbar = 0: the residual is orthogonal to the range of A, x is a least-squares solution already.
+        least = rows & ((torch.hypot(gbar, dbar) <= 2.0 * tiny) | (gamma <= tiny))
+        s.end(least & (gamma <= tiny), Status.STAGNATED)
+        gamma = torch.where(gamma > 0, gamma, 1.0)
+        cs, sn = gbar / gamma, beta / gamma
+        phi, phibar = cs * self.phibar, sn * self.phibar
+        w = (v - expand(oldeps, v) * self.w_old - expand(delta, v) * self.w) / expand(gamma, v)
+        x = s.x + expand(phi, w) * w
+        tail = torch.where(beta > 0, phibar * cs / torch.where(beta > 0, beta, 1.0), 0.0)
+        r = expand(sn**2, x) * s.r - expand(tail, x) * r2
+        xx, rr, ww = dot(x, x), dot(r, r), dot(w, w)
+        s.end(s.running & ~(torch.isfinite(xx) & torch.isfinite(rr) & torch.isfinite(ww)), Status.NON_FINITE)
+        rows, wide = s.running, expand(s.running, x)
+        s.x, s.r = torch.where(wide, x, s.x), torch.where(wide, r, s.r)
+        self.w_old, self.w = torch.where(wide, self.w, self.w_old), torch.where(wide, w, self.w)
+        self.r1, self.r2 = torch.where(wide, self.r2, self.r1), torch.where(wide, r2, self.r2)
+        self.y = torch.where(wide, y, self.y)
+        self._keep(rows, beta_old=self.beta, beta=beta, dbar=dbar, epsln=epsln, phibar=phibar, cs=cs, sn=sn)
+        still = phi.abs() * torch.sqrt(ww) <= 0.01 * s.eps * torch.sqrt(xx)
+        s.end(rows & least & ~(torch.sqrt(rr) <= s.tolerance * s.b_norm), Status.STAGNATED)
+        done = (torch.sqrt(rr) <= 0.9 * s.tolerance * s.b_norm) | (beta <= tiny) | (still & (phi != 0))
+        s.running = s.running & ~done
+
+    def _lanczos(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`v`, `<v, A v>` and the next Lanczos vector times its beta."""
+        s = self.system
+        v = torch.where(expand(s.running, self.y), self.y / expand(torch.where(s.running, self.beta, 1.0), self.y), 0.0)
+        u = s.apply(v, s.running)
+        s.note_norm(dot(v, v), dot(u, u), s.running)
+        u = u - expand(self.beta / self.beta_old, u) * self.r1
+        alfa = dot(v, u)
+        s.end(s.running & ~torch.isfinite(alfa), Status.NON_FINITE)
+        u = u - expand(torch.where(s.running, alfa / self.beta, 0.0), u) * self.r2
+        return v, alfa, u
+
+    def _keep(self, rows: torch.Tensor, **values: torch.Tensor) -> None:
+        for name, value in values.items():
+            setattr(self, name, torch.where(rows, value, getattr(self, name)))

@@ -1,0 +1,200 @@
+"""What CG and MINRES share: the scaled system, the true residual, and the loop that judges it (docs/math.md, M14).
+
+Every image has its own state. A product with the matrix is taken for all images at once, with zeros in the
+place of those that have ended, and its result is read only where it was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .. import checks
+from ..status import Status
+from .batch import dot, expand, norm
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+
+OPEN = -1
+REPLACEMENTS = 8
+
+
+@dataclass
+class LinearSolution:
+    """Answers of `A_b x_b = b_b`, per image.
+
+    `x` like `b`; `status` `[B]` (see `deepreg_fast.Status`); `iterations` `[B]`, products with A that the recurrence
+    took; `residual` `[B]`, float64: `||b - A x|| / ||b||` evaluated at `x`, together with the rounding of that
+    evaluation (`inf` where it is not finite, 0 where `b = 0`).
+    """
+
+    x: torch.Tensor
+    status: torch.Tensor
+    iterations: torch.Tensor
+    residual: torch.Tensor
+
+
+class Method(Protocol):
+    """One iterative method on a `System`, stepping all images in `system.running`."""
+
+    def restart(self) -> None:
+        """Begin anew, for the running images, from `system.x` and its true residual `system.r`."""
+        ...
+
+    def step(self) -> None:
+        """One step; images that end get a status or leave `system.running` to have their residual checked."""
+        ...
+
+
+class System:
+    """`A x = b` with each right-hand side scaled by a power of two, so that no bit depends on its size."""
+
+    def __init__(self, matvec: Map, b: torch.Tensor, x0: torch.Tensor | None, tolerance: float) -> None:
+        _check(b, x0)
+        self.matvec, self.tolerance = matvec, tolerance
+        flat = b.flatten(1)
+        finite = torch.isfinite(flat).all(1)
+        largest = torch.where(finite[:, None], flat, 0.0).abs().amax(1).double()
+        exponent = torch.where(largest > 0, torch.frexp(largest).exponent, 0).clamp(-1000, 1000)
+        self.scale = torch.exp2(exponent.double())
+        self.b = self._divide(torch.where(expand(finite, b), b, 0.0))
+        self.b_norm = norm(self.b)
+        zero = self.b_norm == 0
+        self.x = torch.zeros_like(b)
+        if x0 is not None:
+            start = self._divide(x0)
+            usable = torch.isfinite(start).flatten(1).all(1) & ~(zero & finite)
+            self.x = torch.where(expand(usable, start), start, 0.0)
+        self.r = self.b.clone()
+        self.eps = torch.finfo(b.dtype).eps
+        self.a_norm = torch.zeros_like(self.b_norm)
+        self.residual = torch.where(finite, torch.where(zero, 0.0, 1.0), torch.inf).to(torch.float64)
+        self.status = torch.full_like(zero, OPEN, dtype=torch.int64)
+        self.iterations = torch.zeros_like(self.status)
+        self.running = finite & ~zero
+        self.end(zero, Status.CONVERGED)
+        self.status = torch.where(finite, self.status, int(Status.NON_FINITE))
+
+    def _divide(self, v: torch.Tensor) -> torch.Tensor:
+        return (v.double() / expand(self.scale, v.double())).to(v.dtype)
+
+    def end(self, rows: torch.Tensor, status: Status) -> None:
+        """Give these images their status; they stop running."""
+        self.status = torch.where(rows, int(status), self.status)
+        self.running = self.running & ~rows
+
+    def apply(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`A v` for `rows`, with zeros elsewhere."""
+        out = self.matvec(torch.where(expand(rows, v), v, 0.0))
+        if out.shape != v.shape or out.dtype != v.dtype:
+            raise checks.InputError(
+                f"matvec must return a {v.dtype} tensor of shape {list(v.shape)} like its argument, "
+                f"but returned {checks.describe(out)}."
+            )
+        return out
+
+    def note_norm(self, v2: torch.Tensor, av2: torch.Tensor, rows: torch.Tensor) -> None:
+        """Raise the estimate of `||A||` to `||A v|| / ||v||`, given the squares."""
+        ratio = torch.sqrt(av2 / v2)
+        seen = rows & torch.isfinite(ratio)
+        self.a_norm = torch.where(seen, torch.maximum(self.a_norm, ratio), self.a_norm)
+
+    def measure(self, rows: torch.Tensor) -> None:
+        """The true residual of `rows` at `x`, with the rounding `eps/2 ||A|| ||x||` of its evaluation in quadrature."""
+        product = self.apply(self.x, rows)
+        size = dot(self.x, self.x)
+        self.note_norm(size, dot(product, product), rows)
+        self.r = torch.where(expand(rows, self.r), self.b - product, self.r)
+        rounding = 0.5 * self.eps * self.a_norm * torch.sqrt(size)
+        value = torch.sqrt(dot(self.r, self.r) + rounding**2) / self.b_norm
+        self.residual = torch.where(rows, torch.where(torch.isfinite(value), value, torch.inf), self.residual)
+
+    def begin(self, has_start: bool) -> None:
+        """Residual of the start. A start that is farther than zero in the energy `1/2 <x, Ax> - <b, x>` is dropped."""
+        if not has_start or not bool(self.running.any()):
+            return
+        rows = self.running
+        self.measure(rows)
+        energy = -0.5 * dot(self.x, self.b + self.r)
+        drop = rows & ((self.residual > 1.0) & ~(energy < 0.0) | torch.isinf(self.residual))
+        self.x = torch.where(expand(drop, self.x), 0.0, self.x)
+        self.r = torch.where(expand(drop, self.r), self.b, self.r)
+        self.residual = torch.where(drop, 1.0, self.residual)
+        self.end(rows & (self.residual <= self.tolerance), Status.CONVERGED)
+
+    def finish(self) -> LinearSolution:
+        """The answer in the caller's scale; where that costs bits (underflow) the residual is taken once more."""
+        x = (self.x.double() * expand(self.scale, self.x.double())).to(self.x.dtype)
+        over = ~torch.isfinite(x).flatten(1).all(1)
+        x = torch.where(expand(over, x), 0.0, x)
+        back = self._divide(x)
+        changed = (back != self.x).flatten(1).any(1)
+        if bool(changed.any()):
+            self.x = back
+            self.measure(changed)
+            lost = changed & (self.status == int(Status.CONVERGED)) & (self.residual > self.tolerance)
+            self.end(lost, Status.STAGNATED)
+            self.end(over, Status.NON_FINITE)
+        return LinearSolution(x, self.status, self.iterations, self.residual)
+
+
+def drive(system: System, method: Method, max_iterations: int, fallback: Map | None = None) -> LinearSolution:
+    """Run `method` until every image has ended, and let only true residuals say "converged".
+
+    When the recurrence of an image says that it is done, its true residual is taken; if that disagrees, the method
+    restarts from it (at most `REPLACEMENTS` times, each of which must halve it, else the image has stagnated).
+    `fallback(b)` replaces an iterate that is still zero where the method gave up.
+    """
+    s = system
+    best_x, best = s.x, torch.full_like(s.residual, torch.inf)
+    for _ in range(REPLACEMENTS + 1):
+        s.running = (s.status == OPEN) & (s.iterations < max_iterations)
+        rows = s.running
+        if not bool(rows.any()):
+            break
+        before = s.residual
+        method.restart()
+        while bool(s.running.any()):
+            s.iterations = s.iterations + s.running
+            method.step()
+            s.running = s.running & (s.iterations < max_iterations)
+        if fallback is not None:
+            _fall_back(s, rows, fallback)
+        s.measure(rows)
+        worse = rows & (s.residual > best)
+        s.x = torch.where(expand(worse, s.x), best_x, s.x)
+        s.r = torch.where(expand(worse, s.r), s.b, s.r)
+        s.residual = torch.where(worse, best, s.residual)
+        best_x, best = s.x, torch.where(rows, s.residual, best)
+        good = rows & (s.residual <= s.tolerance) & (s.status != int(Status.NON_FINITE))
+        s.end(good, Status.CONVERGED)
+        out = (s.status == OPEN) & (s.iterations >= max_iterations)
+        s.end(out, Status.MAX_ITERATIONS)
+        s.end(rows & (s.status == OPEN) & ~(s.residual <= 0.5 * before), Status.STAGNATED)
+    s.end(s.status == OPEN, Status.STAGNATED)
+    return s.finish()
+
+
+def _fall_back(s: System, rows: torch.Tensor, fallback: Map) -> None:
+    gave_up = (s.status == int(Status.NEGATIVE_CURVATURE)) | (s.status == int(Status.STAGNATED))
+    empty = rows & gave_up & (s.x == 0).flatten(1).all(1)
+    if not bool(empty.any()):
+        return
+    x = fallback(torch.where(expand(empty, s.b), s.b, 0.0))
+    usable = empty & torch.isfinite(x).flatten(1).all(1)
+    s.x = torch.where(expand(usable, s.x), x, s.x)
+
+
+def _check(b: torch.Tensor, x0: torch.Tensor | None) -> None:
+    if not isinstance(b, torch.Tensor) or b.ndim < 2 or b.dtype not in checks.FLOATS or b[:1].numel() == 0:
+        raise checks.InputError(
+            f"b must be a float32 or float64 tensor [B, ...] with at least one image of at least one entry, "
+            f"but is {checks.describe(b)}."
+        )
+    if x0 is not None:
+        checks.same_kind(x0, b, "x0 and b")
+        if x0.shape != b.shape:
+            raise checks.InputError(f"x0 must have the shape {list(b.shape)} of b, but has {list(x0.shape)}.")

@@ -1,0 +1,149 @@
+"""What every operator can do (docs/math.md, M2)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import checks
+from ..errors import InputError
+from ..linsolve.batch import expand
+
+_REGISTRY: dict[str, type[LinearOperator]] = {}
+Gamma = float | torch.Tensor
+
+
+class LinearOperator(nn.Module):
+    """A linear map of images `[B, C, H, W]` to measurements `[B, m]`.
+
+    A subclass defines `_forward` and `_adjoint` and says what it has: `gram_scale = c` if `A A^T = c I`, which gives
+    `A_dagger`, `prox_l2` and `shifted_inverse` in closed form; without it the proximal map is solved by CG.
+
+    Attributes
+    ----------
+    image_shape : (C, H, W)
+    measurements : int
+    gram_scale : float or None
+    """
+
+    gram_scale: float | None = None
+
+    def __init__(self, image_shape: tuple[int, int, int], measurements: int) -> None:
+        super().__init__()
+        shape = tuple(image_shape)
+        if len(shape) != 3:
+            raise InputError(f"image_shape must be (C, H, W), but is {image_shape!r}.")
+        for n in shape:
+            checks.integer(n, "every size in image_shape", 1)
+        self.image_shape: tuple[int, int, int] = (shape[0], shape[1], shape[2])
+        self.measurements = measurements
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _forward(x).")
+
+    def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _adjoint(y).")
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        """`A x`, `[B, C, H, W] -> [B, m]`."""
+        return self._forward(checks.images(x, "x", self.image_shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`A x`."""
+        return self.A(x)
+
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        """`A^T y`, `[B, m] -> [B, C, H, W]`."""
+        return self._adjoint(checks.vectors(y, self.measurements))
+
+    def normal(self, x: torch.Tensor) -> torch.Tensor:
+        """`A^T A x`."""
+        return self._adjoint(self.A(x))
+
+    def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
+        """The minimum-norm solution `A^T (A A^T)^{-1} y`; with `gram_scale = c` it is `A^T y / c`."""
+        if self.gram_scale is None:
+            raise InputError(f"{type(self).__name__} must define A_dagger or declare gram_scale to start a recovery.")
+        return self.A_adjoint(y) / self.gram_scale
+
+    @property
+    def has_shifted_inverse(self) -> bool:
+        """Whether `shifted_inverse` has a closed form here."""
+        return self.gram_scale is not None
+
+    def shifted_inverse(self, v: torch.Tensor, c: Gamma) -> torch.Tensor:
+        """`(A^T A + c I)^{-1} v`, `c > 0` a number or `[B]`: `(v - A^T A v / (g + c)) / c` where `A A^T = g I`."""
+        if self.gram_scale is None:
+            raise InputError(
+                f"{type(self).__name__} has no closed form of shifted_inverse; ask has_shifted_inverse first."
+            )
+        s = _per_image(c, v)
+        return (v - self.normal(v) / (self.gram_scale + s)) / s
+
+    def prox_l2(self, z: torch.Tensor, y: torch.Tensor, gamma: Gamma) -> torch.Tensor:
+        """`argmin_x 1/2||x - z||^2 + gamma/2 ||y - A x||^2`, `gamma >= 0` a number or `[B]`.
+
+        With `A A^T = g I`: `z + gamma/(1 + gamma g) A^T (y - A z)`; else by CG on
+        `(I + gamma A^T A) x = z + gamma A^T y`.
+        """
+        checks.images(z, "z", self.image_shape)
+        checks.vectors(y, self.measurements)
+        g = _per_image(gamma, z)
+        if self.gram_scale is None:
+            return self._prox_by_cg(z, y, g)
+        return z + g / (1.0 + g * self.gram_scale) * self._adjoint(y - self._forward(z))
+
+    def _prox_by_cg(self, z: torch.Tensor, y: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        from ..linsolve import CGOptions, cg
+        from ..status import Status
+
+        tolerance = 1e-10 if z.dtype == torch.float64 else 1e-6
+        sol = cg(lambda p: p + g * self.normal(p), z + g * self._adjoint(y), CGOptions(500, tolerance), x0=z)
+        if bool((sol.residual > 1e-3).any()) and not bool((sol.status == int(Status.NON_FINITE)).any()):
+            raise InputError(
+                f"The proximal map of {type(self).__name__} must be solved to 1e-3, but CG stopped at residual "
+                f"{float(sol.residual.max()):.1e}; scale the operator to norm one or define prox_l2."
+            )
+        return sol.x
+
+    def describe(self) -> dict[str, Any]:
+        """What rebuilds this operator, as JSON values with its registered name under `kind`."""
+        raise InputError(f"{type(self).__name__} must define describe() to be written to a file.")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the description and the buffers: equal for equal operators, on every platform."""
+        digest = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode())
+        for name, buffer in sorted(self.named_buffers()):
+            digest.update(name.encode())
+            digest.update(buffer.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _per_image(value: Gamma, like: torch.Tensor) -> torch.Tensor:
+    """A number or `[B]` shaped to multiply `like`."""
+    if isinstance(value, torch.Tensor) and value.ndim == 1:
+        return expand(value, like)
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def register(kind: str, cls: type[LinearOperator]) -> None:
+    """Let files name this class: `describe()['kind'] == kind`, the rest are constructor arguments."""
+    _REGISTRY[kind] = cls
+
+
+def from_description(description: dict[str, Any]) -> LinearOperator:
+    """Rebuild an operator from `describe()`'s answer."""
+    kind = description.get("kind")
+    if kind not in _REGISTRY:
+        raise InputError(
+            f"The operator's kind must be one of {sorted(_REGISTRY)}, but is {kind!r}; "
+            "register your class with deepreg_fast.operators.register(kind, cls) first."
+        )
+    try:
+        return _REGISTRY[kind](**{k: v for k, v in description.items() if k != "kind"})
+    except TypeError as error:
+        raise InputError(f"The description of a {kind!r} operator does not fit its class: {error}.") from error

@@ -1,0 +1,33 @@
+"""The identity: denoising."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .base import LinearOperator, register
+
+
+class Identity(LinearOperator):
+    """`A x = x`, flattened to `[B, C H W]`."""
+
+    gram_scale = 1.0
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(image_shape, 0)
+        self.measurements = int(np.prod(self.image_shape))
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
+    def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        return y.reshape(-1, *self.image_shape)
+
+    def describe(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        return {"kind": "identity", "image_shape": list(self.image_shape)}
+
+
+register("identity", Identity)

@@ -1,0 +1,161 @@
+"""The structurally random matrix (Do, Gan, Nguyen, Tran 2012): `A = D F R` (docs/math.md, M3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import checks
+from ..definitions import dct, hadamard, walsh
+from ..errors import InputError, OperatorMismatch
+from .base import LinearOperator, register
+
+TRANSFORMS = ("dct", "hadamard", "walsh")
+RANDOMIZERS = ("sign", "permutation", "both")
+
+
+class SRM(LinearOperator):
+    """`y = (F R x)[rows]`: randomize, transform orthonormally, keep `m` of the `d = C H W` coefficients; `A A^T = I`.
+
+    Parameters
+    ----------
+    image_shape : (C, H, W)
+    ratio : float in (0, 1]
+        `m = max(1, round(ratio d))`; or give `measurements`, an integer in [1, d].
+    transform : "dct", "hadamard" or "walsh"
+        Orthonormal 2-D DCT of each channel; `H_h X H_w^T / sqrt(hw)` with Hadamard matrices of those orders;
+        Walsh-Hadamard in blocks of `block` (a power of two that divides d; default the largest).
+    randomizer : "sign", "permutation" or "both"
+        Random signs of the pixels, a random permutation of them, or signs after the permutation.
+    seed : int >= 0
+        Draws signs, permutation and rows; the same seed gives the same operator on every platform.
+    keep_dc : bool, optional
+        Always keep coefficient 0; by default only for a pure permutation, which leaves the mean there.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range or the transform does not exist for this shape.
+    """
+
+    gram_scale = 1.0
+
+    def __init__(  # noqa: PLR0913 - the operator's own description
+        self,
+        image_shape: tuple[int, int, int],
+        ratio: float | None = None,
+        measurements: int | None = None,
+        transform: str = "dct",
+        randomizer: str = "sign",
+        seed: int = 0,
+        keep_dc: bool | None = None,
+        block: int | None = None,
+    ) -> None:
+        super().__init__(image_shape, 0)
+        d = int(np.prod(self.image_shape))
+        self.measurements = _measurements(d, ratio, measurements)
+        self.transform = checks.choice(transform, "transform", TRANSFORMS)
+        self.randomizer = checks.choice(randomizer, "randomizer", RANDOMIZERS)
+        self.seed = checks.integer(seed, "seed", 0)
+        self.keep_dc = self.randomizer == "permutation" if keep_dc is None else bool(keep_dc)
+        self.block = walsh.block_size(d, block) if transform == "walsh" else None
+        if transform == "hadamard":
+            for n in self.image_shape[1:]:
+                hadamard.hadamard(n)
+        signs, perm, rows = _draw(d, self.measurements, self.seed, self.keep_dc)
+        self.register_buffer("rows", torch.from_numpy(rows))
+        self.register_buffer("signs", torch.from_numpy(signs) if randomizer != "permutation" else None)
+        self.register_buffer("perm", torch.from_numpy(perm) if randomizer != "sign" else None)
+        self.rows: torch.Tensor
+        self.signs: torch.Tensor | None
+        self.perm: torch.Tensor | None
+
+    def _transform(self, v: torch.Tensor) -> torch.Tensor:
+        """`F v`, `[B, d] -> [B, d]`."""
+        if self.transform == "walsh":
+            assert self.block is not None
+            return walsh.walsh_blocks(v, self.block)
+        x = v.reshape(-1, *self.image_shape)
+        return (dct.dct2(x) if self.transform == "dct" else hadamard.hadamard2(x)).flatten(1)
+
+    def _inverse(self, v: torch.Tensor) -> torch.Tensor:
+        """`F^T v`; the Walsh-Hadamard blocks are symmetric."""
+        if self.transform == "walsh":
+            assert self.block is not None
+            return walsh.walsh_blocks(v, self.block)
+        x = v.reshape(-1, *self.image_shape)
+        return (dct.idct2(x) if self.transform == "dct" else hadamard.ihadamard2(x)).flatten(1)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        v = x.flatten(1)
+        if self.perm is not None:
+            v = v[:, self.perm]
+        if self.signs is not None:
+            v = v * self.signs.to(v.dtype)
+        return self._transform(v)[:, self.rows]
+
+    def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        d = int(np.prod(self.image_shape))
+        full = y.new_zeros(len(y), d).index_copy(1, self.rows, y)
+        v = self._inverse(full)
+        if self.signs is not None:
+            v = v * self.signs.to(v.dtype)
+        if self.perm is not None:
+            v = torch.zeros_like(v).index_copy(1, self.perm, v)
+        return v.reshape(-1, *self.image_shape)
+
+    def describe(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        return {
+            "kind": "srm",
+            "image_shape": list(self.image_shape),
+            "measurements": self.measurements,
+            "transform": self.transform,
+            "randomizer": self.randomizer,
+            "seed": self.seed,
+            "keep_dc": self.keep_dc,
+            "block": self.block,
+        }
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The description, so that a state says what it belongs to."""
+        return self.describe()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take another seed's identity; anything else must agree."""
+        mine = self.describe()
+        fixed = [k for k in mine if k not in ("seed", "keep_dc") and mine[k] != state.get(k)]
+        if fixed:
+            told = ", ".join(f"{k}={state.get(k)!r} (here {mine[k]!r})" for k in fixed)
+            raise OperatorMismatch(
+                f"The state must be of an SRM of the same kind, but has {told}; build that operator."
+            )
+        self.seed, self.keep_dc = state["seed"], state["keep_dc"]
+
+
+def _measurements(d: int, ratio: float | None, measurements: int | None) -> int:
+    if measurements is not None:
+        if ratio is not None:
+            raise InputError(f"Give ratio or measurements, not both (ratio={ratio!r}, measurements={measurements!r}).")
+        return checks.integer(measurements, "measurements", 1, d)
+    return max(1, round(checks.number(0.2 if ratio is None else ratio, "ratio", 0.0, 1.0, open_low=True) * d))
+
+
+def _draw(d: int, m: int, seed: int, keep_dc: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Signs int8, permutation and sorted rows int64 from raw PCG64 output.
+
+    numpy keeps the raw stream of a bit generator for good, but not what its Generator methods make of it: so the
+    permutation and the rows come from sorting raw 64-bit keys.
+    """
+    keys = [np.random.PCG64(np.random.SeedSequence([seed, stream])).random_raw(d) for stream in range(3)]
+    signs = np.where(keys[0] >> np.uint64(63), 1, -1).astype(np.int8)
+    perm = np.argsort(keys[1], kind="stable").astype(np.int64)
+    order = np.argsort(keys[2], kind="stable").astype(np.int64)
+    if keep_dc:
+        order = np.concatenate([[0], order[order != 0]])
+    return signs, perm, np.sort(order[:m])
+
+
+register("srm", SRM)

@@ -1,0 +1,102 @@
+"""What every regularizer is: `r = (1+alpha)/2 ||x - center||^2 - s`, with its derivatives (docs/math.md, M8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import backend, checks
+from ..errors import InputError
+
+_REGISTRY: dict[str, type[Regularizer]] = {}
+
+
+class Regularizer(nn.Module):
+    """Base class: a subclass writes `energy(x) -> [B]` in torch and gets the derivatives.
+
+    Attributes
+    ----------
+    alpha : float
+        In `s(x) = (1+alpha)/2 ||x - center||^2 - r(x)`, the function whose gradient the Lipschitz penalty
+        holds. For `Lip(grad s) <= beta`: `(1+alpha-beta) I <= hess r <= (1+alpha+beta) I`.
+    center : float
+        The grey value about which the regularizer is centred.
+    """
+
+    alpha: float = 0.0
+    center: float = 0.5
+
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        """`r(x_b)`, `[B, C, H, W] -> [B]`, differentiable twice in x and once in the parameters."""
+        raise NotImplementedError(f"{type(self).__name__} must define energy(x) -> [B].")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`r(x_b)`; the same as `energy`."""
+        return self.energy(x)
+
+    def value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`r(x_b)` `[B]` and `grad r(x_b)` `[B, C, H, W]`, neither attached to a graph.
+
+        Raises
+        ------
+        InputError
+            If x is not a float32 or float64 batch of images of the regularizer's kind.
+        """
+        self._check(x)
+        if x.shape[0] == 0:
+            return x.new_zeros(0), torch.zeros_like(x)
+        return backend.select(self, x).value_and_grad(self, x)
+
+    def linearize(self, x: torch.Tensor) -> backend.Linearization:
+        """Keep what the Hessian at `x` needs: `.hvp(v)` and `.param_vjp(v)` then cost a sweep each."""
+        self._check(x)
+        return backend.select(self, x).linearize(self, x)
+
+    def grad_s(self, x: torch.Tensor) -> torch.Tensor:
+        """`grad s(x) = (1+alpha)(x - center) - grad r(x)`."""
+        return (1.0 + self.alpha) * (x - self.center) - self.value_and_grad(x)[1]
+
+    def _check(self, x: torch.Tensor) -> None:
+        checks.images(x)
+        for p in self.parameters():
+            checks.same_kind(x, p, f"x and the parameters of {type(self).__name__}")
+            break
+
+    def describe(self) -> dict[str, Any]:
+        """What rebuilds this regularizer (without its weights), as JSON values."""
+        raise InputError(
+            f"{type(self).__name__} must define describe() to be saved; return {{'kind': its registered name, "
+            "**constructor arguments}."
+        )
+
+
+def register(kind: str, cls: type[Regularizer]) -> None:
+    """Let weight files name this class: `describe()['kind'] == kind`, the rest are constructor arguments."""
+    _REGISTRY[kind] = cls
+
+
+def from_description(description: dict[str, Any]) -> Regularizer:
+    """Rebuild a regularizer (with initial weights) from `describe()`'s answer."""
+    kind = description.get("kind")
+    if kind not in _REGISTRY:
+        raise InputError(
+            f"The regularizer's kind must be one of {sorted(_REGISTRY)}, but is {kind!r}; "
+            "register a class of your own with deepreg_fast.regularizers.register(kind, cls) before loading."
+        )
+    try:
+        return _REGISTRY[kind](**{k: v for k, v in description.items() if k != "kind"})
+    except TypeError as error:
+        raise InputError(f"The description of a {kind!r} regularizer does not fit its class: {error}.") from error
+
+
+def as_regularizer(reg: nn.Module) -> Regularizer:
+    """`reg` itself if it is a `Regularizer`, else `reg` taken as the energy `r` itself."""
+    if isinstance(reg, Regularizer):
+        return reg
+    if isinstance(reg, nn.Module):
+        from .custom import EnergyRegularizer
+
+        return EnergyRegularizer(reg)
+    raise InputError(f"reg must be an nn.Module that maps images to one energy each, but is {reg!r}.")

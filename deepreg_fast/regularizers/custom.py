@@ -1,0 +1,52 @@
+"""Any module of the user's that maps images to one energy each."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..checks import describe as describe_value
+from ..definitions.conv_chain import per_image
+from ..errors import InputError
+from .base import Regularizer
+
+_COUPLING = (nn.modules.batchnorm._BatchNorm,)
+
+
+class EnergyRegularizer(Regularizer):
+    """`r(x) = module(x)`, or `r(x) = (1+alpha)/2 ||x - center||^2 - module(x)` with `models="s"`.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Maps `[B, C, H, W]` to `[B]`; twice differentiable in its input. BatchNorm is refused: it couples
+        the images of a batch.
+    models : "r" or "s"
+        Whether the module is the regularizer or the function `s` subtracted from the quadratic.
+    """
+
+    def __init__(self, module: nn.Module, models: str = "r", alpha: float = 0.0, center: float = 0.5) -> None:
+        super().__init__()
+        if models not in ("r", "s"):
+            raise InputError(f"models must be 'r' or 's', but is {models!r}.")
+        if any(isinstance(m, _COUPLING) for m in module.modules()):
+            raise InputError(
+                "The energy of one image must not depend on the others, but the module contains BatchNorm; "
+                "use GroupNorm or LayerNorm instead."
+            )
+        self.module = module
+        self.models = models
+        self.alpha = float(alpha)
+        self.center = float(center)
+
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        """`r(x_b)`, `[B]`."""
+        e = self.module(x)
+        if not isinstance(e, torch.Tensor) or e.shape != x.shape[:1]:
+            raise InputError(
+                f"The module must map images {list(x.shape)} to one energy each, shape [{x.shape[0]}], "
+                f"but returned {describe_value(e)}; sum over all dimensions but the first."
+            )
+        if self.models == "r":
+            return e
+        return 0.5 * (1.0 + self.alpha) * per_image((x - self.center).square()) - e

@@ -1,0 +1,69 @@
+"""RED with an explicit denoiser: a field `x - d(x)` that need not be the gradient of anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import checks
+from ..definitions.conv_chain import NORMS, ConvChain
+from ..errors import InputError
+from .base import Regularizer, register
+
+
+class DenoiserField(Regularizer):
+    """The field `x - d(x)` in the place of `grad r(x)` (Romano, Elad, Milanfar 2017), `d(x) = x - n(x - center)`.
+
+    `n` is the conv chain, trained to predict noise. There is no energy: the recovery runs on the field alone, and
+    `linearize` is an error.
+    """
+
+    def __init__(  # noqa: PLR0913 - one argument for each setting of the network
+        self,
+        channels: int = 16,
+        depth: int = 3,
+        norm: str = "none",
+        *,
+        gain: float = 10.0,
+        center: float = 0.5,
+        eps: float = 1e-2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.center = checks.number(center, "center", -1e6)
+        self._description = {
+            "kind": "denoiser",
+            "channels": checks.integer(channels, "channels", 1),
+            "depth": checks.integer(depth, "depth", 2),
+            "norm": checks.choice(norm, "norm", NORMS),
+            "gain": checks.number(gain, "gain", 0.0, open_low=True),
+            "center": self.center,
+            "eps": checks.number(eps, "eps", 0.0, open_low=True),
+        }
+        self.net = ConvChain(channels, depth, norm, 3, gain, eps, 1, seed)
+
+    def denoise(self, x: torch.Tensor) -> torch.Tensor:
+        """`d(x) = x - n(x - center)`."""
+        return x - self.net(x - self.center)
+
+    @torch.no_grad()
+    def value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros `[B]` (a field has no value) and `x - d(x)`."""
+        self._check(x)
+        return x.new_zeros(len(x)), self.net(x - self.center)
+
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        """A sentence: there is none."""
+        raise InputError("A denoiser's field x - d(x) has no energy; use RED(head='residual') for one that has.")
+
+    def linearize(self, x: torch.Tensor):  # type: ignore[no-untyped-def]
+        """A sentence: there is no Hessian."""
+        self.energy(x)
+
+    def describe(self) -> dict[str, Any]:
+        """Constructor arguments but for the seed."""
+        return dict(self._description)
+
+
+register("denoiser", DenoiserField)

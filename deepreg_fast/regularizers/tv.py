@@ -1,0 +1,36 @@
+"""Smoothed total variation: the classical baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import checks
+from ..definitions.tv import smoothed_tv
+from .base import Regularizer, register
+
+
+class TV(Regularizer):
+    """`r(x) = sum_p (sqrt(|Dx|_p^2 + eps^2) - eps)` (Rudin, Osher, Fatemi 1992), no trainable parameter.
+
+    Parameters
+    ----------
+    eps : float
+        Smoothing in grey values, > 0; `Lip(grad r) <= 8/eps`.
+    """
+
+    def __init__(self, eps: float = 1e-2) -> None:
+        super().__init__()
+        self.eps = checks.number(eps, "eps", 0.0, open_low=True)
+
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        """`r(x_b)`, `[B]`."""
+        return smoothed_tv(x, self.eps)
+
+    def describe(self) -> dict[str, Any]:
+        """Constructor arguments."""
+        return {"kind": "tv", "eps": self.eps}
+
+
+register("tv", TV)

@@ -1,0 +1,8 @@
+"""Solvers of the inner problem `argmin 1/2||y - Ax||^2 + mu r(x)`."""
+
+from __future__ import annotations
+
+from .acceleration import ACCELERATIONS
+from .pgd import PGDOptions, Solution, pgd
+
+__all__ = ["ACCELERATIONS", "PGDOptions", "Solution", "pgd"]

@@ -1,0 +1,116 @@
+"""Where the next gradient is taken: at the proximal step, or at a point extrapolated from it.
+
+Each accelerator keeps one state per image, proposes a point from the proximal step `T = x + f`, and is
+reset for the images whose last proposal was refused or whose step size changed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..linsolve.batch import dot, expand, norm
+
+ACCELERATIONS = ("none", "fista", "anderson")
+
+
+class Plain:
+    """The proximal step itself."""
+
+    def propose(self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+        """`T = x + f`."""
+        return x + f
+
+    def reset(self, rows: torch.Tensor) -> None:
+        """Nothing is kept."""
+
+
+class Fista:
+    """Nesterov's extrapolation `T + (t-1)/t' (T - T_prev)` (Beck & Teboulle 2009) with the gradient restart of
+    O'Donoghue & Candes 2015: where `<f, T - T_prev> < 0` the momentum is dropped."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.prev = torch.zeros_like(like)
+        self.t = torch.zeros(like.shape[0], dtype=torch.float64, device=like.device)
+
+    def propose(self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+        """The extrapolated point of the images `idx`."""
+        step = x + f
+        move = step - self.prev[idx]
+        t = self.t[idx]
+        restart = (t < 1.0) | (dot(f, move) < 0.0)
+        t = torch.where(restart, 1.0, t)
+        t_next = 0.5 * (1.0 + torch.sqrt(1.0 + 4.0 * t * t))
+        weight = torch.where(restart, 0.0, (t - 1.0) / t_next)
+        self.prev[idx] = step
+        self.t[idx] = t_next
+        return step + expand(weight, f) * move
+
+    def reset(self, rows: torch.Tensor) -> None:
+        """Drop the momentum of these images."""
+        self.t[rows] = 0.0
+
+
+class Anderson:
+    """Anderson acceleration, type II, of the fixed-point map `x -> T(x)` (Walker & Ni 2011).
+
+    `x+ = T - sum_i c_i (dx_i + df_i)` with `c = argmin ||f - sum_i c_i df_i||`, from the last `memory`
+    differences, by the normal equations in float64 with a relative Tikhonov term. The extrapolation is
+    at most `reach` residuals long, and the memory is dropped where the residual has grown.
+    """
+
+    def __init__(self, like: torch.Tensor, memory: int, reach: float = 20.0, ridge: float = 1e-8) -> None:
+        batch = like.shape[0]
+        self.memory, self.reach, self.ridge = memory, reach, ridge
+        self.dx = like.new_zeros(batch, memory, like[0].numel())
+        self.df = torch.zeros_like(self.dx)
+        self.gram = torch.zeros(batch, memory, memory, dtype=torch.float64, device=like.device)
+        self.x = torch.zeros_like(like)
+        self.f = torch.zeros_like(like)
+        self.count = torch.zeros(batch, dtype=torch.int64, device=like.device)
+
+    def propose(self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+        """The accelerated point of the images `idx`."""
+        grown = norm(f) > 2.0 * norm(self.f[idx])
+        self.count[idx] = torch.where(grown & (self.count[idx] > 0), 0, self.count[idx])
+        self._store(x, f, idx)
+        used = (self.count[idx] - 1).clamp(max=self.memory)
+        valid = torch.arange(self.memory, device=x.device) < used[:, None]
+        df = self.df[idx] * valid[..., None]
+        gram = self.gram[idx] * valid[:, None, :] * valid[:, :, None]
+        scale = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
+        eye = torch.eye(self.memory, dtype=torch.float64, device=x.device)
+        damped = gram + eye * torch.where(valid, self.ridge * scale[:, None], scale[:, None])[:, None, :]
+        rhs = (df.double() * f.flatten(1).double()[:, None]).sum(-1) * valid
+        c = torch.linalg.solve(damped, rhs[..., None])[..., 0].to(x.dtype)
+        shift = (c[..., None] * (self.dx[idx] * valid[..., None] + df)).sum(1).reshape(x.shape)
+        length = norm(shift)
+        limit = self.reach * norm(f)
+        factor = torch.where(length > limit, limit / length.clamp_min(1e-300), 1.0)
+        return x + f - expand(factor, shift) * shift
+
+    def _store(self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> None:
+        """Put the newest differences in the place of the oldest and update the Gram matrix."""
+        count = self.count[idx]
+        slot = torch.where(count > 0, (count - 1) % self.memory, 0)
+        fresh = (count > 0)[:, None]
+        new_df = torch.where(fresh, (f - self.f[idx]).flatten(1), 0.0)
+        self.dx[idx, slot] = torch.where(fresh, (x - self.x[idx]).flatten(1), 0.0)
+        self.df[idx, slot] = new_df
+        row = (self.df[idx].double() * new_df.double()[:, None]).sum(-1)
+        self.gram[idx, slot, :] = row
+        self.gram[idx, :, slot] = row
+        self.x[idx], self.f[idx] = x, f
+        self.count[idx] = count + 1
+
+    def reset(self, rows: torch.Tensor) -> None:
+        """Drop the memory of these images."""
+        self.count[rows] = 0
+
+
+def make(name: str, like: torch.Tensor, memory: int) -> Plain | Fista | Anderson:
+    """The accelerator of that name for a batch shaped like `like`."""
+    if name == "fista":
+        return Fista(like)
+    if name == "anderson":
+        return Anderson(like, memory)
+    return Plain()

@@ -1,0 +1,150 @@
+"""The methods that bi-level training is compared with, on the same loop, data and network (docs/math.md, M12)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import checks
+from ..linsolve.batch import dot, norm
+from ..regularizers import ICNN, RED, DenoiserField
+from ..regularizers.base import Regularizer
+from .config import TrainConfig, option
+from .loop import Trainer
+
+# The noise of validation: a key that no step has.
+_VALIDATION = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class BaselineConfig(TrainConfig):
+    """Settings of the baselines."""
+
+    noise_level: float = option(0.06, "Standard deviation of the noise that denoisers are trained on.")
+    rho: float = option(0.1, "Added rho/2 ||u||^2 of the adversarial regularizer.")
+    gradient_penalty: float = option(10.0, "Weight of the adversarial critic's gradient penalty.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.number(self.noise_level, "noise_level", 0.0, open_low=True)
+        checks.number(self.rho, "rho", 0.0)
+        checks.number(self.gradient_penalty, "gradient_penalty", 0.0)
+
+
+class _Baseline(Trainer):
+    """Shares the noise of a step, a function of seed, step and sample alone."""
+
+    config: BaselineConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64([self.config.seed, 4, *key]))
+
+    def _noisy(self, x: torch.Tensor, *key: int) -> torch.Tensor:
+        noise = self._rng(*key).standard_normal(tuple(x.shape), dtype=np.float32)
+        return x + self.config.noise_level * torch.from_numpy(noise)
+
+    def _set(self, loss: torch.Tensor) -> None:
+        for p, g in zip(self.params, torch.autograd.grad(loss, self.params), strict=True):
+            p.grad = g
+
+
+class DenoiserTrainer(_Baseline):
+    """RED as the paper states it: a denoiser `d` trained on `||d(x + w) - x||^2`, its field `x - d(x)` in PGD."""
+
+    method = "denoiser"
+
+    def build(self) -> Regularizer:
+        """The conv chain as a denoiser."""
+        c = self.config
+        return DenoiserField(c.channels, c.depth, c.norm, gain=c.gain, seed=c.seed)
+
+    def gradients(self, rows: np.ndarray, x: torch.Tensor) -> dict[str, Any]:
+        """Mean squared error of the denoised images."""
+        assert isinstance(self.reg, DenoiserField)
+        error = self.reg.denoise(self._noisy(x, self.step_done)) - x
+        loss = 1e3 * error.square().mean()
+        self._set(loss)
+        return {"loss": float(loss)}
+
+    def validate(self) -> dict[str, Any]:
+        """PSNR of the denoised validation images."""
+        assert isinstance(self.reg, DenoiserField)
+        with torch.no_grad():
+            mse = (
+                (self.reg.denoise(self._noisy(self.validation, _VALIDATION)) - self.validation).square().mean((1, 2, 3))
+            )
+        score = float((-10.0 * torch.log10(mse)).mean())
+        return {"val_denoising_psnr": score, "val_score": score}
+
+
+class GradientStepTrainer(_Baseline):
+    """The gradient-step denoiser `x - grad r(x)` (Cohen et al. 2021; Hurault et al. 2022), trained to denoise."""
+
+    method = "gradient_step"
+
+    def build(self) -> Regularizer:
+        """The same network and head as the bi-level regularizer."""
+        c = self.config
+        return RED(c.channels, c.depth, c.norm, c.alpha, head=c.head, gain=c.gain, seed=c.seed)
+
+    def gradients(self, rows: np.ndarray, x: torch.Tensor) -> dict[str, Any]:
+        """`||grad r(x + w) - w||^2`, whose gradient is `param_vjp(2 (grad r - w))`."""
+        noisy = self._noisy(x, self.step_done)
+        lin = self.reg.linearize(noisy)
+        error = lin.grad - (noisy - x)
+        scale = 1e3 / x.numel()
+        for p, g in zip(self.params, lin.param_vjp(2.0 * scale * error).values(), strict=True):
+            p.grad = g
+        return {"loss": scale * float(dot(error, error).sum())}
+
+    def validate(self) -> dict[str, Any]:
+        """PSNR of the denoised validation images."""
+        noisy = self._noisy(self.validation, _VALIDATION)
+        error = noisy - self.reg.value_and_grad(noisy)[1] - self.validation
+        score = float((-10.0 * torch.log10(error.square().mean((1, 2, 3)))).mean())
+        return {"val_denoising_psnr": score, "val_score": score}
+
+
+class AdversarialTrainer(_Baseline):
+    """The adversarial input-convex regularizer (Lunz, Oktem, Schonlieb 2018; Mukherjee et al. 2020).
+
+    A critic `f` that is small on true images and large on minimum-norm solutions:
+    `E f(x) - E f(x_naive) + weight E (||grad f(x_mix)|| - 1)_+^2`; the regularizer is `rho/2||u||^2 + f(u)`.
+    """
+
+    method = "adversarial"
+
+    def build(self) -> Regularizer:
+        """The input-convex network."""
+        c = self.config
+        return ICNN(c.channels, c.depth, c.rho, gain=c.gain, seed=c.seed)
+
+    def _critic(self, x: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.reg, ICNN)
+        return self.reg.net(x - self.reg.center)
+
+    def _naive(self, x: torch.Tensor) -> torch.Tensor:
+        A = self.A if x.shape[1:] == self.A.image_shape else self._operator((x.shape[-2], x.shape[-1]))
+        c = torch.full_like(x, self.reg.center)
+        return c + A.A_dagger(A.A(x - c))
+
+    def gradients(self, rows: np.ndarray, x: torch.Tensor) -> dict[str, Any]:
+        """The critic's loss."""
+        naive = self._naive(x)
+        t = torch.from_numpy(self._rng(self.step_done).random((len(x), 1, 1, 1), dtype=np.float32))
+        mix = (t * x + (1 - t) * naive).requires_grad_()
+        (slope,) = torch.autograd.grad(self._critic(mix).sum(), mix, create_graph=True)
+        excess = (torch.sqrt(slope.square().sum((1, 2, 3)) + 1e-12) - 1.0).clamp_min(0).square().mean()
+        gap = self._critic(x).mean() - self._critic(naive).mean()
+        loss = gap + self.config.gradient_penalty * excess
+        self._set(loss)
+        return {"loss": float(loss), "gap": float(gap.detach()), "slope": float(norm(slope.detach()).mean())}
+
+    def validate(self) -> dict[str, Any]:
+        """How far the critic tells true from naive validation images, per unit of slope."""
+        with torch.no_grad():
+            gap = float((self._critic(self._naive(self.validation)) - self._critic(self.validation)).mean())
+        return {"val_gap": gap, "val_score": gap}

@@ -1,0 +1,128 @@
+"""Settings of a training run: frozen, validated, and the source of the command line's options."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .. import checks
+from ..errors import InputError
+from ..implicit import METHODS
+from ..solvers import ACCELERATIONS
+
+T = TypeVar("T", bound="TrainConfig")
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with the sentence that the command line shows for it."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings that every training shares."""
+
+    out: str = option("runs/train", "Folder of the run: checkpoints, logs, weights.")
+    data: str = option("embedded", "Folder of images, or 'embedded' for the ones that scikit-image carries.")
+    split: str = option("", "JSON file with 'train' and 'test' file names, or 'bsd400'; the test part is never read.")
+    crop: int = option(48, "Side of the square training crops; 0 takes whole images.")
+    augment: bool = option(True, "Use each image in 4 orientations.")
+    validation: int = option(10, "Images carved out of the training part for validation.")
+    validation_crop: int = option(96, "Side of the centre crop of the validation images; 0 takes whole images.")
+    validate_every: int = option(200, "Steps between two validations; 0 for none.")
+    ratio: float = option(0.2, "Measurements per pixel of the SRM.")
+    transform: str = option("dct", "Transform of the SRM: dct, hadamard or walsh.")
+    randomizer: str = option("sign", "Randomizer of the SRM: sign, permutation or both.")
+    operator_seed: int = option(0, "Seed of the SRM.")
+    sigma: float = option(0.0, "Standard deviation of the measurement noise.")
+    channels: int = option(16, "Width of the network.")
+    depth: int = option(3, "Number of convolutions.")
+    norm: str = option("none", "LayerNorm: none, pixel or image.")
+    head: str = option("red", "Energy made of h: red, residual or norm.")
+    gain: float = option(10.0, "Input gain of the network.")
+    alpha: float = option(0.0, "Strong convexity added to r.")
+    steps: int = option(2000, "Adam steps.")
+    batch: int = option(8, "Images per step.")
+    lr: float = option(2e-3, "Largest learning rate of theta.")
+    warmup: int = option(100, "Steps of linear warm-up.")
+    final_lr: float = option(0.05, "Last learning rate as a fraction of the largest (cosine).")
+    clip: float = option(2.0, "Gradient norm limit as a multiple of its running median; 0 for none.")
+    seed: int = option(0, "Seed of weights, crops, noise and order.")
+    threads: int = option(0, "Threads of torch; 0 leaves them as they are.")
+    checkpoint_seconds: float = option(60.0, "Seconds between two checkpoints.")
+    mu0: float = option(1e-2, "Weight mu of the regularizer (its start where it is trained).")
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "validation", "validation_crop", "validate_every", "warmup", "seed", "threads"):
+            checks.integer(getattr(self, name), name, 0)
+        for name, low in (("steps", 1), ("batch", 1), ("channels", 1), ("depth", 2)):
+            checks.integer(getattr(self, name), name, low)
+        checks.number(self.lr, "lr", 0.0, open_low=True)
+        checks.number(self.final_lr, "final_lr", 0.0, 1.0)
+        checks.number(self.sigma, "sigma", 0.0)
+        checks.number(self.clip, "clip", 0.0)
+        checks.number(self.mu0, "mu0", 0.0, open_low=True)
+        checks.number(self.ratio, "ratio", 0.0, 1.0, open_low=True)
+
+    def to_json(self) -> str:
+        """All settings as a JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls: type[T], text: str) -> T:
+        """Settings from `to_json`'s answer; unknown names are an error."""
+        values = json.loads(text)
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise InputError(
+                f"Settings must be among those of {cls.__name__}, but {unknown} came; remove or rename them."
+            )
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class BilevelConfig(TrainConfig):
+    """Settings of bi-level training (docs/math.md, M7 and M11)."""
+
+    out: str = option("runs/bilevel", "Folder of the run: checkpoints, logs, weights.")
+    beta: float = option(5.0, "Lipschitz constant that grad s is held to; 0 for no penalty.")
+    beta_start: float = option(0.0, "beta at the first step, raised linearly over the first half; 0 starts at beta.")
+    xi: float = option(1.0, "Weight of the penalty sum_b relu(beta_hat_b - beta).")
+    delta_radius: float = option(0.05, "Norm of the perturbations, as a fraction of the image's norm about its centre.")
+    delta_steps: int = option(1, "Ascent steps of each perturbation per visit.")
+    delta_steps_late: int = option(3, "The same in the last third of the training.")
+    mu_lr: float = option(1e-2, "Learning rate of log mu.")
+    mu_min: float = option(1e-4, "Lower bound of mu.")
+    mu_max: float = option(1.0, "Upper bound of mu.")
+    inner_iterations: int = option(30, "Gradients per visit of an image in the recovery.")
+    tolerance_start: float = option(3e-3, "Tolerance of the recovery at the first step.")
+    tolerance_end: float = option(1e-4, "Tolerance that it is tightened to, by halves, when the loss stalls.")
+    stall_window: int = option(100, "Steps over which the loss must fall by 1 % to keep the tolerance.")
+    acceleration: str = option("anderson", "Acceleration of the recovery in training: none, fista or anderson.")
+    adjoint: str = option("cg", "Hypergradient: cg, minres, jfb or unrolled.")
+    adjoint_iterations: int = option(8, "Iterations of the adjoint solve per visit.")
+    adjoint_tolerance: float = option(0.1, "Relative residual of the adjoint solve.")
+    warm_start: bool = option(True, "Start recovery, adjoint and perturbation where the image's last visit ended.")
+    memory_budget_mb: int = option(2048, "Memory for warm starts; beyond it they live in a file of the run's folder.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.number(self.beta, "beta", 0.0)
+        checks.number(self.beta_start, "beta_start", 0.0)
+        checks.number(self.xi, "xi", 0.0)
+        checks.number(self.delta_radius, "delta_radius", 0.0, 10.0, open_low=True)
+        checks.integer(self.delta_steps, "delta_steps", 0)
+        checks.integer(self.delta_steps_late, "delta_steps_late", 0)
+        checks.number(self.mu_lr, "mu_lr", 0.0)
+        checks.number(self.mu_min, "mu_min", 0.0, self.mu_max, open_low=True)
+        checks.integer(self.inner_iterations, "inner_iterations", 2)
+        checks.number(self.tolerance_start, "tolerance_start", self.tolerance_end, open_low=False)
+        checks.integer(self.stall_window, "stall_window", 1)
+        checks.choice(self.acceleration, "acceleration", ACCELERATIONS)
+        checks.choice(self.adjoint, "adjoint", METHODS)
+        checks.integer(self.adjoint_iterations, "adjoint_iterations", 1)
+        checks.number(self.adjoint_tolerance, "adjoint_tolerance", 0.0, 1.0)
+        checks.integer(self.memory_budget_mb, "memory_budget_mb", 0)

@@ -1,0 +1,261 @@
+"""The loop that every training shares: order, schedule, clipping, checkpoints, validation, logs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from ..errors import CheckpointError, TrainingDiverged
+from ..fidelity import add_noise
+from ..files import write_atomically
+from ..metrics import psnr
+from ..operators import SRM
+from ..recovery import recover
+from ..regularizers.base import Regularizer
+from ..solvers import PGDOptions
+from ..status import counts
+from ..weights import save
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import TrainConfig
+from .guards import Counters, MedianClip
+from .log import RunLog
+from .samples import load_samples
+
+
+class Trainer:
+    """Base of the trainings: a subclass builds its regularizer and turns a batch into gradients.
+
+    `fit()` trains to the end; `resume(path)` takes a run's last checkpoint and goes on from it, to the same bits as
+    if it had never stopped.
+    """
+
+    method: ClassVar[str] = "train"
+
+    def __init__(self, config: TrainConfig, progress: bool | None = None) -> None:
+        self.config = config
+        self.folder = Path(config.out)
+        self.progress = sys.stderr.isatty() if progress is None else progress
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.samples, self.validation = load_samples(config)
+        self.A = self._operator(self.samples.size)
+        self.reg = self.build()
+        self.params = [p for p in self.reg.parameters() if p.requires_grad]
+        self.log_mu = torch.tensor(math.log(config.mu0), dtype=torch.float64, requires_grad=True)
+        self.optimizer = torch.optim.Adam(self.groups(), betas=(0.9, 0.99))
+        self.step_done = 0
+        self.best = -math.inf
+        self.clip = MedianClip(config.clip)
+        self.counters = Counters()
+
+    # -- what a training defines ---------------------------------------------------------------------------------
+
+    def build(self) -> Regularizer:
+        """The regularizer to be trained."""
+        raise NotImplementedError
+
+    def gradients(self, rows: np.ndarray, x: torch.Tensor) -> dict[str, Any]:
+        """Set `.grad` of the parameters for the samples `rows` with images `x`; return metrics with a `loss`."""
+        raise NotImplementedError
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Adam's parameter groups, each with the largest rate as `peak`."""
+        return [{"params": self.params, "lr": self.config.lr, "peak": self.config.lr}]
+
+    def extra_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Tensors and JSON values that a subclass adds to the checkpoint."""
+        return {}, {}
+
+    def load_extra_state(self, tensors: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        """Take back what `extra_state` gave."""
+
+    def after_update(self) -> None:
+        """Called after Adam's step."""
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    @property
+    def mu(self) -> float:
+        """The weight of the regularizer."""
+        return math.exp(float(self.log_mu))
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the last checkpoint is."""
+        return self.folder / "last.safetensors"
+
+    def fit(self) -> Regularizer:
+        """Train from the present step to the last; the regularizer is returned and saved as `weights.safetensors`.
+
+        Raises
+        ------
+        TrainingDiverged
+            If a loss or gradient is not finite; the last good checkpoint is kept and named.
+        """
+        c = self.config
+        write_atomically(self.folder / "config.json", c.to_json().encode())
+        log = RunLog(self.folder, c.steps, self.step_done, self.progress)
+        if self.step_done == 0:
+            self.save_checkpoint()
+        saved = time.monotonic()
+        try:
+            while self.step_done < c.steps:
+                log.write(self.step_done + 1, self._step())
+                self.step_done += 1
+                last = self.step_done == c.steps
+                if len(self.validation) and c.validate_every and (self.step_done % c.validate_every == 0 or last):
+                    log.write(self.step_done, self._validate())
+                if last or time.monotonic() - saved > c.checkpoint_seconds:
+                    self.save_checkpoint()
+                    saved = time.monotonic()
+        finally:
+            log.close()
+        save(self.reg, self.folder / "weights.safetensors", self.meta())
+        return self.reg
+
+    def _step(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        c = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self._schedule(self.step_done)
+        rows = self.samples.indices(self.step_done, min(c.batch, len(self.samples)))
+        metrics = self.gradients(rows, self.samples.batch(rows))
+        norm, clipped = self.clip(self.params)
+        if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
+            raise TrainingDiverged(
+                f"Training must stay finite, but step {self.step_done + 1} gave loss {metrics['loss']} and gradient "
+                f"norm {norm}; the last good checkpoint is {self.checkpoint_path}: lower lr or raise warmup and resume."
+            )
+        self.counters.add("clipped", clipped)
+        self.optimizer.step()
+        self.after_update()
+        epoch = self.samples.epoch(self.step_done + 1, min(c.batch, len(self.samples)))
+        seconds = time.perf_counter() - began
+        return {**metrics, "grad_norm": norm, "mu": self.mu, "epoch": epoch, "seconds": seconds, **self.counters.values}
+
+    def _schedule(self, step: int) -> float:
+        """Linear warm-up, then a cosine to `final_lr`."""
+        c = self.config
+        if step < c.warmup:
+            return (step + 1) / c.warmup
+        t = (step - c.warmup) / max(1, c.steps - c.warmup)
+        return c.final_lr + (1.0 - c.final_lr) * 0.5 * (1.0 + math.cos(math.pi * t))
+
+    def _validate(self) -> dict[str, Any]:
+        """Score the validation images; a better score than ever is saved as `best.safetensors`."""
+        metrics = self.validate()
+        score = metrics["val_score"]
+        if score > self.best:
+            self.best = score
+            save(self.reg, self.folder / "best.safetensors", self.meta())
+        return metrics
+
+    def validate(self) -> dict[str, Any]:
+        """Recover the validation images from a cold start: mean and median PSNR and SSIM."""
+        from ..metrics import ssim
+
+        x = self.validation
+        A = self._operator((x.shape[-2], x.shape[-1]))
+        y = add_noise(A.A(x), self.config.sigma, seed=self.config.seed + 1)
+        sol = recover(y, A, self.reg, self.mu, options=PGDOptions(300, 1e-4, acceleration="anderson"))
+        score = psnr(sol.x, x)
+        ended = {f"val_{k}": v for k, v in counts(sol.status).items()}
+        mean = float(score.mean())
+        return {
+            "val_psnr": mean,
+            "val_psnr_median": float(score.median()),
+            "val_ssim": float(ssim(sol.x, x).mean()),
+            "val_gradients": float(sol.gradients.double().mean()),
+            "val_score": mean if math.isfinite(mean) else -math.inf,
+            **ended,
+        }
+
+    def meta(self) -> dict[str, Any]:
+        """What a weight file says about its origin."""
+        return {
+            "method": self.method,
+            "mu": self.mu,
+            "step": self.step_done,
+            "config": json.loads(self.config.to_json()),
+        }
+
+    def _operator(self, size: tuple[int, int]) -> SRM:
+        c = self.config
+        return SRM((1, *size), ratio=c.ratio, transform=c.transform, randomizer=c.randomizer, seed=c.operator_seed)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """Write the whole state to `last.safetensors`."""
+        tensors = {f"theta.{k}": v.detach().numpy() for k, v in self.reg.state_dict().items()}
+        tensors["log_mu"] = self.log_mu.detach().numpy().reshape(1)
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            for k, v in moments.items():
+                tensors[f"adam.{i}.{k}"] = v.numpy().reshape(-1)
+        more, values = self.extra_state()
+        state = {
+            "method": self.method,
+            "config": json.loads(self.config.to_json()),
+            "step": self.step_done,
+            "best": self.best if math.isfinite(self.best) else None,
+            "norms": list(self.clip.norms),
+            "counters": self.counters.values,
+            **values,
+        }
+        save_checkpoint(self.checkpoint_path, {**tensors, **more}, state)
+
+    def resume(self, path: str | Path | None = None) -> Regularizer:
+        """Take the state of `path` (a run's folder or checkpoint file; default: this run's) and go on to the end.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no whole checkpoint, or it belongs to another method or other settings.
+        """
+        self.load_state(path)
+        return self.fit()
+
+    def load_state(self, path: str | Path | None = None) -> None:
+        """Take the state of a checkpoint without training on."""
+        where = Path(path) if path is not None else self.checkpoint_path
+        tensors, state = load_checkpoint(where / "last.safetensors" if where.is_dir() else where)
+        self._check_same_run(state, where)
+        shapes = self.reg.state_dict()
+        self.reg.load_state_dict(
+            {k: torch.from_numpy(tensors[f"theta.{k}"]).reshape(v.shape) for k, v in shapes.items()}
+        )
+        with torch.no_grad():
+            self.log_mu.copy_(torch.from_numpy(tensors["log_mu"]).reshape(()))
+        adam = self.optimizer.state_dict()
+        flat = [p for g in self.optimizer.param_groups for p in g["params"]]
+        for i, p in enumerate(flat):
+            found = {k.split(".", 2)[2]: torch.from_numpy(v) for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
+            if found:
+                adam["state"][i] = {k: v.reshape(()) if k == "step" else v.reshape(p.shape) for k, v in found.items()}
+        self.optimizer.load_state_dict(adam)
+        self.step_done = state["step"]
+        self.best = -math.inf if state["best"] is None else state["best"]
+        self.clip.norms.clear()
+        self.clip.norms.extend(state["norms"])
+        self.counters.values.update(state["counters"])
+        self.load_extra_state(tensors, state)
+
+    def _check_same_run(self, state: dict[str, Any], where: Path) -> None:
+        """Settings that change the result must be those of the checkpoint."""
+        if state["method"] != self.method:
+            raise CheckpointError(
+                f"{where} must be a {self.method!r} run, but is a {state['method']!r} run; resume that one."
+            )
+        free = {"out", "threads", "checkpoint_seconds", "data"}
+        mine = json.loads(self.config.to_json())
+        changed = sorted(k for k in mine if k not in free and mine[k] != state["config"].get(k))
+        if changed:
+            told = ", ".join(f"{k}={state['config'].get(k)!r} (now {mine[k]!r})" for k in changed)
+            raise CheckpointError(f"A resumed run must keep its settings, but {told}; restore them or start a new run.")

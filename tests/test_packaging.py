@@ -1,0 +1,144 @@
+"""What is installed, under which names, and that the pins agree."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import deepreg_fast
+from deepreg_fast._version import __version__
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel built from a copy of the tree, so that nothing is left in the tree itself."""
+    copy = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("deepreg_fast", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    out = tmp_path_factory.mktemp("wheel")
+    code = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
+    done = python("-c", code, str(out), cwd=copy)
+    assert done.returncode == 0, done.stderr
+    return zipfile.ZipFile(next(out.glob("*.whl")))
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile):
+    names = set(wheel.namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"deepreg_fast", f"deepreg_fast-{__version__}.dist-info"}
+    expected = {str(p.relative_to(ROOT)) for p in (ROOT / "deepreg_fast").rglob("*.py")}
+    expected |= {
+        "deepreg_fast/kernels/" + str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("*.py")
+    }
+    expected |= {f"deepreg_fast/data/bsd400_{kind}.json" for kind in ("split", "sha256")}
+    assert expected <= names
+    assert "deepreg_fast/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_unpacked_wheel_imports(wheel: zipfile.ZipFile, tmp_path: Path):
+    wheel.extractall(tmp_path)
+    code = "import deepreg_fast.kernels as k, deepreg_fast.data as d; print(k.__file__, len(d.bsd400_split().train))"
+    done = python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    file, count = done.stdout.split()
+    assert Path(file) == tmp_path / "deepreg_fast" / "kernels" / "__init__.py"
+    assert count == "370"
+
+
+def test_kernels_alone_fails_with_a_sentence():
+    done = python("-c", "import kernels", cwd=ROOT)
+    assert done.returncode == 1
+    assert "cannot be imported by itself" in done.stderr
+    assert "import deepreg_fast.kernels" in done.stderr
+
+
+def test_kernels_as_part_of_the_package():
+    import deepreg_fast.kernels
+
+    assert deepreg_fast.kernels.__name__ == "deepreg_fast.kernels"
+
+
+def test_one_version():
+    assert deepreg_fast.__version__ == __version__ == metadata.version("deepreg-fast")
+
+
+def test_entry_point():
+    (entry,) = (e for e in metadata.entry_points(group="console_scripts") if e.name == "deepreg-fast")
+    assert entry.value == "deepreg_fast.cli:main"
+    assert callable(entry.load())
+
+
+def test_pins_agree():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    dev = set(PROJECT["optional-dependencies"]["dev"])
+    pins = set(re.findall(r'"([^"]+==[^"]+)"', hooks))
+    assert {re.split(r"[\[=]", pin)[0] for pin in pins} == {"ruff", "pyright"}
+    assert pins <= dev
+
+
+def absolute_imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+def test_every_import_is_declared():
+    """No module imports a package that the project does not depend on."""
+    declared = {re.split(r"[^\w-]", d)[0] for extra in PROJECT["optional-dependencies"].values() for d in extra}
+    declared |= {re.split(r"[^\w-]", d)[0] for d in PROJECT["dependencies"]}
+    distribution = {"PIL": "pillow", "skimage": "scikit-image", "cupy": "cupy-cuda13x", "requests": "pooch"}
+    for path in [*(ROOT / "deepreg_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for name in absolute_imports(path):
+            known = name in sys.stdlib_module_names or name == "deepreg_fast"
+            assert known or distribution.get(name, name) in declared, f"{path.name} imports {name}"
+
+
+def test_ci_calls_make_test():
+    script = ROOT / ".ci" / "run"
+    lines = script.read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ["#!/usr/bin/env bash", "set -euo pipefail"]
+    assert lines[-1] == "exec make test"
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+def test_make_says_which_python_it_needs(tmp_path: Path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "setup.py"):
+        (tmp_path / name).touch()
+    old = tmp_path / "python-old"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit 0\nexit 1\n', encoding="utf-8")
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "install", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "needs Python 3.11 or newer" in done.stderr
+    assert "Python 3.9.2" in done.stderr
+    assert not (tmp_path / ".venv").exists()
