@@ -115,13 +115,13 @@ class _ConjugateGradients:
     def _direct(self) -> None:
         """Next search direction `p = z + (rz / rz_old) p`, `z = M^{-1} r`."""
         s = self.system
-        r = torch.where(expand(s.running, s.r), s.r, 0.0)
+        r = select(s.running, s.r, 0.0)
         z = self.preconditioner(r) if self.preconditioner else r
         rz = dot(r, z)
         s.end(s.running & ~torch.isfinite(rz), Status.NON_FINITE)
         s.end(s.running & ~(rz > 0), Status.NEGATIVE_CURVATURE)
         factor = torch.where(self.fresh, 0.0, rz / self.rz)
-        self.p = torch.where(expand(s.running, z), z + expand(factor, z) * self.p, self.p)
+        self.p = select(s.running, z + expand(factor, z) * self.p, self.p)
         self.rz = torch.where(s.running, rz, self.rz)
         self.fresh = self.fresh & ~s.running
 

@@ -51,7 +51,7 @@ def extreme_eigenvalues(matvec: Map, v0: torch.Tensor, steps: int = 20) -> tuple
         a = dot(v, w)
         good = good & (~alive | torch.isfinite(a))
         alive = alive & good
-        w = torch.where(expand(alive, w), w, 0.0)
+        w = select(alive, w, 0.0)
         a = torch.where(alive, a, 0.0)
         size = torch.maximum(size, norm(w))
         # An image that has ended repeats its first Rayleigh quotient, which lies between its Ritz values.
@@ -63,7 +63,7 @@ def extreme_eigenvalues(matvec: Map, v0: torch.Tensor, steps: int = 20) -> tuple
             w = w - expand(dot(q, w), w) * q
         b = norm(w)
         alive = alive & (b > 10.0 * eps * size)
-        v = torch.where(expand(alive, w), w / expand(torch.where(alive, b, 1.0), w), 0.0)
+        v = select(alive, w / expand(torch.where(alive, b, 1.0), w), 0.0)
         b = torch.where(alive, b, 0.0)
         matrix[:, k, k + 1] = matrix[:, k + 1, k] = b
     matrix = torch.where(good[:, None, None], matrix, 0.0)
@@ -75,7 +75,7 @@ def extreme_eigenvalues(matvec: Map, v0: torch.Tensor, steps: int = 20) -> tuple
 def _unit(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`v / ||v||` for each image, and a flag where that exists (zeros elsewhere)."""
     finite = torch.isfinite(v).flatten(1).all(1)
-    v = torch.where(expand(finite, v), v, 0.0)
+    v = select(finite, v, 0.0)
     # First by the largest entry: the squares of tiny or huge entries leave the number range.
     largest = v.flatten(1).abs().amax(1)
     good = finite & (largest > 0)

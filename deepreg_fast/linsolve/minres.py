@@ -88,7 +88,7 @@ class _Minres:
     def _solve(self, r: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`M^{-1} r` and `sqrt(<r, M^{-1} r>)`; images where that is not a positive square end here."""
         s = self.system
-        r = torch.where(expand(rows, r), r, 0.0)
+        r = select(rows, r, 0.0)
         y = self.preconditioner(r) if self.preconditioner else r
         square = dot(r, y)
         s.end(rows & ~torch.isfinite(square), Status.NON_FINITE)
@@ -147,7 +147,7 @@ class _Minres:
     def _lanczos(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`v`, `<v, A v>` and the next Lanczos vector times its beta."""
         s = self.system
-        v = torch.where(expand(s.running, self.y), self.y / expand(torch.where(s.running, self.beta, 1.0), self.y), 0.0)
+        v = select(s.running, self.y / expand(torch.where(s.running, self.beta, 1.0), self.y), 0.0)
         u = s.apply(v, s.running)
         s.note_norm(dot(v, v), dot(u, u), s.running)
         u = u - expand(self.beta / self.beta_old, u) * self.r1

@@ -14,7 +14,7 @@ import torch
 
 from .. import checks
 from ..status import Status
-from .batch import dot, expand, norm
+from .batch import dot, expand, norm, power_of_two, select
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
@@ -59,15 +59,15 @@ class System:
         finite = torch.isfinite(flat).all(1)
         largest = torch.where(finite[:, None], flat, 0.0).abs().amax(1).double()
         exponent = torch.where(largest > 0, torch.frexp(largest).exponent, 0).clamp(-1000, 1000)
-        self.scale = torch.exp2(exponent.double())
-        self.b = self._divide(torch.where(expand(finite, b), b, 0.0))
+        self.scale = power_of_two(exponent.long())
+        self.b = self._divide(select(finite, b, 0.0))
         self.b_norm = norm(self.b)
         zero = self.b_norm == 0
         self.x = torch.zeros_like(b)
         if x0 is not None:
             start = self._divide(x0)
             usable = torch.isfinite(start).flatten(1).all(1) & ~(zero & finite)
-            self.x = torch.where(expand(usable, start), start, 0.0)
+            self.x = select(usable, start, 0.0)
         self.r = self.b.clone()
         self.eps = torch.finfo(b.dtype).eps
         self.a_norm = torch.zeros_like(self.b_norm)
@@ -88,7 +88,7 @@ class System:
 
     def apply(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """`A v` for `rows`, with zeros elsewhere."""
-        out = self.matvec(torch.where(expand(rows, v), v, 0.0))
+        out = self.matvec(select(rows, v, 0.0))
         if out.shape != v.shape or out.dtype != v.dtype:
             raise checks.InputError(
                 f"matvec must return a {v.dtype} tensor of shape {list(v.shape)} like its argument, "
@@ -107,7 +107,7 @@ class System:
         product = self.apply(self.x, rows)
         size = dot(self.x, self.x)
         self.note_norm(size, dot(product, product), rows)
-        self.r = torch.where(expand(rows, self.r), self.b - product, self.r)
+        self.r = select(rows, self.b - product, self.r)
         rounding = 0.5 * self.eps * self.a_norm * torch.sqrt(size)
         value = torch.sqrt(dot(self.r, self.r) + rounding**2) / self.b_norm
         self.residual = torch.where(rows, torch.where(torch.isfinite(value), value, torch.inf), self.residual)
@@ -120,8 +120,8 @@ class System:
         self.measure(rows)
         energy = -0.5 * dot(self.x, self.b + self.r)
         drop = rows & ((self.residual > 1.0) & ~(energy < 0.0) | torch.isinf(self.residual))
-        self.x = torch.where(expand(drop, self.x), 0.0, self.x)
-        self.r = torch.where(expand(drop, self.r), self.b, self.r)
+        self.x = select(drop, 0.0, self.x)
+        self.r = select(drop, self.b, self.r)
         self.residual = torch.where(drop, 1.0, self.residual)
         self.end(rows & (self.residual <= self.tolerance), Status.CONVERGED)
 
@@ -129,7 +129,7 @@ class System:
         """The answer in the caller's scale; where that costs bits (underflow) the residual is taken once more."""
         x = (self.x.double() * expand(self.scale, self.x.double())).to(self.x.dtype)
         over = ~torch.isfinite(x).flatten(1).all(1)
-        x = torch.where(expand(over, x), 0.0, x)
+        x = select(over, 0.0, x)
         back = self._divide(x)
         changed = (back != self.x).flatten(1).any(1)
         if bool(changed.any()):
@@ -165,8 +165,8 @@ def drive(system: System, method: Method, max_iterations: int, fallback: Map | N
             _fall_back(s, rows, fallback)
         s.measure(rows)
         worse = rows & (s.residual > best)
-        s.x = torch.where(expand(worse, s.x), best_x, s.x)
-        s.r = torch.where(expand(worse, s.r), s.b, s.r)
+        s.x = select(worse, best_x, s.x)
+        s.r = select(worse, s.b, s.r)
         s.residual = torch.where(worse, best, s.residual)
         best_x, best = s.x, torch.where(rows, s.residual, best)
         good = rows & (s.residual <= s.tolerance) & (s.status != int(Status.NON_FINITE))
@@ -183,9 +183,9 @@ def _fall_back(s: System, rows: torch.Tensor, fallback: Map) -> None:
     empty = rows & gave_up & (s.x == 0).flatten(1).all(1)
     if not bool(empty.any()):
         return
-    x = fallback(torch.where(expand(empty, s.b), s.b, 0.0))
+    x = fallback(select(empty, s.b, 0.0))
     usable = empty & torch.isfinite(x).flatten(1).all(1)
-    s.x = torch.where(expand(usable, s.x), x, s.x)
+    s.x = select(usable, x, s.x)
 
 
 def _check(b: torch.Tensor, x0: torch.Tensor | None) -> None:
