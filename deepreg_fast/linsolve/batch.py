@@ -32,7 +32,7 @@ def expand(s: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1, *([1] * (like.ndim - 1)))
 
 
-def select(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def select(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor | float) -> torch.Tensor:
     """`a` for the images where `rows` `[B]` is true, `b` for the others; NaN in the one not taken stays out."""
     return torch.where(expand(rows, a), a, b)
 

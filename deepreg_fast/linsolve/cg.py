@@ -8,8 +8,8 @@ import torch
 
 from .. import checks
 from ..status import Status
-from .batch import dot, expand
-from .system import LinearSolution, Map, System, drive
+from .batch import dot, expand, select
+from .system import LinearSolution, Map, System, drive, empty
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def cg(
     b : Tensor `[B, ...]`, float32 or float64
     options : CGOptions
     x0 : Tensor like `b`, optional
-        Start. One that is not finite, or no better than zero, is dropped.
+        Start. One that is not finite, or worse than zero, is dropped.
     preconditioner : callable, optional
         `v -> M^{-1} v`, symmetric positive definite.
 
@@ -72,18 +72,13 @@ def cg(
     """
     options = options or CGOptions()
     if isinstance(b, torch.Tensor) and b.ndim and len(b) == 0:
-        return _empty(b)
+        return empty(b)
     system = System(matvec, b, x0, options.tolerance)
-    system.begin(x0 is not None)
+    system.begin(by_energy=True)
     fallback = None
     if options.truncated_fallback:
         fallback = preconditioner or torch.clone
-    return drive(system, _ConjugateGradients(system, preconditioner), options.max_iterations, fallback)
-
-
-def _empty(b: torch.Tensor) -> LinearSolution:
-    none = torch.zeros(0, dtype=torch.int64, device=b.device)
-    return LinearSolution(b.clone(), none, none.clone(), torch.zeros(0, dtype=torch.float64, device=b.device))
+    return drive(system, _ConjugateGradients(system, preconditioner), options.max_iterations, fallback=fallback)
 
 
 class _ConjugateGradients:
@@ -131,8 +126,7 @@ class _ConjugateGradients:
         r = s.r - expand(length, s.r) * product
         xx, rr = dot(x, x), dot(r, r)
         s.end(s.running & ~(torch.isfinite(xx) & torch.isfinite(rr)), Status.NON_FINITE)
-        moved = expand(s.running, x)
-        s.x, s.r = torch.where(moved, x, s.x), torch.where(moved, r, s.r)
+        s.x, s.r = select(s.running, x, s.x), select(s.running, r, s.r)
         still = length * torch.sqrt(pp) <= 0.25 * s.eps * torch.sqrt(xx)
         self.idle = torch.where(still, self.idle + 1, 0)
         done = (torch.sqrt(rr) <= 0.9 * s.tolerance * s.b_norm) | (rr == 0) | (self.idle >= 3)

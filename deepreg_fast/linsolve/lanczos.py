@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks
-from .batch import dot, expand, norm
+from .batch import dot, expand, norm, select
 from .system import Map
 
 

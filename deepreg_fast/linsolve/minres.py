@@ -8,9 +8,8 @@ import torch
 
 from .. import checks
 from ..status import Status
-from .batch import dot, expand, norm
-from .cg import _empty
-from .system import LinearSolution, Map, System, drive
+from .batch import dot, expand, norm, select
+from .system import LinearSolution, Map, System, drive, empty
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def minres(
     b : Tensor `[B, ...]`, float32 or float64
     options : MinresOptions
     x0 : Tensor like `b`, optional
-        Start. One that is not finite, or no better than zero, is dropped.
+        Start. One that is not finite, or worse than zero, is dropped.
     preconditioner : callable, optional
         `v -> M^{-1} v`, symmetric positive definite; then `||b - A x||` in the norm of `M^{-1}` is what falls
         monotonically, while the end is judged, as ever, by the plain norm.
@@ -68,10 +67,10 @@ def minres(
     """
     options = options or MinresOptions()
     if isinstance(b, torch.Tensor) and b.ndim and len(b) == 0:
-        return _empty(b)
+        return empty(b)
     system = System(matvec, b, x0, options.tolerance)
-    system.begin(x0 is not None)
-    return drive(system, _Minres(system, preconditioner), options.max_iterations)
+    system.begin(by_energy=False)
+    return drive(system, _Minres(system, preconditioner), options.max_iterations, monotone=True)
 
 
 class _Minres:
@@ -99,16 +98,11 @@ class _Minres:
         s = self.system
         rows = s.running
         y, beta = self._solve(s.r, rows)
-        wide = expand(rows, y)
-        self.r1 = torch.where(wide, 0.0, self.r1)
-        self.r2 = torch.where(wide, s.r, self.r2)
-        self.y = torch.where(wide, y, self.y)
-        self.w, self.w_old = torch.where(wide, 0.0, self.w), torch.where(wide, 0.0, self.w_old)
-        self.beta, self.phibar = torch.where(rows, beta, self.beta), torch.where(rows, beta, self.phibar)
-        self.beta_old = torch.where(rows, 1.0, self.beta_old)
-        self.cs = torch.where(rows, -1.0, self.cs)
-        self.sn, self.dbar = torch.where(rows, 0.0, self.sn), torch.where(rows, 0.0, self.dbar)
-        self.epsln, self.a_est = torch.where(rows, 0.0, self.epsln), torch.where(rows, 0.0, self.a_est)
+        self.r1, self.w, self.w_old = (select(~rows, v, 0.0) for v in (self.r1, self.w, self.w_old))
+        self.r2, self.y = select(rows, s.r, self.r2), select(rows, y, self.y)
+        none = torch.zeros_like(beta)
+        self._keep(rows, beta_old=none + 1.0, beta=beta, phibar=beta, cs=none - 1.0, sn=none)
+        self._keep(rows, dbar=none, epsln=none, a_est=none)
         s.end(s.running & ~(beta > 0), Status.STAGNATED)
 
     def step(self) -> None:
@@ -121,9 +115,8 @@ class _Minres:
         self.a_est = torch.where(rows, torch.maximum(self.a_est, torch.hypot(alfa, beta)), self.a_est)
         tiny = s.eps * self.a_est
         gamma = torch.hypot(gbar, beta)
-        # gbar = dbar = 0: the residual is orthogonal to the range of A, x is a least-squares solution already.
-        least = rows & ((torch.hypot(gbar, dbar) <= 2.0 * tiny) | (gamma <= tiny))
-        s.end(least & (gamma <= tiny), Status.STAGNATED)
+        # ||A r|| = phibar ||(gbar, dbar)||: where that vanishes, x is a least-squares solution of a singular system.
+        s.end(rows & (torch.minimum(torch.hypot(gbar, dbar), gamma) <= 10.0 * tiny), Status.STAGNATED)
         gamma = torch.where(gamma > 0, gamma, 1.0)
         cs, sn = gbar / gamma, beta / gamma
         phi, phibar = cs * self.phibar, sn * self.phibar
@@ -133,14 +126,12 @@ class _Minres:
         r = expand(sn**2, x) * s.r - expand(tail, x) * r2
         xx, rr, ww = dot(x, x), dot(r, r), dot(w, w)
         s.end(s.running & ~(torch.isfinite(xx) & torch.isfinite(rr) & torch.isfinite(ww)), Status.NON_FINITE)
-        rows, wide = s.running, expand(s.running, x)
-        s.x, s.r = torch.where(wide, x, s.x), torch.where(wide, r, s.r)
-        self.w_old, self.w = torch.where(wide, self.w, self.w_old), torch.where(wide, w, self.w)
-        self.r1, self.r2 = torch.where(wide, self.r2, self.r1), torch.where(wide, r2, self.r2)
-        self.y = torch.where(wide, y, self.y)
+        rows = s.running
+        s.x, s.r = select(rows, x, s.x), select(rows, r, s.r)
+        self.w_old, self.w = select(rows, self.w, self.w_old), select(rows, w, self.w)
+        self.r1, self.r2, self.y = select(rows, self.r2, self.r1), select(rows, r2, self.r2), select(rows, y, self.y)
         self._keep(rows, beta_old=self.beta, beta=beta, dbar=dbar, epsln=epsln, phibar=phibar, cs=cs, sn=sn)
         still = phi.abs() * torch.sqrt(ww) <= 0.01 * s.eps * torch.sqrt(xx)
-        s.end(rows & least & ~(torch.sqrt(rr) <= s.tolerance * s.b_norm), Status.STAGNATED)
         done = (torch.sqrt(rr) <= 0.9 * s.tolerance * s.b_norm) | (beta <= tiny) | (still & (phi != 0))
         s.running = s.running & ~done
 

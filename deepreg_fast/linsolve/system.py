@@ -27,8 +27,9 @@ class LinearSolution:
     """Answers of `A_b x_b = b_b`, per image.
 
     `x` like `b`; `status` `[B]` (see `deepreg_fast.Status`); `iterations` `[B]`, products with A that the recurrence
-    took; `residual` `[B]`, float64: `||b - A x|| / ||b||` evaluated at `x`, together with the rounding of that
-    evaluation (`inf` where it is not finite, 0 where `b = 0`).
+    took; `residual` `[B]`, float64: `||b - A x|| / ||b||` evaluated at `x`, plus `eps ||A|| ||x|| / ||b||` for the
+    rounding of that evaluation (`inf` where it is not finite, 0 where `b = 0`). `CONVERGED` means that it is at or
+    below the tolerance.
     """
 
     x: torch.Tensor
@@ -103,24 +104,28 @@ class System:
         self.a_norm = torch.where(seen, torch.maximum(self.a_norm, ratio), self.a_norm)
 
     def measure(self, rows: torch.Tensor) -> None:
-        """The true residual of `rows` at `x`, with the rounding `eps/2 ||A|| ||x||` of its evaluation in quadrature."""
+        """The true residual of `rows` at `x`, plus the rounding `eps ||A|| ||x||` that its evaluation may hide."""
         product = self.apply(self.x, rows)
         size = dot(self.x, self.x)
         self.note_norm(size, dot(product, product), rows)
         self.r = select(rows, self.b - product, self.r)
-        rounding = 0.5 * self.eps * self.a_norm * torch.sqrt(size)
-        value = torch.sqrt(dot(self.r, self.r) + rounding**2) / self.b_norm
+        value = (norm(self.r) + self.eps * self.a_norm * torch.sqrt(size)) / self.b_norm
         self.residual = torch.where(rows, torch.where(torch.isfinite(value), value, torch.inf), self.residual)
 
-    def begin(self, has_start: bool) -> None:
-        """Residual of the start. A start that is farther than zero in the energy `1/2 <x, Ax> - <b, x>` is dropped."""
-        if not has_start or not bool(self.running.any()):
+    def begin(self, by_energy: bool) -> None:
+        """Residual of the start, which is dropped where it is worse than zero.
+
+        Worse is a residual above `||b||` and, `by_energy`, no less energy `1/2 <x, Ax> - <b, x>` either.
+        """
+        if not bool((self.running & (self.x != 0).flatten(1).any(1)).any()):
             return
         rows = self.running
         self.measure(rows)
         energy = -0.5 * dot(self.x, self.b + self.r)
-        drop = rows & ((self.residual > 1.0) & ~(energy < 0.0) | torch.isinf(self.residual))
-        self.x = select(drop, 0.0, self.x)
+        drop = rows & (self.residual > 1.0)
+        if by_energy:
+            drop = drop & (~(energy < 0.0) | torch.isinf(self.residual))
+        self.x = select(~drop, self.x, 0.0)
         self.r = select(drop, self.b, self.r)
         self.residual = torch.where(drop, 1.0, self.residual)
         self.end(rows & (self.residual <= self.tolerance), Status.CONVERGED)
@@ -129,7 +134,7 @@ class System:
         """The answer in the caller's scale; where that costs bits (underflow) the residual is taken once more."""
         x = (self.x.double() * expand(self.scale, self.x.double())).to(self.x.dtype)
         over = ~torch.isfinite(x).flatten(1).all(1)
-        x = select(over, 0.0, x)
+        x = select(~over, x, 0.0)
         back = self._divide(x)
         changed = (back != self.x).flatten(1).any(1)
         if bool(changed.any()):
@@ -141,15 +146,25 @@ class System:
         return LinearSolution(x, self.status, self.iterations, self.residual)
 
 
-def drive(system: System, method: Method, max_iterations: int, fallback: Map | None = None) -> LinearSolution:
+def empty(b: torch.Tensor) -> LinearSolution:
+    """The answer to no systems at all."""
+    none = torch.zeros(0, dtype=torch.int64, device=b.device)
+    return LinearSolution(b.clone(), none, none.clone(), torch.zeros(0, dtype=torch.float64, device=b.device))
+
+
+def drive(
+    system: System, method: Method, max_iterations: int, *, monotone: bool = False, fallback: Map | None = None
+) -> LinearSolution:
     """Run `method` until every image has ended, and let only true residuals say "converged".
 
     When the recurrence of an image says that it is done, its true residual is taken; if that disagrees, the method
     restarts from it (at most `REPLACEMENTS` times, each of which must halve it, else the image has stagnated).
+    `monotone`: the method minimizes the residual, so the start is kept where rounding made the end worse than it.
     `fallback(b)` replaces an iterate that is still zero where the method gave up.
     """
     s = system
-    best_x, best = s.x, torch.full_like(s.residual, torch.inf)
+    best_x, best_r = s.x, s.r
+    best = s.residual if monotone else torch.full_like(s.residual, torch.inf)
     for _ in range(REPLACEMENTS + 1):
         s.running = (s.status == OPEN) & (s.iterations < max_iterations)
         rows = s.running
@@ -164,11 +179,10 @@ def drive(system: System, method: Method, max_iterations: int, fallback: Map | N
         if fallback is not None:
             _fall_back(s, rows, fallback)
         s.measure(rows)
-        worse = rows & (s.residual > best)
-        s.x = select(worse, best_x, s.x)
-        s.r = select(worse, s.b, s.r)
+        worse = rows & (s.residual > best) & (s.status != int(Status.NON_FINITE))
+        s.x, s.r = select(worse, best_x, s.x), select(worse, best_r, s.r)
         s.residual = torch.where(worse, best, s.residual)
-        best_x, best = s.x, torch.where(rows, s.residual, best)
+        best_x, best_r, best = s.x, s.r, torch.where(rows, s.residual, best)
         good = rows & (s.residual <= s.tolerance) & (s.status != int(Status.NON_FINITE))
         s.end(good, Status.CONVERGED)
         out = (s.status == OPEN) & (s.iterations >= max_iterations)
