@@ -63,8 +63,8 @@ def hadamard(n: int) -> np.ndarray:
         below = next(k for k in range(n - 1, 0, -1) if _construct(k) is not None)
         above = next(k for k in range(n + 1, 8 * n + 9) if _construct(k) is not None)
         raise InputError(
-            f"The Hadamard transform needs sides that Sylvester's or Paley's construction gives, but a side of the image "
-            f"is {n}; crop to {below} or {above}, or use transform='dct'."
+            f"The Hadamard transform needs sides that Sylvester's or Paley's construction gives, but a side "
+            f"of the image is {n}; crop to {below} or {above}, or use transform='dct'."
         )
     return h
 

@@ -82,7 +82,7 @@ class BilevelTrainer(Trainer):
     def after_update(self) -> None:
         """Keep mu in its bounds."""
         low, high = np.log(self.config.mu_min), np.log(self.config.mu_max)
-        outside = not low <= float(self.log_mu) <= high
+        outside = not low <= float(self.log_mu.detach()) <= high
         self.counters.add("mu_clamped", outside)
         with torch.no_grad():
             self.log_mu.clamp_(low, high)

@@ -84,7 +84,7 @@ class Trainer:
     @property
     def mu(self) -> float:
         """The weight of the regularizer."""
-        return math.exp(float(self.log_mu))
+        return math.exp(float(self.log_mu.detach()))
 
     @property
     def checkpoint_path(self) -> Path:

@@ -1,0 +1,42 @@
+"""The command `deepreg-fast`: train, recover, evaluate, demo, data, info."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ..errors import DeepRegError
+from . import data, demo, evaluate, info, recover, train
+
+app = typer.Typer(
+    name="deepreg-fast",
+    help="Learned regularizers for imaging, trained bi-level. Start with 'deepreg-fast demo'.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(train.app, name="train")
+app.command()(recover.recover)
+app.command()(evaluate.evaluate)
+app.command()(demo.demo)
+app.add_typer(data.app, name="data")
+app.command()(info.info)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True)) -> None:
+    if version:
+        from .._version import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: an error of ours is one sentence on stderr and exit code 2, never a traceback."""
+    try:
+        app()
+    except DeepRegError as error:
+        print(f"deepreg-fast: {error}", file=sys.stderr)
+        sys.exit(2)
