@@ -23,7 +23,11 @@ from .status import counts
 
 @dataclass(frozen=True)
 class Method:
-    """A regularizer with its weight mu and solver options; `reg=None` is the minimum-norm solution about mid-grey."""
+    """A regularizer with its weight mu and solver options.
+
+    Without a regularizer: the back-projection `A^T y` if `name` is "adjoint", else the minimum-norm solution about
+    mid-grey.
+    """
 
     name: str
     reg: Regularizer | None = None
@@ -32,9 +36,9 @@ class Method:
 
 
 def run(method: Method, y: torch.Tensor, A: LinearOperator, batch: int = 5) -> Solution | torch.Tensor:
-    """Recover all images by one method, `batch` at a time; the minimum-norm solution comes as a tensor."""
+    """Recover all images by one method, `batch` at a time; what needs no solver comes as a tensor."""
     if method.reg is None:
-        return initial_point(y, A, TV())
+        return A.A_adjoint(y) if method.name == "adjoint" else initial_point(y, A, TV())
     parts = [
         recover(y[i : i + batch], A, method.reg, method.mu, options=method.options) for i in range(0, len(y), batch)
     ]

@@ -29,6 +29,9 @@ def resolve_mu(
             "The weight must be given as mu, or as lam and sigma (mu = lam sigma^2), "
             f"but mu={mu!r}, lam={lam!r}, sigma={sigma!r} came; give one of the two."
         )
+    for name, given in (("mu", mu), ("lam", lam), ("sigma", sigma)):
+        if isinstance(given, bool) or not isinstance(given, (int, float, torch.Tensor, type(None))):
+            raise InputError(f"{name} must be a number or a tensor [B], but is {checks.describe(given)}.")
     value = mu if mu is not None else lam * sigma**2  # type: ignore[operator]
     t = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
     if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(like))):
@@ -43,12 +46,19 @@ def resolve_mu(
 
 
 def add_noise(y: torch.Tensor, sigma: float, seed: int) -> torch.Tensor:
-    """`y + sigma n`, `n` standard normal from a generator of its own (PCG64 of `seed`); `sigma >= 0`."""
+    """`y + sigma n`, `n` standard normal from a generator of its own, of integer `seed >= 0`; `sigma >= 0`.
+
+    Box and Muller's transform of raw Philox output in float64, on the CPU: numpy keeps that stream for good, so a
+    seed gives the same noise with every release and on every device, to the rounding of log and cos.
+    """
     checks.number(sigma, "sigma", 0.0)
+    checks.integer(seed, "seed", 0)
     if sigma == 0:
         return y.clone()
-    n = np.random.Generator(np.random.PCG64(seed)).standard_normal(tuple(y.shape))
-    return y + sigma * torch.from_numpy(n).to(y)
+    raw = np.random.Philox(np.random.SeedSequence(seed)).random_raw(2 * y.numel()).reshape(2, -1)
+    u, v = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    n = np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)
+    return y + sigma * torch.from_numpy(n.reshape(tuple(y.shape))).to(y)
 
 
 def objective(y: torch.Tensor, Ax: torch.Tensor, value: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:

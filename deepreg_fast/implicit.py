@@ -35,7 +35,8 @@ class AdjointOptions:
         Preconditioned CG; preconditioned MINRES (for indefinite H: beta > 1 + alpha); Jacobian-free (Fung et al.
         2022: the preconditioner alone, no Hessian product); or back through `unrolled_steps` plain PGD steps.
     max_iterations, tolerance
-        Of CG and MINRES; the tolerance is on the relative residual.
+        Of CG and MINRES; the tolerance is on the relative residual. float32 can show 1e-4 down to about mu = 1e-3;
+        ask for less in float64.
     bound : float
         `||gamma|| <= bound ||x - xhat|| / mu`; longer answers (H close to singular) are scaled back.
     unrolled_steps : int
@@ -44,7 +45,7 @@ class AdjointOptions:
 
     method: str = "cg"
     max_iterations: int = 100
-    tolerance: float = 1e-5
+    tolerance: float = 1e-4
     bound: float = 10.0
     unrolled_steps: int = 100
 

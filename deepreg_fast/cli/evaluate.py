@@ -53,7 +53,7 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     y = add_noise(A.A(test.x), sigma, seed=1)
     y_tuning = add_noise(A.A(tuning), sigma, seed=2)
     options = PGDOptions(max_iterations, tolerance, acceleration)
-    methods = [Method("minimum_norm"), tuned_tv(tuning, y_tuning, A)]
+    methods = [Method("adjoint"), Method("minimum_norm"), tuned_tv(tuning, y_tuning, A)]
     for path in weights or []:
         methods.append(_method(path, methods, options))
         if tune and _needs_tuning(path):

@@ -71,7 +71,7 @@ class ConvChain(nn.Module):
         self.reset(seed)
 
     @torch.no_grad()
-    def reset(self, seed: int) -> None:
+    def reset(self, seed: int, last_zero: bool = True) -> None:
         """Draw the initial weights from a generator of their own (the global one is not touched)."""
         g = torch.Generator().manual_seed(seed)
         for conv in self.convs:
@@ -81,7 +81,8 @@ class ConvChain(nn.Module):
             conv.bias.zero_()
         last = self.convs[-1]
         assert isinstance(last, nn.Conv2d)
-        last.weight.zero_()
+        if last_zero:
+            last.weight.zero_()
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """`h(u)`, `[B, C, H, W] -> [B, C, H, W]`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -11,43 +13,93 @@ from ..errors import InputError
 from .dct import separable
 
 
-def _is_prime(q: int) -> bool:
-    return q > 1 and all(q % p for p in range(2, int(q**0.5) + 1))
+def _prime_power(q: int) -> tuple[int, int] | None:
+    """`(p, k)` with `q = p^k`, p prime, or None."""
+    if q < 2:
+        return None
+    p = next((p for p in range(2, math.isqrt(q) + 1) if q % p == 0), q)
+    k = 0
+    while q % p == 0:
+        q, k = q // p, k + 1
+    return (p, k) if q == 1 else None
 
 
-def _jacobsthal(q: int) -> np.ndarray:
-    """`Q[a, b] = chi(a - b)`, chi the quadratic character modulo the prime q."""
+def _generator_powers(p: int, k: int) -> list[int]:
+    """`g^0, ..., g^(q-2)` for a generator g of GF(q)'s multiplicative group, `q = p^k`, elements in base-p digits.
+
+    The field is GF(p)[x]/f with the first monic f of degree k for which x itself is a generator.
+    """
+    q = p**k
+    for tail in itertools.product(range(p), repeat=k):
+        element, powers = [1] + [0] * (k - 1), []
+        while len(powers) < q - 1:
+            powers.append(sum(c * p**i for i, c in enumerate(element)))
+            top = element[-1]
+            element = [(c - top * t) % p for c, t in zip([0, *element[:-1]], tail, strict=True)]
+            if element == [1] + [0] * (k - 1):
+                break
+        if len(powers) == q - 1 and len(set(powers)) == q - 1:
+            return powers
+    raise AssertionError(f"GF({p}^{k}) has a primitive polynomial")
+
+
+def _jacobsthal(p: int, k: int) -> np.ndarray:
+    """`Q[a, b] = chi(a - b)`, chi the quadratic character of GF(p^k): the even powers of a generator are squares."""
+    q = p**k
     chi = np.full(q, -1, np.int8)
-    chi[(np.arange(1, q, dtype=np.int64) ** 2) % q] = 1
+    if k == 1:
+        chi[(np.arange(1, q, dtype=np.int64) ** 2) % q] = 1
+    else:
+        chi[_generator_powers(p, k)[::2]] = 1
     chi[0] = 0
-    return chi[(np.arange(q)[:, None] - np.arange(q)[None, :]) % q]
+    a, b = np.arange(q)[:, None], np.arange(q)[None, :]
+    return chi[sum((a // p**i - b // p**i) % p * p**i for i in range(k))]
 
 
-@lru_cache(maxsize=256)
-def _construct(n: int) -> np.ndarray | None:
-    """A Hadamard matrix of order n, or None where these constructions give none."""
+def _paley(n: int) -> np.ndarray | None:
+    """Paley I (`n = q + 1`, `q = 3 mod 4`) or II (`n = 2(q + 1)`, `q = 1 mod 4`), or None."""
+    power = _prime_power(n - 1)
+    if power and (n - 1) % 4 == 3:
+        s = np.eye(n, dtype=np.int8)
+        s[0, 1:], s[1:, 0] = 1, -1
+        s[1:, 1:] += _jacobsthal(*power)
+        return s
+    q = n // 2 - 1
+    power = _prime_power(q)
+    if n % 4 == 0 and power and q % 4 == 1:
+        c = np.zeros((q + 1, q + 1), np.int8)
+        c[0, 1:], c[1:, 0], c[1:, 1:] = 1, 1, _jacobsthal(*power)
+        i = np.eye(q + 1, dtype=np.int8)
+        h = np.block([[c + i, c - i], [c - i, -c - i]])
+        # Columns negated so that row 0 is constant: coefficient 0 is then the mean, as in the other constructions.
+        return (h * h[0]).astype(np.int8)
+    return None
+
+
+@lru_cache(maxsize=512)
+def exists(n: int) -> bool:
+    """Whether `_construct` gives a matrix, without building one."""
+    if n in (1, 2):
+        return True
+    if n % 4:
+        return False
+    if n & (n - 1) == 0 or _prime_power(n - 1) or ((n // 2 - 1) % 4 == 1 and _prime_power(n // 2 - 1)):
+        return True
+    return any(n % k == 0 and exists(k) and exists(n // k) for k in range(2, math.isqrt(n) + 1))
+
+
+@lru_cache(maxsize=16)
+def _construct(n: int) -> np.ndarray:
+    """A Hadamard matrix of an order that `exists`, with row 0 constant."""
     if n == 1:
         return np.ones((1, 1), np.int8)
-    if n != 2 and n % 4:
-        return None
     if n == 2:
         return np.array([[1, 1], [1, -1]], np.int8)
-    if _is_prime(n - 1) and (n - 1) % 4 == 3:
-        s = np.zeros((n, n), np.int8)
-        s[0, 1:], s[1:, 0], s[1:, 1:] = 1, -1, _jacobsthal(n - 1)
-        return s + np.eye(n, dtype=np.int8)
-    q = n // 2 - 1
-    if _is_prime(q) and q % 4 == 1:
-        c = np.zeros((q + 1, q + 1), np.int8)
-        c[0, 1:], c[1:, 0], c[1:, 1:] = 1, 1, _jacobsthal(q)
-        i = np.eye(q + 1, dtype=np.int8)
-        return np.block([[c + i, c - i], [c - i, -c - i]]).astype(np.int8)
-    for k in range(2, int(n**0.5) + 1):
-        if n % k == 0:
-            a, b = _construct(k), _construct(n // k)
-            if a is not None and b is not None:
-                return np.kron(a, b).astype(np.int8)
-    return None
+    h = None if n & (n - 1) == 0 else _paley(n)
+    if h is not None:
+        return h
+    k = next(k for k in range(2, math.isqrt(n) + 1) if n % k == 0 and exists(k) and exists(n // k))
+    return np.kron(_construct(k), _construct(n // k)).astype(np.int8)
 
 
 def hadamard(n: int) -> np.ndarray:
@@ -58,15 +110,14 @@ def hadamard(n: int) -> np.ndarray:
     InputError
         If Sylvester's and Paley's constructions and their products give none, with the nearest orders that exist.
     """
-    h = _construct(n)
-    if h is None:
-        below = next(k for k in range(n - 1, 0, -1) if _construct(k) is not None)
-        above = next(k for k in range(n + 1, 8 * n + 9) if _construct(k) is not None)
+    if n < 1 or not exists(n):
+        below = next((k for k in range(n - 1, 0, -1) if exists(k)), 1)
+        above = next(k for k in itertools.count(max(1, n + 1)) if exists(k))
         raise InputError(
-            f"The Hadamard transform needs sides that Sylvester's or Paley's construction gives, but a side "
-            f"of the image is {n}; crop to {below} or {above}, or use transform='dct'."
+            "The Hadamard transform needs sides that Sylvester's or Paley's construction gives, but a side of the "
+            f"image is {n}; crop to {below} or pad the images to {above} beforehand, or use transform='dct'."
         )
-    return h
+    return _construct(n).copy()
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ def block_size(d: int, block: int | None = None) -> int:
     largest = d & -d
     if block is None:
         return largest
-    if block < 1 or block & (block - 1) or d % block:
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1 or block & (block - 1) or d % block:
         raise InputError(
             f"The Walsh-Hadamard block must be a power of two that divides d = {d} (<= {largest}), but is {block!r}."
         )
@@ -24,7 +24,7 @@ def walsh_blocks(v: torch.Tensor, block: int) -> torch.Tensor:
     shape = v.shape
     h = 1
     while h < block:
-        pairs = v.reshape(shape[0], -1, 2, h)
+        pairs = v.reshape(shape[0], shape[1] // (2 * h), 2, h)
         v = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), dim=2)
         h *= 2
     return v.reshape(shape) * block**-0.5

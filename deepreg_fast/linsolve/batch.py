@@ -11,6 +11,8 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     The sum runs over rows first and over the row sums second, so that no reduction has a single output: torch
     splits only those between threads, which would make the bits depend on the batch size.
     """
+    if not len(a):
+        return torch.zeros(0, dtype=torch.float64, device=a.device)
     rows = (a.double() * b.double()).flatten(1)
     if rows.shape[1] == 0:
         return rows.sum(1)

@@ -34,9 +34,9 @@ class LinearOperator(nn.Module):
 
     def __init__(self, image_shape: tuple[int, int, int], measurements: int) -> None:
         super().__init__()
-        shape = tuple(image_shape)
+        shape = tuple(image_shape) if isinstance(image_shape, (tuple, list)) else ()
         if len(shape) != 3:
-            raise InputError(f"image_shape must be (C, H, W), but is {image_shape!r}.")
+            raise InputError(f"image_shape must be (C, H, W), but is {image_shape!r}; a gray image has C = 1.")
         for n in shape:
             checks.integer(n, "every size in image_shape", 1)
         self.image_shape: tuple[int, int, int] = (shape[0], shape[1], shape[2])
@@ -50,7 +50,7 @@ class LinearOperator(nn.Module):
 
     def A(self, x: torch.Tensor) -> torch.Tensor:
         """`A x`, `[B, C, H, W] -> [B, m]`."""
-        return self._forward(checks.images(x, "x", self.image_shape))
+        return self._forward(self._here(checks.images(x, "x", self.image_shape), "x"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`A x`."""
@@ -58,7 +58,17 @@ class LinearOperator(nn.Module):
 
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         """`A^T y`, `[B, m] -> [B, C, H, W]`."""
-        return self._adjoint(checks.vectors(y, self.measurements))
+        return self._adjoint(self._here(checks.vectors(y, self.measurements), "y"))
+
+    def _here(self, t: torch.Tensor, name: str) -> torch.Tensor:
+        """Check that `t` lies on the device of the operator's buffers; return it."""
+        home = next((b.device for b in self.buffers()), t.device)
+        if t.device != home:
+            raise InputError(
+                f"{name} must be on the operator's device {home}, but is on {t.device}; "
+                f"move one of them with .to({str(home)!r})."
+            )
+        return t
 
     def normal(self, x: torch.Tensor) -> torch.Tensor:
         """`A^T A x`."""
@@ -81,7 +91,7 @@ class LinearOperator(nn.Module):
             raise InputError(
                 f"{type(self).__name__} has no closed form of shifted_inverse; ask has_shifted_inverse first."
             )
-        s = _per_image(c, v)
+        s = _per_image(c, checks.images(v, "v", self.image_shape), "c", zero=False)
         return (v - self.normal(v) / (self.gram_scale + s)) / s
 
     def prox_l2(self, z: torch.Tensor, y: torch.Tensor, gamma: Gamma) -> torch.Tensor:
@@ -90,9 +100,11 @@ class LinearOperator(nn.Module):
         With `A A^T = g I`: `z + gamma/(1 + gamma g) A^T (y - A z)`; else by CG on
         `(I + gamma A^T A) x = z + gamma A^T y`.
         """
-        checks.images(z, "z", self.image_shape)
-        checks.vectors(y, self.measurements)
-        g = _per_image(gamma, z)
+        self._here(checks.images(z, "z", self.image_shape), "z")
+        checks.same_kind(z, checks.vectors(y, self.measurements), "z and y")
+        if len(y) != len(z):
+            raise InputError(f"z and y must hold one batch, but hold {len(z)} images and {len(y)} measurements.")
+        g = _per_image(gamma, z, "gamma")
         if self.gram_scale is None:
             return self._prox_by_cg(z, y, g)
         return z + g / (1.0 + g * self.gram_scale) * self._adjoint(y - self._forward(z))
@@ -123,10 +135,16 @@ class LinearOperator(nn.Module):
         return digest.hexdigest()
 
 
-def _per_image(value: Gamma, like: torch.Tensor) -> torch.Tensor:
-    """A number or `[B]` shaped to multiply `like`."""
-    if isinstance(value, torch.Tensor) and value.ndim == 1:
-        return expand(value, like)
+def _per_image(value: Gamma, like: torch.Tensor, name: str, *, zero: bool = True) -> torch.Tensor:
+    """A number or `[B]` shaped to multiply `like`. The sign of a tensor is not checked: that would wait for the GPU."""
+    if isinstance(value, torch.Tensor):
+        if value.ndim > 1 or (value.ndim == 1 and len(value) not in (1, len(like))):
+            raise InputError(
+                f"{name} must be one number or one for each of the {len(like)} images, "
+                f"but has shape {list(value.shape)}."
+            )
+        return expand(value.to(dtype=like.dtype, device=like.device).reshape(-1), like)
+    checks.number(value, name, 0.0, open_low=not zero)
     return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
 
@@ -137,8 +155,8 @@ def register(kind: str, cls: type[LinearOperator]) -> None:
 
 def from_description(description: dict[str, Any]) -> LinearOperator:
     """Rebuild an operator from `describe()`'s answer."""
-    kind = description.get("kind")
-    if kind not in _REGISTRY:
+    kind = description.get("kind") if isinstance(description, dict) else description
+    if not isinstance(kind, str) or kind not in _REGISTRY:
         raise InputError(
             f"The operator's kind must be one of {sorted(_REGISTRY)}, but is {kind!r}; "
             "register your class with deepreg_fast.operators.register(kind, cls) first."

@@ -32,7 +32,8 @@ class SRM(LinearOperator):
     seed : int >= 0
         Draws signs, permutation and rows; the same seed gives the same operator on every platform.
     keep_dc : bool, optional
-        Always keep coefficient 0; by default only for a pure permutation, which leaves the mean there.
+        Keep the coefficients that hold the means, of each channel ("walsh": of each block), as many as m allows,
+        coefficient 0 first; by default only for a pure permutation, which leaves the image's mean there.
 
     Raises
     ------
@@ -64,13 +65,25 @@ class SRM(LinearOperator):
         if transform == "hadamard":
             for n in self.image_shape[1:]:
                 hadamard.hadamard(n)
-        signs, perm, rows = _draw(d, self.measurements, self.seed, self.keep_dc)
-        self.register_buffer("rows", torch.from_numpy(rows))
-        self.register_buffer("signs", torch.from_numpy(signs) if randomizer != "permutation" else None)
-        self.register_buffer("perm", torch.from_numpy(perm) if randomizer != "sign" else None)
+        for name, buffer in self._draw(self.seed, self.keep_dc).items():
+            self.register_buffer(name, buffer)
         self.rows: torch.Tensor
         self.signs: torch.Tensor | None
         self.perm: torch.Tensor | None
+
+    def _draw(self, seed: int, keep_dc: bool) -> dict[str, torch.Tensor | None]:
+        """The buffers: `rows` sorted int64 [m], `signs` int8 [d], `perm` int64 [d], the last two None if not used."""
+        d = int(np.prod(self.image_shape))
+        step = self.block if self.block is not None else self.image_shape[1] * self.image_shape[2]
+        signs, perm, order = _random(d, seed)
+        if keep_dc:
+            means = order % step == 0
+            order = np.concatenate([[0], order[means & (order != 0)], order[~means]])
+        return {
+            "rows": torch.from_numpy(np.sort(order[: self.measurements])),
+            "signs": torch.from_numpy(signs) if self.randomizer != "permutation" else None,
+            "perm": torch.from_numpy(perm) if self.randomizer != "sign" else None,
+        }
 
     def _transform(self, v: torch.Tensor) -> torch.Tensor:
         """`F v`, `[B, d] -> [B, d]`."""
@@ -124,15 +137,34 @@ class SRM(LinearOperator):
         return self.describe()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take another seed's identity; anything else must agree."""
+        """Take another seed's identity; `_load_from_state_dict` has checked it."""
+        self.seed, self.keep_dc = state["seed"], state["keep_dc"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Check the state before anything is copied, so that a refused one leaves this operator as it was."""
+        state = state_dict.get(prefix + "_extra_state")
+        if state is not None:
+            self._check_state(state, {k: state_dict.get(prefix + k) for k in ("rows", "signs", "perm")})
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _check_state(self, state: object, buffers: dict[str, torch.Tensor | None]) -> None:
+        """Another seed may come; everything else must agree, and the buffers must be that seed's."""
         mine = self.describe()
-        fixed = [k for k in mine if k not in ("seed", "keep_dc") and mine[k] != state.get(k)]
+        theirs = state if isinstance(state, dict) else {}
+        fixed = [k for k in mine if k not in ("seed", "keep_dc") and mine[k] != theirs.get(k)]
         if fixed:
-            told = ", ".join(f"{k}={state.get(k)!r} (here {mine[k]!r})" for k in fixed)
+            told = ", ".join(f"{k}={theirs.get(k)!r} (here {mine[k]!r})" for k in fixed)
             raise OperatorMismatch(
                 f"The state must be of an SRM of the same kind, but has {told}; build that operator."
             )
-        self.seed, self.keep_dc = state["seed"], state["keep_dc"]
+        seed, keep_dc = checks.integer(theirs.get("seed"), "the state's seed", 0), bool(theirs.get("keep_dc"))
+        for name, drawn in self._draw(seed, keep_dc).items():
+            came = buffers[name]
+            if came is not None and (drawn is None or not torch.equal(came.cpu(), drawn)):
+                raise OperatorMismatch(
+                    f"The state's {name} must be what its seed {seed} draws, but differ; the file is damaged or "
+                    "was written by another version: build the operator anew."
+                )
 
 
 def _measurements(d: int, ratio: float | None, measurements: int | None) -> int:
@@ -143,19 +175,16 @@ def _measurements(d: int, ratio: float | None, measurements: int | None) -> int:
     return max(1, round(checks.number(0.2 if ratio is None else ratio, "ratio", 0.0, 1.0, open_low=True) * d))
 
 
-def _draw(d: int, m: int, seed: int, keep_dc: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Signs int8, permutation and sorted rows int64 from raw PCG64 output.
+def _random(d: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Signs int8, and two random orders of `0..d-1` int64 (permutation, rows), from raw PCG64 output.
 
     numpy keeps the raw stream of a bit generator for good, but not what its Generator methods make of it: so the
-    permutation and the rows come from sorting raw 64-bit keys.
+    orders come from sorting raw 64-bit keys.
     """
     keys = [np.random.PCG64(np.random.SeedSequence([seed, stream])).random_raw(d) for stream in range(3)]
     signs = np.where(keys[0] >> np.uint64(63), 1, -1).astype(np.int8)
-    perm = np.argsort(keys[1], kind="stable").astype(np.int64)
-    order = np.argsort(keys[2], kind="stable").astype(np.int64)
-    if keep_dc:
-        order = np.concatenate([[0], order[order != 0]])
-    return signs, perm, np.sort(order[:m])
+    perm, order = (np.argsort(k, kind="stable").astype(np.int64) for k in keys[1:])
+    return signs, perm, order
 
 
 register("srm", SRM)

@@ -83,6 +83,9 @@ class RED(Regularizer):
             "image_channels": image_channels,
         }
         self.net = ConvChain(channels, depth, norm, kernel_size, gain, eps, image_channels, seed)
+        if head == "norm":
+            # 1/2 ||h||^2 is stationary in every parameter where h = 0, so it would never train from there.
+            self.net.reset(seed, last_zero=False)
 
     def h(self, u: torch.Tensor) -> torch.Tensor:
         """The network, acting on centred images."""

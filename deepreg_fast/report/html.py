@@ -27,7 +27,8 @@ th:first-child, td:first-child { text-align: left; }
 td.text, th.text { text-align: left; white-space: normal; min-width: 14rem; }
 thead th { color: var(--soft); font-weight: 600; }
 tr.best td { background: #eef5ff; }
-.pictures { overflow-x: auto; } .pictures svg, .pictures img { min-width: 44rem; }
+.chart, .pictures { overflow-x: auto; }
+.chart svg { min-width: 34rem; } .pictures svg { min-width: 44rem; }
 """
 
 
@@ -45,10 +46,10 @@ class Report:
             self._parts.append(f"<p>{escape(text)}</p>")
 
     def figure(self, svg: str, caption: str, wide: bool = False) -> None:
-        """Add a figure, an `<svg>` element; a wide one scrolls on a narrow screen instead of shrinking."""
-        kind = ' class="pictures"' if wide else ""
+        """Add a figure, an `<svg>` element; on a narrow screen it scrolls instead of becoming unreadable."""
+        kind = "pictures" if wide else "chart"
         caption_html = f"<figcaption>{escape(caption)}</figcaption>"
-        self._parts.append(f"<figure><div{kind}>{svg}</div>{caption_html}</figure>")
+        self._parts.append(f'<figure><div class="{kind}">{svg}</div>{caption_html}</figure>')
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> None:
         """Add a table; row `best` is tinted, columns with long cells are set as text."""

@@ -107,7 +107,10 @@ class Anderson:
         self.count[rows] = 0
 
 
-def make(name: str, like: torch.Tensor, memory: int) -> Plain | Fista | Anderson:
+Accelerator = Plain | Fista | Anderson
+
+
+def make(name: str, like: torch.Tensor, memory: int) -> Accelerator:
     """The accelerator of that name for a batch shaped like `like`."""
     if name == "fista":
         return Fista(like)

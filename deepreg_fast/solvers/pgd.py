@@ -16,7 +16,7 @@ from ..linsolve.batch import dot, expand, norm
 from ..operators.base import LinearOperator
 from ..regularizers.base import Regularizer
 from ..status import Status
-from .acceleration import ACCELERATIONS, make
+from .acceleration import ACCELERATIONS, Accelerator, make
 
 Observer = Callable[[int, torch.Tensor], None]
 
@@ -162,11 +162,20 @@ def _first_tau(x0: torch.Tensor, tau0: torch.Tensor | None, options: PGDOptions)
     return torch.where(torch.isfinite(tau0) & (tau0 > 0), tau0.double(), options.tau)
 
 
+def _gradient(reg: Regularizer, x: torch.Tensor, w: _Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """`r` and `grad r` at `x`. The last image of a batch is evaluated as a pair of itself: torch has other
+    convolution kernels for a single image, and its bits would depend on when its neighbours ended."""
+    if len(x) == 1 and len(w.x) > 1:
+        v, g = reg.value_and_grad(torch.cat([x, x]))
+        return v[:1], g[:1]
+    return reg.value_and_grad(x)
+
+
 def _evaluate(w: _Work, reg: Regularizer, value: torch.Tensor, grad: torch.Tensor) -> None:
     """First gradient of every image; those that are not finite end here."""
     if not len(w.idx):
         return
-    v, g = reg.value_and_grad(w.x[w.idx])
+    v, g = _gradient(reg, w.x[w.idx], w)
     w.gradients[w.idx] += 1
     good = torch.isfinite(g).flatten(1).all(1)
     value[w.idx], grad[w.idx] = v, torch.where(expand(good, g), g, 0.0)
@@ -174,7 +183,14 @@ def _evaluate(w: _Work, reg: Regularizer, value: torch.Tensor, grad: torch.Tenso
     w.keep(good)
 
 
-def _propose(w, y, A, mu, grad, accelerator):  # type: ignore[no-untyped-def]
+def _propose(
+    w: _Work,
+    y: torch.Tensor,
+    A: LinearOperator,
+    mu: torch.Tensor,
+    grad: torch.Tensor,
+    accelerator: Accelerator,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The proximal step of each image at work and the point where its next gradient is taken."""
     i = w.idx
     x, tau = w.x[i], w.tau[i]
@@ -200,10 +216,18 @@ def _judge_residual(w: _Work, step: torch.Tensor, grad: torch.Tensor, scale: tor
     w.end((w.residual[i] > options.tolerance) & (still | (tau < 1e-12 * options.tau)), Status.STAGNATED)
 
 
-def _try(w, reg, candidate, value, grad, accelerator, options):  # type: ignore[no-untyped-def]  # noqa: PLR0913
+def _try(  # noqa: PLR0913 - one round touches all of these
+    w: _Work,
+    reg: Regularizer,
+    candidate: torch.Tensor,
+    value: torch.Tensor,
+    grad: torch.Tensor,
+    accelerator: Accelerator,
+    options: PGDOptions,
+) -> None:
     """One gradient at the candidate of each image at work; accept it or shrink that image's step."""
     i = w.idx
-    v, g = reg.value_and_grad(candidate)
+    v, g = _gradient(reg, candidate, w)
     w.gradients[i] += 1
     dx = candidate - w.x[i]
     dg = g - grad[i]

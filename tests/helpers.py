@@ -1,0 +1,55 @@
+"""Small problems shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import deepreg_fast as dr
+
+
+def random_red(seed: int = 0, scale: float = 0.15, double: bool = True, **options: object) -> dr.RED:
+    """A RED regularizer whose weights are all random (its own start has h = 0)."""
+    reg = dr.RED(**{"channels": 3, "depth": 3, "gain": 2.0, **options})  # type: ignore[arg-type]
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in reg.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=g))
+    return reg.double() if double else reg
+
+
+def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Uniform random images."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def normal(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Standard normal float64 numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def central(f: Callable[[float], torch.Tensor], h: float = 1e-4) -> torch.Tensor:
+    """Central difference of sixth order of `f` at 0."""
+    return (45 * (f(h) - f(-h)) - 9 * (f(2 * h) - f(-2 * h)) + (f(3 * h) - f(-3 * h))) / (60 * h)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """`||a - b|| / ||b||`."""
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def moved(
+    reg: torch.nn.Module, direction: dict[str, torch.Tensor], t: float, f: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """`f()` with the parameters moved by `t direction`, then moved back exactly."""
+    kept = {k: v.detach().clone() for k, v in reg.named_parameters()}
+    try:
+        with torch.no_grad():
+            for k, p in reg.named_parameters():
+                p.copy_(kept[k] + t * direction[k])
+        return f()
+    finally:
+        with torch.no_grad():
+            for k, p in reg.named_parameters():
+                p.copy_(kept[k])
