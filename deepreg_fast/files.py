@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import InputError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write to a temporary file beside `path`, fsync, rename: at no moment is `path` half written.
+
+    `data` may come in pieces, so that a file larger than memory can be written.
 
     Raises
     ------
@@ -18,9 +21,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with open(temporary, "wb") as f:
-            f.write(data)
+            for piece in [data] if isinstance(data, bytes) else data:
+                f.write(piece)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -34,4 +38,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise InputError(
             f"{path} must be writable, but the system says: {error.strerror}; free space or choose another place "
             "(what was there before is unharmed)."
+        ) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents.
+
+    Raises
+    ------
+    InputError
+        If the system refuses.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path} must be a folder that can be written, but the system says: {error.strerror}; choose another place."
         ) from error

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import checks
 from .backend import Linearization
+from .errors import InputError
 from .fidelity import resolve_mu
 from .linsolve import CGOptions, LinearSolution, MinresOptions, cg, minres
 from .linsolve.batch import dot, expand, norm
@@ -90,6 +91,8 @@ def solve_adjoint(  # noqa: PLR0913 - the system is five things
         return A.shifted_inverse(v, mu * curvature)
 
     preconditioner = precondition if A.has_shifted_inverse else None
+    if options.method == "unrolled":
+        raise InputError("method must be 'cg', 'minres' or 'jfb' for an adjoint solve, but is 'unrolled'.")
     if options.method == "jfb":
         x = precondition(b) if preconditioner else b / expand(mu * curvature, b)
         zero = torch.zeros(len(b), dtype=torch.int64, device=b.device)
@@ -147,7 +150,7 @@ def hypergradient(  # noqa: PLR0913 - the problem, then the options
     sol = pgd(y, A, reg, mu_b, options, x0)
     loss = dot(sol.x - x_true, sol.x - x_true)
     if adjoint.method == "unrolled":
-        theta, log_mu = _unrolled(x_true, y, A, reg, mu_b, x0, sol.tau, adjoint.unrolled_steps)
+        theta, log_mu = unrolled_gradients(x_true, y, A, reg, mu_b, x0, sol.tau, adjoint.unrolled_steps)
         return Hypergradient(theta, log_mu, loss, sol, None)
     lin = reg.linearize(sol.x)
     gamma = solve_adjoint(lin, A, mu_b, x_true - sol.x, adjoint, curvature=1.0 + reg.alpha)
@@ -170,8 +173,18 @@ def parameter_gradients(
     return theta, log_mu
 
 
-def _unrolled(x_true, y, A, reg, mu, x0, tau, steps):  # type: ignore[no-untyped-def]  # noqa: PLR0913
-    """Reverse-mode through `steps` plain PGD steps of fixed size: the oracle of the implicit gradient."""
+def unrolled_gradients(  # noqa: PLR0913 - a problem, a start and a schedule
+    x_true: torch.Tensor,
+    y: torch.Tensor,
+    A: LinearOperator,
+    reg: Regularizer,
+    mu: torch.Tensor,
+    x0: torch.Tensor,
+    tau: torch.Tensor,
+    steps: int,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Gradients of `sum_b ||x_b - x_true_b||^2` in theta and log mu, backwards through `steps` plain PGD steps of
+    size `tau/2` from `x0`: the oracle of the implicit gradient. Memory grows with the steps."""
     names, params = zip(*[(n, p) for n, p in reg.named_parameters() if p.requires_grad], strict=True)
     log_mu = torch.log(mu).detach().requires_grad_()
     step = expand(0.5 * tau, x0)

@@ -29,8 +29,11 @@ def save(reg: Regularizer, path: str | Path, meta: dict[str, Any] | None = None)
     write_atomically(Path(path), to_bytes(tensors, metadata=header))
 
 
-def load(path: str | Path) -> tuple[Regularizer, dict[str, Any]]:
+def load(path: str | Path, reg: Regularizer | None = None) -> tuple[Regularizer, dict[str, Any]]:
     """The regularizer and the `meta` of a file that `save` wrote.
+
+    Give `reg` to fill a regularizer that the file cannot rebuild by itself, such as an `EnergyRegularizer` around a
+    module of yours; it is returned.
 
     Raises
     ------
@@ -55,7 +58,8 @@ def load(path: str | Path) -> tuple[Regularizer, dict[str, Any]]:
             f"{path} must hold weights written by deepreg_fast.save, but its format is {header.get('format')!r}; "
             "load foreign weights into a regularizer with load_state_dict and save that."
         )
-    reg = from_description(json.loads(header["regularizer"]))
+    if reg is None:
+        reg = from_description(json.loads(header["regularizer"]))
     tensors.pop("no_parameters", None)
     bad = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
     if bad:

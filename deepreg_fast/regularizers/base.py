@@ -65,11 +65,10 @@ class Regularizer(nn.Module):
             break
 
     def describe(self) -> dict[str, Any]:
-        """What rebuilds this regularizer (without its weights), as JSON values."""
-        raise InputError(
-            f"{type(self).__name__} must define describe() to be saved; return {{'kind': its registered name, "
-            "**constructor arguments}."
-        )
+        """What rebuilds this regularizer (without its weights), as JSON values: its registered name under `kind`, and
+        its constructor's arguments. A class that is not registered is only named; its weight files are loaded by
+        `deepreg_fast.load(path, reg)`."""
+        return {"kind": f"{type(self).__module__}.{type(self).__qualname__}"}
 
 
 def register(kind: str, cls: type[Regularizer]) -> None:
@@ -83,7 +82,8 @@ def from_description(description: dict[str, Any]) -> Regularizer:
     if kind not in _REGISTRY:
         raise InputError(
             f"The regularizer's kind must be one of {sorted(_REGISTRY)}, but is {kind!r}; "
-            "register a class of your own with deepreg_fast.regularizers.register(kind, cls) before loading."
+            "build yours and give it to load(path, reg), or register its class with "
+            "deepreg_fast.regularizers.register(kind, cls)."
         )
     try:
         return _REGISTRY[kind](**{k: v for k, v in description.items() if k != "kind"})

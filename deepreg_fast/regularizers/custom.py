@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -38,6 +40,11 @@ class EnergyRegularizer(Regularizer):
         self.models = models
         self.alpha = float(alpha)
         self.center = float(center)
+
+    def describe(self) -> dict[str, Any]:
+        """Names the module's class; `deepreg_fast.load(path, reg)` needs the module built by you."""
+        kind = type(self.module)
+        return {"kind": f"{kind.__module__}.{kind.__qualname__}", "models": self.models, "alpha": self.alpha}
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`r(x_b)`, `[B]`."""

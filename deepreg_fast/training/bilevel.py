@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..fidelity import add_noise
-from ..implicit import AdjointOptions, initial_point, parameter_gradients, solve_adjoint
+from ..implicit import AdjointOptions, initial_point, parameter_gradients, solve_adjoint, unrolled_gradients
 from ..linsolve.batch import dot, expand, norm
 from ..lipschitz import beta_hat, spectrum
 from ..regularizers import RED
-from ..regularizers.base import Regularizer
+from ..regularizers.base import Regularizer, as_regularizer
 from ..solvers import PGDOptions, Solution, pgd
 from ..status import Status
 from .config import BilevelConfig
@@ -31,31 +32,27 @@ class BilevelTrainer(Trainer):
     Parameters
     ----------
     config : BilevelConfig
-    reg : Regularizer, optional
-        One of your own; by default the `RED` of the settings.
+    reg : Regularizer or nn.Module, optional
+        One of your own (a module maps images to one energy each); by default the `RED` of the settings.
     progress : bool, optional
         Show a progress bar; by default on a terminal.
     """
 
     method = "bilevel"
 
-    def __init__(self, config: BilevelConfig, reg: Regularizer | None = None, progress: bool | None = None) -> None:
+    def __init__(self, config: BilevelConfig, reg: nn.Module | None = None, progress: bool | None = None) -> None:
         self._given = reg
         super().__init__(config, progress)
         self.config: BilevelConfig = config
-        self.store = Store(len(self.samples), (1, *self.samples.size), config.memory_budget_mb, self._store_folder())
+        self.store = Store(len(self.samples), (1, *self.samples.size), config.memory_budget_mb, self.folder)
         self.accuracy = InnerAccuracy(config.tolerance_start, config.tolerance_end, config.stall_window)
         self.adjoint = AdjointOptions(config.adjoint, config.adjoint_iterations, config.adjoint_tolerance)
-
-    def _store_folder(self):  # type: ignore[no-untyped-def]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return self.folder
 
     def build(self) -> Regularizer:
         """The `RED` of the settings, or the one that was given."""
         c = self.config
         if self._given is not None:
-            return self._given
+            return as_regularizer(self._given)
         return RED(c.channels, c.depth, c.norm, c.alpha, head=c.head, gain=c.gain, seed=c.seed)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -68,12 +65,20 @@ class BilevelTrainer(Trainer):
         y = self._measure(rows, x)
         mu = torch.full((len(x),), self.mu, dtype=x.dtype)
         sol, sound, start = self._recover(rows, x, y, mu)
-        theta, log_mu, metrics = self._implicit_gradient(rows, x, sol, sound, mu)
+        if self.config.adjoint == "unrolled":
+            theta, log_mu, metrics = self._unrolled_gradient(rows, x, y, sol, sound, mu)
+        else:
+            theta, log_mu, metrics = self._implicit_gradient(rows, x, sol, sound, mu)
+        metrics |= {
+            "inner_gradients": float(sol.gradients.double().mean()),
+            "inner_residual": float(sol.residual[sound].mean()) if bool(sound.any()) else -1.0,
+            "tolerance": self.accuracy.tolerance,
+        }
         scale = 1e3 / x.numel()
         penalty, more = self._penalty(rows, x)
-        for (name, p), g in zip(self.reg.named_parameters(), self.params, strict=True):
-            p.grad = scale * theta[name] + penalty[name] if penalty else scale * theta[name]
-            assert g is p
+        for name, p in self.reg.named_parameters():
+            if p.requires_grad:
+                p.grad = scale * theta[name] + penalty[name] if penalty else scale * theta[name]
         self.log_mu.grad = (scale * log_mu).to(self.log_mu.dtype)
         loss = scale * float(dot(sol.x - x, sol.x - x)[sound].sum())
         self.accuracy.observe(loss)
@@ -120,6 +125,7 @@ class BilevelTrainer(Trainer):
         sound = ~(bad | away)
         sol.x = torch.where(expand(sound, cold), sol.x, cold)
         self.store.put("x", rows, sol.x)
+        self.store.arrays["visits"][rows] = np.where(sound.numpy(), self.store.arrays["visits"][rows] + 1, 0)
         self.store.put("tau", rows, torch.where(sound, sol.tau, 1.0))
         return sol, sound, cold
 
@@ -137,17 +143,27 @@ class BilevelTrainer(Trainer):
         gamma = torch.where(expand(usable, x), adj.x, 0.0)
         keep = usable & ~negative
         self.store.put("gamma", rows, torch.where(expand(keep, x), gamma, 0.0))
-        self.store.arrays["visits"][rows] = np.where(sound.numpy(), self.store.arrays["visits"][rows] + 1, 0)
         self.counters.add("negative_curvature", negative.sum())
         self.counters.add("adjoint_unconverged", (adj.status != int(Status.CONVERGED)).sum())
         theta, log_mu = parameter_gradients(lin, mu, gamma)
-        metrics = {
-            "inner_gradients": float(sol.gradients.double().mean()),
-            "inner_residual": float(sol.residual[sound].mean()) if bool(sound.any()) else -1.0,
-            "tolerance": self.accuracy.tolerance,
-            "adjoint_iterations_mean": float(adj.iterations.double().mean()),
-        }
-        return theta, log_mu, metrics
+        return theta, log_mu, {"adjoint_iterations_mean": float(adj.iterations.double().mean())}
+
+    def _unrolled_gradient(
+        self,
+        rows: np.ndarray,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        sol: Solution,
+        sound: torch.Tensor,
+        mu: torch.Tensor,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, Any]]:
+        """Back through `adjoint_iterations` further steps of the sound recoveries."""
+        steps = self.config.adjoint_iterations
+        good = sound.nonzero()[:, 0]
+        theta, log_mu = unrolled_gradients(
+            x[good], y[good], self.A, self.reg, mu[good], sol.x[good], sol.tau[good], steps
+        )
+        return theta, log_mu, {"adjoint_iterations_mean": float(steps)}
 
     def _penalty(self, rows: np.ndarray, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Ascend the perturbations; gradient of `xi sum_b relu(beta_hat_b - beta)` where it is active."""

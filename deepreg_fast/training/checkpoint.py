@@ -1,8 +1,13 @@
-"""Checkpoints: safetensors with JSON in its header, never pickle, replaced in one step."""
+"""Checkpoints: safetensors with JSON in its header, never pickle, replaced in one step.
+
+The file is written and read piece by piece: the warm starts of a large data set live on disk and must not pass
+through memory whole.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +17,38 @@ from ..errors import CheckpointError
 from ..files import write_atomically
 
 FORMAT = "deepreg-fast-checkpoint-1"
+_PIECE = 2**24
+_DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64"}
 
 
 def save_checkpoint(path: Path, tensors: dict[str, np.ndarray], state: dict[str, Any]) -> None:
     """Write tensors and a JSON-able state to one file."""
-    from safetensors.numpy import save
+    write_atomically(path, _pieces(tensors, {"format": FORMAT, "state": json.dumps(state)}))
 
-    metadata = {"format": FORMAT, "state": json.dumps(state)}
-    write_atomically(path, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata=metadata))
+
+def _pieces(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Iterator[bytes]:
+    """The bytes of a safetensors file: length and text of the header, then the arrays."""
+    # Wide numbers first: every array then lies at a multiple of its item size.
+    order = sorted(tensors, key=lambda k: -tensors[k].itemsize)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in order:
+        a = tensors[name]
+        header[name] = {"dtype": _DTYPES[a.dtype.name], "shape": list(a.shape), "data_offsets": [end, end + a.nbytes]}
+        end += a.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in order:
+        flat = tensors[name].reshape(-1)
+        count = _PIECE // flat.itemsize
+        for i in range(0, len(flat), count):
+            yield flat[i : i + count].tobytes()
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read what `save_checkpoint` wrote.
+    """Read what `save_checkpoint` wrote; the arrays are mapped from the file, not read.
 
     Raises
     ------
@@ -37,7 +62,6 @@ def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         with safe_open(path, framework="np") as f:
             metadata = f.metadata() or {}
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} must be a whole checkpoint, but cannot be read ({error}); use an older one."
@@ -47,4 +71,19 @@ def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             f"{path} must be a training checkpoint of this version, but its format is {metadata.get('format')!r}; "
             "use weights with deepreg_fast.load instead."
         )
-    return tensors, json.loads(metadata["state"])
+    return _mapped(path), json.loads(metadata["state"])
+
+
+def _mapped(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a whole safetensors file (its structure is checked before) as read-only views of it."""
+    with open(path, "rb") as f:
+        start = 8 + int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(start - 8))
+    data = np.memmap(path, np.uint8, "r", offset=0)
+    types = {v: k for k, v in _DTYPES.items()}
+    found: dict[str, np.ndarray] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            found[name] = data[start + begin : start + end].view(types[entry["dtype"]]).reshape(entry["shape"])
+    return found

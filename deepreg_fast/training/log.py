@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
+
 
 class RunLog:
     """`metrics.jsonl` and TensorBoard events in the run's folder; a progress bar on a terminal."""
@@ -44,7 +46,7 @@ class RunLog:
                         kept.append(line)
                 except (ValueError, KeyError):
                     continue
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """One line of metrics after step `step`."""

@@ -51,6 +51,7 @@ class Trainer:
         self.log_mu = torch.tensor(math.log(config.mu0), dtype=torch.float64, requires_grad=True)
         self.optimizer = torch.optim.Adam(self.groups(), betas=(0.9, 0.99))
         self.step_done = 0
+        self._resumed = False
         self.best = -math.inf
         self.clip = MedianClip(config.clip)
         self.counters = Counters()
@@ -98,8 +99,15 @@ class Trainer:
         ------
         TrainingDiverged
             If a loss or gradient is not finite; the last good checkpoint is kept and named.
+        CheckpointError
+            If the folder holds another run.
         """
         c = self.config
+        if self.step_done == 0 and not self._resumed and self.checkpoint_path.exists():
+            raise CheckpointError(
+                f"{self.folder} must not hold a run already, but has a checkpoint; go on with resume(), or name "
+                "another folder."
+            )
         write_atomically(self.folder / "config.json", c.to_json().encode())
         log = RunLog(self.folder, c.steps, self.step_done, self.progress)
         if self.step_done == 0:
@@ -203,6 +211,7 @@ class Trainer:
         state = {
             "method": self.method,
             "config": json.loads(self.config.to_json()),
+            "samples": self.samples.fingerprint,
             "step": self.step_done,
             "best": self.best if math.isfinite(self.best) else None,
             "norms": list(self.clip.norms),
@@ -228,15 +237,25 @@ class Trainer:
         tensors, state = load_checkpoint(where / "last.safetensors" if where.is_dir() else where)
         self._check_same_run(state, where)
         shapes = self.reg.state_dict()
+        found = {k: a.shape for k, a in tensors.items() if k.startswith("theta.")}
+        if found != {f"theta.{k}": tuple(v.shape) for k, v in shapes.items()}:
+            raise CheckpointError(
+                f"{where} must hold the parameters of {type(self.reg).__name__}, but holds {sorted(found)}; resume "
+                "with the regularizer that the run began with."
+            )
         self.reg.load_state_dict(
-            {k: torch.from_numpy(tensors[f"theta.{k}"]).reshape(v.shape) for k, v in shapes.items()}
+            {k: torch.from_numpy(np.array(tensors[f"theta.{k}"])).reshape(v.shape) for k, v in shapes.items()}
         )
         with torch.no_grad():
-            self.log_mu.copy_(torch.from_numpy(tensors["log_mu"]).reshape(()))
+            self.log_mu.fill_(float(tensors["log_mu"][0]))
         adam = self.optimizer.state_dict()
         flat = [p for g in self.optimizer.param_groups for p in g["params"]]
         for i, p in enumerate(flat):
-            found = {k.split(".", 2)[2]: torch.from_numpy(v) for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
+            found = {
+                k.split(".", 2)[2]: torch.from_numpy(np.array(v))
+                for k, v in tensors.items()
+                if k.startswith(f"adam.{i}.")
+            }
             if found:
                 adam["state"][i] = {k: v.reshape(()) if k == "step" else v.reshape(p.shape) for k, v in found.items()}
         self.optimizer.load_state_dict(adam)
@@ -246,6 +265,7 @@ class Trainer:
         self.clip.norms.extend(state["norms"])
         self.counters.values.update(state["counters"])
         self.load_extra_state(tensors, state)
+        self._resumed = True
 
     def _check_same_run(self, state: dict[str, Any], where: Path) -> None:
         """Settings that change the result must be those of the checkpoint."""
@@ -259,3 +279,8 @@ class Trainer:
         if changed:
             told = ", ".join(f"{k}={state['config'].get(k)!r} (now {mine[k]!r})" for k in changed)
             raise CheckpointError(f"A resumed run must keep its settings, but {told}; restore them or start a new run.")
+        if state["samples"] != self.samples.fingerprint:
+            raise CheckpointError(
+                f"A resumed run must find the images it began with, but those of {self.config.data} differ; restore "
+                "the folder or start a new run."
+            )

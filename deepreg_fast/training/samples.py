@@ -5,6 +5,10 @@ Warm starts need the crop, the noise and the measurements of a sample to be the 
 
 from __future__ import annotations
 
+import hashlib
+import json
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -38,6 +42,13 @@ class Samples:
         self.top = rng.integers(0, height - self.size[0] + 1, n * orientations)
         self.left = rng.integers(0, width - self.size[1] + 1, n * orientations)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of names and pixels: a run may only go on with the images it began with."""
+        digest = hashlib.sha256(json.dumps(self.images.names).encode())
+        digest.update(self.images.x.numpy().tobytes())
+        return digest.hexdigest()
+
     def __len__(self) -> int:
         return len(self.top)
 
@@ -65,7 +76,7 @@ class Samples:
 def load_samples(config: TrainConfig) -> tuple[Samples, torch.Tensor]:
     """Training samples and validation images `[N, 1, h, w]` of the configured source."""
     images = load_training_images(config)
-    train_names, val_names = carve_validation(images.names, config.validation, config.seed)
+    train_names, val_names = _carve(images, config)
     row = {n: i for i, n in enumerate(images.names)}
     train = ImageSet(tuple(train_names), images.x[[row[n] for n in train_names]])
     val = images.x[[row[n] for n in val_names]]
@@ -73,6 +84,26 @@ def load_samples(config: TrainConfig) -> tuple[Samples, torch.Tensor]:
         c = min(config.validation_crop, *val.shape[-2:])
         val = centre_crop(val, c).contiguous()
     return Samples(train, config.crop, AUGMENTATIONS if config.augment else 1, config.seed), val
+
+
+def _carve(images: ImageSet, config: TrainConfig) -> tuple[list[str], list[str]]:
+    """Names for training and validation; no embedded picture gives crops to both."""
+    if config.data != "embedded":
+        train, val = carve_validation(images.names, config.validation, config.seed)
+        return list(train), list(val)
+    if config.validation == 0:
+        return list(images.names), []
+    pictures = sorted({n.rpartition("-")[0] for n in images.names})
+    kept = set(carve_validation(tuple(pictures), 2, config.seed)[1])
+    train = [n for n in images.names if n.rpartition("-")[0] not in kept]
+    val = [n for n in images.names if n.rpartition("-")[0] in kept]
+    if config.validation > len(val):
+        raise DataError(
+            f"The embedded images give at most {len(val)} validation crops, but validation is {config.validation}; "
+            "lower it or name a folder of images."
+        )
+    # Spread over both pictures, in a fixed order.
+    return train, [val[i * len(val) // config.validation] for i in range(config.validation)]
 
 
 def load_training_images(config: TrainConfig) -> ImageSet:

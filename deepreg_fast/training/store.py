@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..files import make_folder
+
 FIELDS = ("x", "gamma", "delta")
 
 
@@ -18,6 +20,8 @@ class Store:
         need = len(FIELDS) * 4 * int(np.prod(shape))
         self.on_disk = need > budget_mb * 2**20
         self.arrays: dict[str, np.ndarray] = {}
+        if self.on_disk:
+            make_folder(folder)
         for name in FIELDS:
             if self.on_disk:
                 path = folder / f"store_{name}.bin"

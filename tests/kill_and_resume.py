@@ -1,0 +1,75 @@
+"""A training that is killed at random moments and resumed until it is done; run by test_training.py.
+
+    python kill_and_resume.py FOLDER_OF_IMAGES FOLDER_OF_RUN MEMORY_BUDGET KILLS
+
+Forks one child per attempt, so that torch is imported once. Prints how many children were killed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+
+import torch
+import torch.utils.tensorboard
+
+import deepreg_fast as dr
+
+
+def config(data: str, out: str, memory_budget_mb: int) -> dr.BilevelConfig:
+    """A training of a few seconds, with a checkpoint after every step."""
+    return dr.BilevelConfig(
+        data=data,
+        out=out,
+        crop=16,
+        channels=4,
+        steps=60,
+        batch=4,
+        validation=2,
+        validation_crop=16,
+        validate_every=20,
+        inner_iterations=8,
+        beta=2.0,
+        sigma=0.01,
+        warmup=5,
+        checkpoint_seconds=0.0,
+        memory_budget_mb=memory_budget_mb,
+        threads=1,
+    )
+
+
+def train(data: str, out: str, memory_budget_mb: int) -> None:
+    """Begin the run, or go on with it."""
+    trainer = dr.BilevelTrainer(config(data, out, memory_budget_mb), progress=False)
+    if trainer.checkpoint_path.exists():
+        trainer.resume()
+    else:
+        trainer.fit()
+
+
+def main() -> None:
+    data, out, budget, kills = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+    rng = random.Random(0)
+    killed = 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            train(data, out, budget)
+            os._exit(0)
+        if killed < kills:
+            time.sleep(rng.uniform(0.02, 0.35))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            killed += 1
+        else:
+            break
+    print(killed, os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Trainings: they learn, survive, resume to the same bits, and refuse what does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import deepreg_fast as dr
+from deepreg_fast.training.guards import InnerAccuracy, MedianClip
+from deepreg_fast.training.samples import load_samples
+
+from .kill_and_resume import config as killed_config
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(name="folder", scope="session")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight smooth 24 x 24 pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        coarse = Image.fromarray(rng.integers(0, 255, (5, 5), dtype=np.uint8))
+        coarse.resize((24, 24), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+def _config(folder: Path, out: Path, **changes: object) -> dr.BilevelConfig:
+    return replace(killed_config(str(folder), str(out), 64), **{"checkpoint_seconds": 60.0, **changes})  # type: ignore[arg-type]
+
+
+def _lines(out: Path) -> list[dict[str, float]]:
+    return [json.loads(t) for t in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_bilevel_training_learns(folder: Path, tmp_path: Path) -> None:
+    trainer = dr.BilevelTrainer(_config(folder, tmp_path, steps=80, lr=6e-3), progress=False)
+    reg = trainer.fit()
+    lines = _lines(tmp_path)
+    loss = [d["mse_loss"] for d in lines if "mse_loss" in d]
+    assert len(loss) == 80 and np.mean(loss[-10:]) < 0.8 * np.mean(loss[:10])
+    score = [d["val_psnr"] for d in lines if "val_psnr" in d]
+    assert len(score) == 4 and score[-1] > score[0]
+    loaded, meta = dr.load(tmp_path / "weights.safetensors")
+    assert meta["method"] == "bilevel" and meta["mu"] == trainer.mu
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), reg.parameters(), strict=True))
+    assert list((tmp_path / "tensorboard").iterdir()) and (tmp_path / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("adjoint", ["minres", "jfb", "unrolled"])
+def test_other_hypergradients_learn_too(folder: Path, tmp_path: Path, adjoint: str) -> None:
+    dr.BilevelTrainer(_config(folder, tmp_path, steps=60, lr=6e-3, adjoint=adjoint), progress=False).fit()
+    loss = [d["mse_loss"] for d in _lines(tmp_path) if "mse_loss" in d]
+    assert np.mean(loss[-10:]) < 0.9 * np.mean(loss[:10])
+
+
+def test_penalty_holds_the_slope(folder: Path, tmp_path: Path) -> None:
+    """With beta below what training would reach freely, `beta_hat` ends lower."""
+    ends = []
+    for beta in (0.2, 50.0):
+        c = _config(folder, tmp_path / str(beta), steps=100, lr=6e-3, beta=beta, xi=10.0)
+        dr.BilevelTrainer(c, progress=False).fit()
+        ends.append(np.mean([d["beta_hat"] for d in _lines(tmp_path / str(beta))[-10:] if "beta_hat" in d]))
+    assert ends[0] < 0.6 * ends[1]
+
+
+@pytest.mark.parametrize("budget", [64, 0])
+def test_killed_and_resumed_gives_the_same_bits(folder: Path, tmp_path: Path, budget: int) -> None:
+    """kill -9 at random moments (10 with the warm starts in memory, 10 on disk), a checkpoint at every step."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    dr.BilevelTrainer(killed_config(str(folder), str(whole), 64), progress=False).fit()
+    answer = subprocess.run(
+        [sys.executable, str(HERE / "kill_and_resume.py"), str(folder), str(cut), str(budget), "10"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert answer.stdout.split() == ["10", "0"], answer.stderr
+    a, b = dr.load(whole / "weights.safetensors"), dr.load(cut / "weights.safetensors")
+    assert all(torch.equal(p, q) for p, q in zip(a[0].parameters(), b[0].parameters(), strict=True))
+    assert a[1]["mu"] == b[1]["mu"]
+    assert (cut / "store_x.bin").exists() == (budget == 0)
+    keys = ("step", "loss", "val_psnr")
+    assert [[d.get(k) for k in keys] for d in _lines(whole)] == [[d.get(k) for k in keys] for d in _lines(cut)]
+
+
+def test_what_a_resumed_run_refuses(folder: Path, tmp_path: Path) -> None:
+    c = _config(folder, tmp_path / "run", steps=3)
+    dr.BilevelTrainer(c, progress=False).fit()
+    before = (tmp_path / "run" / "last.safetensors").read_bytes()
+    with pytest.raises(dr.errors.CheckpointError, match="holds|has a checkpoint"):
+        dr.BilevelTrainer(c, progress=False).fit()
+    with pytest.raises(dr.errors.CheckpointError, match="beta=2.0 .now 3.0"):
+        dr.BilevelTrainer(replace(c, beta=3.0), progress=False).resume()
+    with pytest.raises(dr.errors.CheckpointError, match="bilevel"):
+        same = {k: getattr(c, k) for k in dr.BaselineConfig.__dataclass_fields__ if hasattr(c, k)}
+        dr.GradientStepTrainer(dr.BaselineConfig(**same), progress=False).resume()
+    with pytest.raises(dr.errors.CheckpointError, match="parameters"):
+        dr.BilevelTrainer(c, reg=dr.RED(channels=5), progress=False).resume()
+    with pytest.raises(dr.errors.CheckpointError, match="there is none"):
+        dr.BilevelTrainer(c, progress=False).resume(tmp_path / "nowhere")
+    other = tmp_path / "other"
+    other.mkdir()
+    for p in folder.iterdir():
+        Image.open(p).transpose(Image.Transpose.ROTATE_90).save(other / p.name)
+    with pytest.raises(dr.errors.CheckpointError, match="images it began with"):
+        dr.BilevelTrainer(replace(c, data=str(other)), progress=False).resume()
+    for damage in (before[: len(before) // 2], b"", b"no checkpoint at all"):
+        (tmp_path / "bad.safetensors").write_bytes(damage)
+        with pytest.raises(dr.errors.CheckpointError, match="whole checkpoint"):
+            dr.BilevelTrainer(c, progress=False).resume(tmp_path / "bad.safetensors")
+    with pytest.raises(dr.errors.CheckpointError, match="training checkpoint"):
+        dr.BilevelTrainer(c, progress=False).resume(tmp_path / "run" / "weights.safetensors")
+    assert (tmp_path / "run" / "last.safetensors").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = dr.BilevelTrainer(_config(folder, tmp_path, steps=20, checkpoint_seconds=0.0), progress=False)
+    sound = trainer.gradients
+
+    def poisoned(rows: np.ndarray, x: torch.Tensor) -> dict[str, float]:
+        metrics = sound(rows, x)
+        if trainer.step_done == 6:
+            trainer.params[0].grad = torch.full_like(trainer.params[0], torch.nan)
+        return metrics
+
+    monkeypatch.setattr(trainer, "gradients", poisoned)
+    with pytest.raises(dr.errors.TrainingDiverged, match=r"step 7.*last\.safetensors"):
+        trainer.fit()
+    monkeypatch.undo()
+    again = dr.BilevelTrainer(_config(folder, tmp_path, steps=20, checkpoint_seconds=0.0), progress=False)
+    again.load_state()
+    assert again.step_done == 6
+    assert all(bool(torch.isfinite(p).all()) for p in again.params)
+    assert all(bool(torch.isfinite(p).all()) for p in again.resume().parameters())
+
+
+def test_an_absurd_learning_rate_does_not_leave_nan_behind(folder: Path, tmp_path: Path) -> None:
+    trainer = dr.BilevelTrainer(_config(folder, tmp_path, steps=30, lr=1e4, warmup=0, clip=0.0), progress=False)
+    try:
+        trainer.fit()
+    except dr.errors.TrainingDiverged as error:
+        assert "last.safetensors" in str(error)
+    again = dr.BilevelTrainer(_config(folder, tmp_path, steps=30, lr=1e4, warmup=0, clip=0.0), progress=False)
+    again.load_state()
+    assert all(bool(torch.isfinite(p).all()) for p in again.params)
+    assert all(np.isfinite(a).all() for a in again.store.arrays.values())
+    acted = trainer.counters.values
+    assert acted["runaway_resets"] + acted["nonfinite_resets"] + acted["negative_curvature"] > 0
+
+
+class Edges(torch.nn.Module):
+    """A regularizer of a user's: weighted smoothed differences, one parameter frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_weight = torch.nn.Parameter(torch.zeros(2))
+        self.frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = self.log_weight.exp() * self.frozen
+        rows, columns = x.diff(dim=-2), x.diff(dim=-1)
+        return sum(  # type: ignore[return-value]
+            (wk * (1e-2 + d**2).sqrt()).flatten(1).sum(1) for wk, d in zip(w, (rows, columns), strict=True)
+        )
+
+
+def test_any_module_trains(folder: Path, tmp_path: Path) -> None:
+    reg = dr.EnergyRegularizer(Edges())
+    trainer = dr.BilevelTrainer(
+        _config(folder, tmp_path, steps=40, lr=5e-2, beta=0.0, mu_lr=5e-2), reg=reg, progress=False
+    )
+    trainer.fit()
+    loss = [d["mse_loss"] for d in _lines(tmp_path) if "mse_loss" in d]
+    assert np.mean(loss[-6:]) < 0.95 * np.mean(loss[:6])
+    path = tmp_path / "weights.safetensors"
+    loaded, _ = dr.load(path, dr.EnergyRegularizer(Edges()))
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), reg.parameters(), strict=True))
+    assert float(next(loaded.parameters()).detach().abs().max()) > 0.1
+    with pytest.raises(dr.errors.InputError, match=r"Edges.*load\(path, reg\)"):
+        dr.load(path)
+    with pytest.raises(dr.errors.CheckpointError, match="must fit"):
+        dr.load(path, dr.RED())
+    whole = dr.BilevelTrainer(replace(trainer.config, out=str(tmp_path / "b"), steps=1), reg=Edges(), progress=False)
+    assert isinstance(whole.reg, dr.EnergyRegularizer)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "key", "better"),
+    [
+        (dr.DenoiserTrainer, "val_denoising_psnr", 1.0),
+        (dr.GradientStepTrainer, "val_denoising_psnr", 1.0),
+        (dr.AdversarialTrainer, "val_gap", 0.0),
+    ],
+)
+def test_baselines_improve_on_their_own_criterion(
+    folder: Path, tmp_path: Path, trainer: type, key: str, better: float
+) -> None:
+    c = _config(folder, tmp_path)
+    same = {k: getattr(c, k) for k in dr.BaselineConfig.__dataclass_fields__ if hasattr(c, k)}
+    config = dr.BaselineConfig(**{**same, "steps": 200, "validate_every": 50, "noise_level": 0.1, "sigma": 0.0})
+    t = trainer(config, progress=False)
+    first = t.validate()[key]
+    reg = t.fit()
+    assert t.validate()[key] > first + better
+    loaded, meta = dr.load(tmp_path / "weights.safetensors")
+    assert meta["method"] == t.method
+    x = t.validation
+    assert torch.equal(loaded.value_and_grad(x)[1], reg.value_and_grad(x)[1])
+    sol = dr.recover(t._operator((16, 16)).A(x), t._operator((16, 16)), reg, 0.01)
+    assert bool(torch.isfinite(sol.x).all())
+
+
+def test_baselines_resume_to_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    c = _config(folder, tmp_path / "a", steps=12)
+    same = {k: getattr(c, k) for k in dr.BaselineConfig.__dataclass_fields__ if hasattr(c, k)}
+    for trainer in (dr.DenoiserTrainer, dr.AdversarialTrainer):
+        a = dr.BaselineConfig(**{**same, "out": str(tmp_path / f"a-{trainer.method}"), "checkpoint_seconds": 0.0})
+        b = replace(a, out=str(tmp_path / f"b-{trainer.method}"))
+        whole = trainer(a, progress=False).fit()
+        cut = trainer(b, progress=False)
+        steps = 0
+
+        def stop(inner: Callable[[], dict[str, Any]] = cut._step) -> dict[str, Any]:
+            nonlocal steps
+            steps += 1
+            if steps == 7:
+                raise KeyboardInterrupt
+            return inner()
+
+        cut._step = stop  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            cut.fit()
+        again = trainer(b, progress=False).resume()
+        assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_samples_are_the_same_at_every_visit_and_apart_from_validation(folder: Path, tmp_path: Path) -> None:
+    samples, validation = load_samples(_config(folder, tmp_path))
+    assert len(samples) == 6 * 4 and len(validation) == 2
+    assert torch.equal(samples.batch(np.array([3, 7])), samples.batch(np.array([3, 7])))
+    for v in validation:
+        assert not any(torch.equal(v, crop) for crop in samples.batch(np.arange(24)))
+    for epoch in range(3):
+        seen = np.concatenate([samples.indices(epoch * 6 + k, 4) for k in range(6)])
+        assert sorted(seen) == list(range(24))
+
+
+def test_embedded_validation_shares_no_picture_with_training(folder: Path, tmp_path: Path) -> None:
+    c = dr.BilevelConfig(out=str(tmp_path), validation=6)
+    samples, validation = load_samples(c)
+    pictures = {n.rpartition("-")[0] for n in samples.images.names}
+    assert len(pictures) == 6 and len(samples.images.names) == 54 and len(validation) == 6
+    with pytest.raises(dr.errors.DataError, match="at most 18"):
+        load_samples(replace(c, validation=19))
+    assert len(load_samples(replace(c, validation=0))[0].images.names) == 72
+    with pytest.raises(dr.errors.DataError, match="within the embedded images"):
+        load_samples(replace(c, crop=1000))
+    with pytest.raises(dr.errors.DataError, match="use a smaller crop"):
+        load_samples(replace(c, data=str(folder), crop=100, validation=2))
+
+
+def test_median_clip() -> None:
+    clip, p = MedianClip(2.0), torch.nn.Parameter(torch.zeros(4))
+    for _ in range(20):
+        p.grad = torch.ones(4)
+        assert clip([p]) == (2.0, False)
+    p.grad = torch.full((4,), 100.0)
+    norm, clipped = clip([p])
+    assert (norm, clipped) == (200.0, True) and float(p.grad.norm()) == pytest.approx(4.0)
+    off = MedianClip(0.0)
+    for _ in range(20):
+        p.grad = torch.full((4,), 100.0)
+        assert not off([p])[1]
+
+
+def test_inner_accuracy_tightens_when_the_loss_stalls() -> None:
+    a = InnerAccuracy(1e-2, 1e-3, 5)
+    for loss in np.linspace(10, 1, 50):
+        a.observe(float(loss))
+    assert a.tolerance == 1e-2
+    for _ in range(5):
+        a.observe(1.5)
+    assert a.tolerance == 5e-3
+    for _ in range(50):
+        a.observe(1.5)
+    assert a.tolerance == 1e-3
+
+
+def test_settings_are_checked_and_round_trip(tmp_path: Path) -> None:
+    c = dr.BilevelConfig(out=str(tmp_path), beta=7.0)
+    assert dr.BilevelConfig.from_json(c.to_json()) == c
+    for bad in (
+        {"steps": 0},
+        {"ratio": 0.0},
+        {"ratio": 1.5},
+        {"sigma": -1.0},
+        {"adjoint": "qr"},
+        {"beta": float("nan")},
+        {"lr": 0.0},
+        {"final_lr": 2.0},
+        {"depth": 1},
+        {"acceleration": "heavy"},
+    ):
+        with pytest.raises(dr.errors.InputError):
+            dr.BilevelConfig(**bad)  # type: ignore[arg-type]
+    with pytest.raises(dr.errors.InputError, match="colour"):
+        dr.BilevelConfig.from_json('{"colour": 1}')
