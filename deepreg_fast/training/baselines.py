@@ -67,7 +67,7 @@ class DenoiserTrainer(_Baseline):
         error = self.reg.denoise(self._noisy(x, self.step_done)) - x
         loss = 1e3 * error.square().mean()
         self._set(loss)
-        return {"loss": float(loss)}
+        return {"loss": float(loss.detach())}
 
     def validate(self) -> dict[str, Any]:
         """PSNR of the denoised validation images."""
@@ -141,7 +141,7 @@ class AdversarialTrainer(_Baseline):
         gap = self._critic(x).mean() - self._critic(naive).mean()
         loss = gap + self.config.gradient_penalty * excess
         self._set(loss)
-        return {"loss": float(loss), "gap": float(gap.detach()), "slope": float(norm(slope.detach()).mean())}
+        return {"loss": float(loss.detach()), "gap": float(gap.detach()), "slope": float(norm(slope.detach()).mean())}
 
     def validate(self) -> dict[str, Any]:
         """How far the critic tells true from naive validation images, per unit of slope."""

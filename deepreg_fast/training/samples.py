@@ -89,6 +89,11 @@ def load_samples(config: TrainConfig) -> tuple[Samples, torch.Tensor]:
 def _carve(images: ImageSet, config: TrainConfig) -> tuple[list[str], list[str]]:
     """Names for training and validation; no embedded picture gives crops to both."""
     if config.data != "embedded":
+        if config.validation >= len(images.names):
+            raise DataError(
+                f"validation must leave images to train on, but is {config.validation} and {config.data} gives "
+                f"{len(images.names)}; lower validation or add images."
+            )
         train, val = carve_validation(images.names, config.validation, config.seed)
         return list(train), list(val)
     if config.validation == 0:
