@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before torch is imported, and inherited by the processes that tests start: pytest-xdist already fills the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)
 
@@ -29,3 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(name="folder", scope="session")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight smooth 24 x 24 pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        coarse = Image.fromarray(rng.integers(0, 255, (5, 5), dtype=np.uint8))
+        coarse.resize((24, 24), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 import deepreg_fast as dr
+
+from .kill_and_resume import config as killed_config
 
 
 def random_red(seed: int = 0, scale: float = 0.15, double: bool = True, **options: object) -> dr.RED:
@@ -53,3 +58,13 @@ def moved(
         with torch.no_grad():
             for k, p in reg.named_parameters():
                 p.copy_(kept[k])
+
+
+def small_config(folder: Path, out: Path, **changes: object) -> dr.BilevelConfig:
+    """A training of seconds."""
+    return replace(killed_config(str(folder), str(out), 64), **{"checkpoint_seconds": 60.0, **changes})  # type: ignore[arg-type]
+
+
+def log_lines(out: Path) -> list[dict[str, float]]:
+    """What a run logged."""
+    return [json.loads(t) for t in (out / "metrics.jsonl").read_text().splitlines()]

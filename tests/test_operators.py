@@ -19,6 +19,8 @@ from deepreg_fast.definitions import hadamard
 from deepreg_fast.errors import InputError, OperatorMismatch
 from deepreg_fast.operators.base import LinearOperator
 
+from .helpers import images, normal, relative
+
 EPS32 = 2.0**-23
 
 
@@ -321,3 +323,30 @@ def test_a_class_that_defines_nothing_says_what_is_missing() -> None:
     ):
         with pytest.raises(NotImplementedError, match=name):
             call()
+
+
+OPERATORS = {
+    "srm-dct": lambda: dr.SRM((1, 6, 7), 0.4),
+    "srm-hadamard": lambda: dr.SRM((2, 4, 12), 0.3, transform="hadamard", randomizer="both"),
+    "srm-walsh": lambda: dr.SRM((1, 8, 6), 0.5, transform="walsh", randomizer="permutation"),
+    "identity": lambda: dr.Identity((1, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("name", list(OPERATORS))
+def test_every_operator_keeps_its_promises(name: str) -> None:
+    check_operator(OPERATORS[name]())
+
+
+def check_operator(A: LinearOperator) -> None:
+    """Adjoint, `A A^T = c I` where promised, minimum-norm solution, proximal map, in float64."""
+    x, y = images(3, *A.image_shape), normal(3, A.measurements)
+    a, b = (A.A(x) * y).flatten(1).sum(1), (x * A.A_adjoint(y)).flatten(1).sum(1)
+    assert (a - b).abs().max() <= 1e-12 * x.norm() * y.norm()
+    if A.gram_scale is not None:
+        assert relative(A.A(A.A_adjoint(y)), A.gram_scale * y) <= 1e-12
+    assert relative(A.A(A.A_dagger(y)), y) <= 1e-8
+    p = A.prox_l2(x, y, 0.7)
+    # The optimality condition of the proximal map.
+    slope = p - x + 0.7 * A.A_adjoint(A.A(p) - y)
+    assert slope.norm() <= 1e-8 * (x.norm() + y.norm())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -20,34 +19,16 @@ import deepreg_fast as dr
 from deepreg_fast.training.guards import InnerAccuracy, MedianClip
 from deepreg_fast.training.samples import load_samples
 
+from .helpers import log_lines, small_config
 from .kill_and_resume import config as killed_config
 
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(name="folder", scope="session")
-def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight smooth 24 x 24 pictures."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        coarse = Image.fromarray(rng.integers(0, 255, (5, 5), dtype=np.uint8))
-        coarse.resize((24, 24), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return folder
-
-
-def _config(folder: Path, out: Path, **changes: object) -> dr.BilevelConfig:
-    return replace(killed_config(str(folder), str(out), 64), **{"checkpoint_seconds": 60.0, **changes})  # type: ignore[arg-type]
-
-
-def _lines(out: Path) -> list[dict[str, float]]:
-    return [json.loads(t) for t in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_bilevel_training_learns(folder: Path, tmp_path: Path) -> None:
-    trainer = dr.BilevelTrainer(_config(folder, tmp_path, steps=80, lr=6e-3), progress=False)
+    trainer = dr.BilevelTrainer(small_config(folder, tmp_path, steps=80, lr=6e-3), progress=False)
     reg = trainer.fit()
-    lines = _lines(tmp_path)
+    lines = log_lines(tmp_path)
     loss = [d["mse_loss"] for d in lines if "mse_loss" in d]
     assert len(loss) == 80 and np.mean(loss[-10:]) < 0.8 * np.mean(loss[:10])
     score = [d["val_psnr"] for d in lines if "val_psnr" in d]
@@ -60,8 +41,8 @@ def test_bilevel_training_learns(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("adjoint", ["minres", "jfb", "unrolled"])
 def test_other_hypergradients_learn_too(folder: Path, tmp_path: Path, adjoint: str) -> None:
-    dr.BilevelTrainer(_config(folder, tmp_path, steps=60, lr=6e-3, adjoint=adjoint), progress=False).fit()
-    loss = [d["mse_loss"] for d in _lines(tmp_path) if "mse_loss" in d]
+    dr.BilevelTrainer(small_config(folder, tmp_path, steps=60, lr=6e-3, adjoint=adjoint), progress=False).fit()
+    loss = [d["mse_loss"] for d in log_lines(tmp_path) if "mse_loss" in d]
     assert np.mean(loss[-10:]) < 0.9 * np.mean(loss[:10])
 
 
@@ -69,9 +50,9 @@ def test_penalty_holds_the_slope(folder: Path, tmp_path: Path) -> None:
     """With beta below what training would reach freely, `beta_hat` ends lower."""
     ends = []
     for beta in (0.2, 50.0):
-        c = _config(folder, tmp_path / str(beta), steps=100, lr=6e-3, beta=beta, xi=10.0)
+        c = small_config(folder, tmp_path / str(beta), steps=100, lr=6e-3, beta=beta, xi=10.0)
         dr.BilevelTrainer(c, progress=False).fit()
-        ends.append(np.mean([d["beta_hat"] for d in _lines(tmp_path / str(beta))[-10:] if "beta_hat" in d]))
+        ends.append(np.mean([d["beta_hat"] for d in log_lines(tmp_path / str(beta))[-10:] if "beta_hat" in d]))
     assert ends[0] < 0.6 * ends[1]
 
 
@@ -93,11 +74,11 @@ def test_killed_and_resumed_gives_the_same_bits(folder: Path, tmp_path: Path, bu
     assert a[1]["mu"] == b[1]["mu"]
     assert (cut / "store_x.bin").exists() == (budget == 0)
     keys = ("step", "loss", "val_psnr")
-    assert [[d.get(k) for k in keys] for d in _lines(whole)] == [[d.get(k) for k in keys] for d in _lines(cut)]
+    assert [[d.get(k) for k in keys] for d in log_lines(whole)] == [[d.get(k) for k in keys] for d in log_lines(cut)]
 
 
 def test_what_a_resumed_run_refuses(folder: Path, tmp_path: Path) -> None:
-    c = _config(folder, tmp_path / "run", steps=3)
+    c = small_config(folder, tmp_path / "run", steps=3)
     dr.BilevelTrainer(c, progress=False).fit()
     before = (tmp_path / "run" / "last.safetensors").read_bytes()
     with pytest.raises(dr.errors.CheckpointError, match="holds|has a checkpoint"):
@@ -127,7 +108,7 @@ def test_what_a_resumed_run_refuses(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = dr.BilevelTrainer(_config(folder, tmp_path, steps=20, checkpoint_seconds=0.0), progress=False)
+    trainer = dr.BilevelTrainer(small_config(folder, tmp_path, steps=20, checkpoint_seconds=0.0), progress=False)
     sound = trainer.gradients
 
     def poisoned(rows: np.ndarray, x: torch.Tensor) -> dict[str, float]:
@@ -140,7 +121,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path, m
     with pytest.raises(dr.errors.TrainingDiverged, match=r"step 7.*last\.safetensors"):
         trainer.fit()
     monkeypatch.undo()
-    again = dr.BilevelTrainer(_config(folder, tmp_path, steps=20, checkpoint_seconds=0.0), progress=False)
+    again = dr.BilevelTrainer(small_config(folder, tmp_path, steps=20, checkpoint_seconds=0.0), progress=False)
     again.load_state()
     assert again.step_done == 6
     assert all(bool(torch.isfinite(p).all()) for p in again.params)
@@ -148,12 +129,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path, m
 
 
 def test_an_absurd_learning_rate_does_not_leave_nan_behind(folder: Path, tmp_path: Path) -> None:
-    trainer = dr.BilevelTrainer(_config(folder, tmp_path, steps=30, lr=1e4, warmup=0, clip=0.0), progress=False)
+    trainer = dr.BilevelTrainer(small_config(folder, tmp_path, steps=30, lr=1e4, warmup=0, clip=0.0), progress=False)
     try:
         trainer.fit()
     except dr.errors.TrainingDiverged as error:
         assert "last.safetensors" in str(error)
-    again = dr.BilevelTrainer(_config(folder, tmp_path, steps=30, lr=1e4, warmup=0, clip=0.0), progress=False)
+    again = dr.BilevelTrainer(small_config(folder, tmp_path, steps=30, lr=1e4, warmup=0, clip=0.0), progress=False)
     again.load_state()
     assert all(bool(torch.isfinite(p).all()) for p in again.params)
     assert all(np.isfinite(a).all() for a in again.store.arrays.values())
@@ -180,10 +161,10 @@ class Edges(torch.nn.Module):
 def test_any_module_trains(folder: Path, tmp_path: Path) -> None:
     reg = dr.EnergyRegularizer(Edges())
     trainer = dr.BilevelTrainer(
-        _config(folder, tmp_path, steps=40, lr=5e-2, beta=0.0, mu_lr=5e-2), reg=reg, progress=False
+        small_config(folder, tmp_path, steps=40, lr=5e-2, beta=0.0, mu_lr=5e-2), reg=reg, progress=False
     )
     trainer.fit()
-    loss = [d["mse_loss"] for d in _lines(tmp_path) if "mse_loss" in d]
+    loss = [d["mse_loss"] for d in log_lines(tmp_path) if "mse_loss" in d]
     assert np.mean(loss[-6:]) < 0.95 * np.mean(loss[:6])
     path = tmp_path / "weights.safetensors"
     loaded, _ = dr.load(path, dr.EnergyRegularizer(Edges()))
@@ -208,7 +189,7 @@ def test_any_module_trains(folder: Path, tmp_path: Path) -> None:
 def test_baselines_improve_on_their_own_criterion(
     folder: Path, tmp_path: Path, trainer: type, key: str, better: float
 ) -> None:
-    c = _config(folder, tmp_path)
+    c = small_config(folder, tmp_path)
     same = {k: getattr(c, k) for k in dr.BaselineConfig.__dataclass_fields__ if hasattr(c, k)}
     config = dr.BaselineConfig(**{**same, "steps": 200, "validate_every": 50, "noise_level": 0.1, "sigma": 0.0})
     t = trainer(config, progress=False)
@@ -224,7 +205,7 @@ def test_baselines_improve_on_their_own_criterion(
 
 
 def test_baselines_resume_to_the_same_bits(folder: Path, tmp_path: Path) -> None:
-    c = _config(folder, tmp_path / "a", steps=12)
+    c = small_config(folder, tmp_path / "a", steps=12)
     same = {k: getattr(c, k) for k in dr.BaselineConfig.__dataclass_fields__ if hasattr(c, k)}
     for trainer in (dr.DenoiserTrainer, dr.AdversarialTrainer):
         a = dr.BaselineConfig(**{**same, "out": str(tmp_path / f"a-{trainer.method}"), "checkpoint_seconds": 0.0})
@@ -248,7 +229,7 @@ def test_baselines_resume_to_the_same_bits(folder: Path, tmp_path: Path) -> None
 
 
 def test_samples_are_the_same_at_every_visit_and_apart_from_validation(folder: Path, tmp_path: Path) -> None:
-    samples, validation = load_samples(_config(folder, tmp_path))
+    samples, validation = load_samples(small_config(folder, tmp_path))
     assert len(samples) == 6 * 4 and len(validation) == 2
     assert torch.equal(samples.batch(np.array([3, 7])), samples.batch(np.array([3, 7])))
     for v in validation:
