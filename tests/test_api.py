@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
+from PIL import Image
 
 import deepreg_fast as dr
+from deepreg_fast.cli import app
 
 from .helpers import images, normal, random_red
 
@@ -104,3 +109,33 @@ def test_perturbations_climb() -> None:
     flat = dr.beta_hat(dr.RED(channels=2).double(), x, delta)
     kept_delta, kept = flat.ascend(radius)
     assert bool(kept.all()) and torch.equal(kept_delta, delta)
+
+
+def test_the_readmes_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code runs as written, but for the number of steps."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    dr.save(dr.RED(channels=2), "weights.safetensors", {"mu": 0.05})
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        Image.fromarray((images(64, 64, seed=i) * 255).byte().numpy()).save(tmp_path / "images" / f"{i}.png")
+    assert "steps=5000" in code
+    names = {"x": images(1, 1, 180, 180, dtype=torch.float32)}
+    exec(compile(code.replace("steps=5000", "steps=1, channels=2"), "README.md", "exec"), names)
+    assert (tmp_path / "runs" / "bilevel" / "weights.safetensors").exists()
+    assert names["sol"].status.eq(0).all()  # type: ignore[attr-defined]
+
+
+def test_the_readmes_commands() -> None:
+    """Every command line is one that the parser takes whole."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^deepreg-fast (.+)$", text, re.MULTILINE)
+    assert len(lines) >= 5
+    root: Any = typer.main.get_command(app)
+    for line in lines:
+        command, words = root, line.split()
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        with command.make_context(line, words) as context:
+            assert not context.args, line

@@ -228,6 +228,12 @@ def test_baselines_resume_to_the_same_bits(folder: Path, tmp_path: Path) -> None
         assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
 
 
+def test_the_progress_bar_goes_to_stderr(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dr.BilevelTrainer(small_config(folder, tmp_path, steps=3), progress=True).fit()
+    printed = capsys.readouterr()
+    assert "3/3" in printed.err and "validation" in printed.err and printed.out == ""
+
+
 def test_samples_are_the_same_at_every_visit_and_apart_from_validation(folder: Path, tmp_path: Path) -> None:
     samples, validation = load_samples(small_config(folder, tmp_path))
     assert len(samples) == 6 * 4 and len(validation) == 2

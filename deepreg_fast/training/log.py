@@ -24,6 +24,7 @@ class RunLog:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         self._bar = None
         if progress:
+            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
@@ -32,6 +33,7 @@ class RunLog:
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.description}"),
+                console=Console(stderr=True),
             )
             self._bar.start()
             self._task = self._bar.add_task("", total=total, completed=start)
