@@ -18,7 +18,8 @@ help:
 	@echo "make install set up .venv"
 	@echo "make clean   remove .venv, build products and caches"
 
-$(STAMP): pyproject.toml setup.py
+# -e builds the extension; it is built anew when its sources change.
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "deepreg-fast needs Python 3.11 or newer, but '$(PYTHON)' is not one ($$($(PYTHON) --version 2>&1)); try 'make PYTHON=python3.12'." >&2; \
 	  exit 2; }

@@ -1,9 +1,70 @@
-"""What pyproject.toml cannot say: `kernels/` at the top of the tree is installed as `deepreg_fast.kernels`."""
+"""What pyproject.toml cannot say: `kernels/` is installed as `deepreg_fast.kernels`; the C++ extension of `csrc/cpu`.
 
-from setuptools import find_packages, setup
+One source is compiled for several instruction sets, each with flags of its own, and the extension chooses at run time.
+Where it cannot be built (no compiler), the package installs without it and runs on the reference backend.
+"""
+
+import platform
+import sys
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+COMMON = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+# libgomp is the one that torch's Linux wheels bring; Apple's clang has none.
+OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
+FLAGS = {
+    "conv_chain_avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
+    "conv_chain_avx2": ["-mavx2", "-mfma"],
+}
+
+
+class BuildPerInstructionSet(build_ext):
+    """Compiles each source with its own flags."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile one by one, then link."""
+        if self.compiler.compiler_type == "msvc":
+            self.warn("MSVC lacks the vector extensions that csrc/cpu is written in: the backend 'cpu' is left out.")
+            return
+        objects = []
+        for source in ext.sources:
+            stem = source.rpartition("/")[2].removesuffix(".cpp")
+            objects += self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                include_dirs=ext.include_dirs,
+                extra_postargs=[*COMMON, *OPENMP, *FLAGS.get(stem, [])],
+                depends=ext.depends,
+            )
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=OPENMP, target_lang="c++"
+        )
+
+
+def extensions() -> list[Extension]:
+    """The extension, if pybind11 is here (the build system requires it)."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    kinds = ["portable", *(["avx2", "avx512"] if X86 else [])]
+    return [
+        Extension(
+            "deepreg_fast._cpu",
+            ["csrc/cpu/module.cpp", *(f"csrc/cpu/conv_chain_{k}.cpp" for k in kinds)],
+            include_dirs=[pybind11.get_include(), "csrc/cpu"],
+            depends=["csrc/cpu/conv_chain.h", "csrc/cpu/conv_chain.inc", "csrc/cpu/simd.h"],
+            optional=True,
+        )
+    ]
+
 
 setup(
     packages=[*find_packages(include=["deepreg_fast", "deepreg_fast.*"]), "deepreg_fast.kernels"],
     package_dir={"deepreg_fast.kernels": "kernels"},
-    package_data={"deepreg_fast": ["py.typed"], "deepreg_fast.data": ["*.json"]},
+    package_data={"deepreg_fast": ["py.typed", "_cpu.pyi"], "deepreg_fast.data": ["*.json"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildPerInstructionSet},
 )

@@ -1,6 +1,6 @@
 """Where a backend's name is turned into code: the only place where one is.
 
-A backend is an object with the four members of `Backend`; the table below holds them in the order in
+A backend is an object with the members of `Backend`; the table below holds them in the order in
 which `"auto"` tries them. A backend that the user names runs or raises `BackendUnavailable`.
 """
 
@@ -31,6 +31,8 @@ class Backend(Protocol):
     """The three derivatives of one energy, and what the backend can do here."""
 
     name: str
+    batch_invariant: bool
+    """Whether an image's bits are the same in a batch of one as among others."""
 
     def unavailable(self) -> str | None:
         """None if the backend can run on this machine, else the reason and the way to get it."""

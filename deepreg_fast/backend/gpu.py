@@ -15,6 +15,7 @@ class GpuBackend:
     """Declared in the table so that it can be asked for; it has no kernels in this release."""
 
     name = "gpu"
+    batch_invariant = False
 
     def unavailable(self) -> str | None:
         """The first thing that is missing, and the way to get it."""

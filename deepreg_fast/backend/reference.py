@@ -86,6 +86,7 @@ class ReferenceBackend:
     """Runs for everything: any energy, device and floating dtype."""
 
     name = "reference"
+    batch_invariant = False
 
     def unavailable(self) -> str | None:
         """Always available."""

@@ -7,6 +7,7 @@ zero padding, so that `h` maps images of any size to images of that size.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,8 @@ class ConvChain(nn.Module):
         super().__init__()
         widths = [image_channels] + [channels] * (depth - 1) + [image_channels]
         self.gain = gain
+        self.norm = norm
+        self.image_channels = image_channels
         self.reach = depth * (kernel_size // 2)
         self.kernel_size = kernel_size
         self.convs = nn.ModuleList(
@@ -95,6 +98,17 @@ class ConvChain(nn.Module):
         for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
             a = F.silu(norm(conv(a)))
         return self.convs[-1](a) / self.gain
+
+
+@dataclass(frozen=True)
+class ConvChainForm:
+    """`r(x) = alpha/2 ||u||^2 + phi(u, net(u))`, `u = x - center`, with `phi` of `head_energy`: what a backend with
+    kernels for this energy needs to know of it."""
+
+    net: ConvChain
+    head: str
+    alpha: float
+    center: float
 
 
 def per_image(e: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..definitions.conv_chain import HEADS, NORMS, ConvChain, head_energy, per_image
+from ..definitions.conv_chain import HEADS, NORMS, ConvChain, ConvChainForm, head_energy, per_image
 from .base import Regularizer, register
 
 
@@ -95,6 +95,11 @@ class RED(Regularizer):
         """`r(x_b)`, `[B]`."""
         u = x - self.center
         return 0.5 * self.alpha * per_image(u.square()) + head_energy(self.head, u, self.net(u))
+
+    def conv_chain_form(self) -> ConvChainForm | None:
+        """What kernels for this energy need; None for a subclass that computes something else."""
+        own = type(self).energy is not RED.energy or type(self.net) is not ConvChain
+        return None if own else ConvChainForm(self.net, self.head, self.alpha, self.center)
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments but for the seed of the initial weights."""

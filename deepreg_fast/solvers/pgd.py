@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import checks
+from .. import backend, checks
 from ..linsolve.batch import dot, expand, norm
 from ..operators.base import LinearOperator
 from ..regularizers.base import Regularizer
@@ -163,9 +163,10 @@ def _first_tau(x0: torch.Tensor, tau0: torch.Tensor | None, options: PGDOptions)
 
 
 def _gradient(reg: Regularizer, x: torch.Tensor, w: _Work) -> tuple[torch.Tensor, torch.Tensor]:
-    """`r` and `grad r` at `x`. The last image of a batch is evaluated as a pair of itself: torch has other
-    convolution kernels for a single image, and its bits would depend on when its neighbours ended."""
-    if len(x) == 1 and len(w.x) > 1:
+    """`r` and `grad r` at `x`. Unless the backend's bits are the same for any batch, the last image of one is evaluated
+    as a pair of itself: torch has other convolution kernels for a single image, and its bits would depend on when its
+    neighbours ended."""
+    if len(x) == 1 and len(w.x) > 1 and not backend.select(reg, x).batch_invariant:
         v, g = reg.value_and_grad(torch.cat([x, x]))
         return v[:1], g[:1]
     return reg.value_and_grad(x)
