@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
     dr.backends()["cpu"] is not None, reason=f"the C++ extension is not built: {dr.backends()['cpu']}"
 )
 EPS = 2.0**-23
+PIXELS = 2000
 
 
 def _sets() -> list[str]:
@@ -71,10 +72,12 @@ def _compare(reg: dr.RED, x: torch.Tensor, v: torch.Tensor) -> None:
     channels=st.sampled_from((1, 3, 16, 17, 32)),
     depth=st.integers(2, 5),
     head=st.sampled_from(("red", "residual", "norm")),
-    shape=st.tuples(st.integers(1, 3), st.just(1), st.integers(3, 40), st.integers(3, 40)),
+    size=st.tuples(st.integers(3, 40), st.integers(3, 40)),
     seed=st.integers(0, 1000),
 )
-def test_against_float64(channels: int, depth: int, head: str, shape: tuple[int, int, int, int], seed: int) -> None:
+def test_against_float64(channels: int, depth: int, head: str, size: tuple[int, int], seed: int) -> None:
+    # A ratio of two rounding errors needs many of them: nine pixels alone may be twice as lucky in either arithmetic.
+    shape = (1 + PIXELS // (size[0] * size[1]), 1, *size)
     for isa in _sets():
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DEEPREG_FAST_ISA", isa)
