@@ -81,8 +81,9 @@ def test_report_escapes_what_it_is_given(tmp_path: Path) -> None:
     report = Report("a < b", "x & y")
     report.section("<script>", "1 < 2")
     report.table(("<i>", "b"), [("<b>", "&")])
-    report.figure(psnr_figure({"m": ([1, 2], [10.0, 12.0])}), "caption <c>")
+    report.figure(psnr_figure({"m": ([1, 2], [10.0, 12.0])}), 'caption <c> "d"')
     report.write(tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "<script>" not in text and "<i>" not in text and "<b>" not in text and "&lt;script&gt;" in text
-    assert "caption &lt;c&gt;" in text
+    assert '<svg role="img" aria-label="caption &lt;c&gt; &quot;d&quot;" ' in text
+    assert "<figcaption>caption &lt;c&gt;" in text

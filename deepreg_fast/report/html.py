@@ -48,6 +48,8 @@ class Report:
     def figure(self, svg: str, caption: str, wide: bool = False) -> None:
         """Add a figure, an `<svg>` element; on a narrow screen it scrolls instead of becoming unreadable."""
         kind = "pictures" if wide else "chart"
+        # A screen reader says the caption instead of walking through the paths.
+        svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption, quote=True)}" ', 1)
         caption_html = f"<figcaption>{escape(caption)}</figcaption>"
         self._parts.append(f'<figure><div class="{kind}">{svg}</div>{caption_html}</figure>')
 
