@@ -103,12 +103,13 @@ def test_train_and_resume(run: Run, folder: Path, tmp_path: Path) -> None:
         file.write_text(text)
         answer = run("train", "bilevel", "--config", file, "--out", tmp_path / "fourth")
         assert answer.code == 2 and word in answer.err
-    for method in ("denoiser", "gradient_step", "adversarial"):
+    for method in ("denoiser", "gradient-step", "adversarial"):
         answer = run(
             *("train", method, "--data", folder, "--validation", 1, "--validation-crop", 16, "--crop", 16),
             *("--channels", 3, "--steps", 2, "--batch", 2, "--out", tmp_path / method),
         )
-        assert answer.code == 0 and dr.load(tmp_path / method / "weights.safetensors")[1]["method"] == method
+        meta = dr.load(tmp_path / method / "weights.safetensors")[1]
+        assert answer.code == 0 and meta["method"] == method.replace("-", "_")
 
 
 def test_recover_an_image(run: Run, folder: Path, weights: Path, tmp_path: Path) -> None:

@@ -95,5 +95,5 @@ _register(
     "Example: deepreg-fast train bilevel --data BSD400 --split bsd400 --steps 5000 --beta 10 --out runs/beta10",
 )
 _register("denoiser", DenoiserTrainer, BaselineConfig, "RED: train a denoiser d, recover with the field x - d(x).")
-_register("gradient_step", GradientStepTrainer, BaselineConfig, "Train x - grad r(x) to denoise.")
+_register("gradient-step", GradientStepTrainer, BaselineConfig, "Train x - grad r(x) to denoise.")
 _register("adversarial", AdversarialTrainer, BaselineConfig, "Train an input-convex critic of true images.")
