@@ -10,7 +10,7 @@ import typer
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the run.")] = Path("demo-report"),
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 400,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 600,
     size: Annotated[int, typer.Option(help="Side of the held-out images.")] = 96,
 ) -> None:
     """Train a small regularizer on photographs, recover held-out ones, compare with TV, write an HTML report."""

@@ -55,7 +55,7 @@ def settings(out: Path, steps: int, seed: int = 0) -> BilevelConfig:
     )
 
 
-def run_demo(out: Path, steps: int = 400, size: int = 96, progress: bool | None = None) -> Demo:
+def run_demo(out: Path, steps: int = 600, size: int = 96, progress: bool | None = None) -> Demo:
     """Train, recover the held-out images at ratio 1/5, compare with tuned TV, write `out/report.html`."""
     began = time.perf_counter()
     config = settings(out, steps)
