@@ -11,7 +11,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-COMMON = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+COMMON = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-g0"]
 # libgomp is the one that torch's Linux wheels bring; Apple's clang has none.
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 FLAGS = {
@@ -55,7 +55,7 @@ def extensions() -> list[Extension]:
             "deepreg_fast._cpu",
             ["csrc/cpu/module.cpp", *(f"csrc/cpu/conv_chain_{k}.cpp" for k in kinds)],
             include_dirs=[pybind11.get_include(), "csrc/cpu"],
-            depends=["csrc/cpu/conv_chain.h", "csrc/cpu/conv_chain.inc", "csrc/cpu/simd.h"],
+            depends=["csrc/cpu/conv_chain.h", "csrc/cpu/conv_chain.inc", "csrc/cpu/conv.h", "csrc/cpu/simd.h"],
             optional=True,
         )
     ]

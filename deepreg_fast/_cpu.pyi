@@ -7,15 +7,35 @@ class ConvChain:
         self,
         weights: Sequence[int],
         biases: Sequence[int],
+        gammas: Sequence[int],
+        betas: Sequence[int],
         channels: int,
         head: int,
         alpha: float,
         center: float,
         gain: float,
+        eps: float,
         isa: str,
     ) -> None: ...
     @property
     def isa(self) -> str: ...
-    def gradient(self, x: int, value: int, grad: int, planes: int, b: int, h: int, w: int, threads: int) -> None: ...
-    def hvp(self, v: int, planes: int, out: int, b: int, h: int, w: int, threads: int) -> None: ...
-    def param_vjp(self, x: int, v: int, out: int, b: int, h: int, w: int, threads: int) -> None: ...
+    def current(self) -> bool: ...
+    def gradient(
+        self,
+        x: int,
+        value: int,
+        grad: int,
+        planes: int,
+        scalars: int,
+        h: int,
+        b: int,
+        height: int,
+        width: int,
+        threads: int,
+    ) -> None: ...
+    def hvp(
+        self, v: int, planes: int, scalars: int, h: int, out: int, b: int, height: int, width: int, threads: int
+    ) -> None: ...
+    def param_vjp(
+        self, x: int, v: int, planes: int, scalars: int, h: int, out: int, b: int, height: int, width: int, threads: int
+    ) -> None: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 
 import pytest
 import torch
@@ -42,29 +43,31 @@ def _threads() -> Iterator[None]:
 
 
 def _answers(reg: dr.RED, x: torch.Tensor, v: torch.Tensor, backend: str) -> dict[str, torch.Tensor]:
-    """Everything that a backend computes, by name."""
+    """Everything that a backend computes, by name, an image (of "theta": up to nine parts of the batch) a row."""
     with dr.use_backend(backend):
         value, grad = reg.value_and_grad(x)
         lin = reg.linearize(x)
-        theta = lin.param_vjp(v)
-        assert list(theta) == [n for n, p in reg.named_parameters() if p.requires_grad]
-        return {
-            "value": value,
-            "grad": grad,
-            "kept": lin.grad,
-            "hvp": lin.hvp(v),
-            "theta": torch.cat([g.flatten() for g in theta.values()]),
-        }
+        thetas = []
+        for part, direction in zip(x.chunk(9), v.chunk(9), strict=True):
+            theta = reg.linearize(part).param_vjp(direction)
+            assert list(theta) == [n for n, p in reg.named_parameters() if p.requires_grad]
+            thetas.append(torch.cat([g.flatten() for g in theta.values()]))
+        return {"value": value, "grad": grad, "kept": lin.grad, "hvp": lin.hvp(v), "theta": torch.stack(thetas)}
 
 
 def _compare(reg: dr.RED, x: torch.Tensor, v: torch.Tensor) -> None:
     double = copy.deepcopy(reg).double()
     exact = _answers(double, x.double(), v.double(), "reference")
     theirs, ours = _answers(reg, x, v, "reference"), _answers(reg, x, v, "cpu")
+
+    def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+        # The median over images: where all of a pixel's few channels are nearly equal, LayerNorm is steep, and a few
+        # such pixels make most of either arithmetic's error.
+        return median(relative(f.double(), w) for f, w in zip(found, wanted, strict=True))
+
     for name, wanted in exact.items():
-        error = relative(ours[name].double(), wanted)
         # Where torch is exact by luck, an answer is still allowed its own rounding.
-        assert error <= max(2.0 * relative(theirs[name].double(), wanted), 2.0 * EPS), (name, error)
+        assert error(ours[name], wanted) <= max(2.0 * error(theirs[name], wanted), 2.0 * EPS), name
 
 
 @settings(max_examples=25)
@@ -72,27 +75,30 @@ def _compare(reg: dr.RED, x: torch.Tensor, v: torch.Tensor) -> None:
     channels=st.sampled_from((1, 3, 16, 17, 32)),
     depth=st.integers(2, 5),
     head=st.sampled_from(("red", "residual", "norm")),
-    size=st.tuples(st.integers(3, 40), st.integers(3, 40)),
+    norm=st.sampled_from(("none", "pixel")),
+    size=st.tuples(st.integers(3, 34), st.integers(3, 34)),
     seed=st.integers(0, 1000),
 )
-def test_against_float64(channels: int, depth: int, head: str, size: tuple[int, int], seed: int) -> None:
+def test_against_float64(channels: int, depth: int, head: str, norm: str, size: tuple[int, int], seed: int) -> None:
     # A ratio of two rounding errors needs many of them: nine pixels alone may be twice as lucky in either arithmetic.
-    shape = (1 + PIXELS // (size[0] * size[1]), 1, *size)
+    shape = (max(9, PIXELS // (size[0] * size[1])), 1, *size)
     for isa in _sets():
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DEEPREG_FAST_ISA", isa)
             scale = 0.15 * min(1.0, (16 / channels) ** 0.5)
-            reg = random_red(seed, scale, double=False, channels=channels, depth=depth, head=head, alpha=0.1)
+            reg = random_red(seed, scale, double=False, channels=channels, depth=depth, head=head, norm=norm, alpha=0.1)
             _compare(reg, images(*shape, seed=seed, dtype=torch.float32), normal(*shape, seed=seed).float())
 
 
-def test_the_headline_size(isa: str) -> None:
-    reg = random_red(1, double=False, channels=16, gain=10.0)
+@pytest.mark.parametrize("norm", ["none", "pixel"])
+def test_the_headline_size(isa: str, norm: str) -> None:
+    reg = random_red(1, double=False, channels=16, gain=10.0, norm=norm)
     _compare(reg, images(2, 1, 180, 180, dtype=torch.float32), normal(2, 1, 180, 180).float())
 
 
-def test_neither_neighbours_nor_threads_change_the_bits(isa: str, threads: None) -> None:
-    reg = random_red(1, double=False, channels=16)
+@pytest.mark.parametrize("norm", ["none", "pixel"])
+def test_neither_neighbours_nor_threads_change_the_bits(isa: str, norm: str, threads: None) -> None:
+    reg = random_red(1, double=False, channels=16, norm=norm)
     x, v = images(3, 1, 90, 31, dtype=torch.float32), normal(3, 1, 90, 31).float()
     torch.set_num_threads(1)
     one = _answers(reg, x, v, "cpu")
@@ -171,7 +177,7 @@ class Twisted(dr.RED):
         (dr.TV(), torch.float32, "conv chain"),
         (Twisted(channels=2), torch.float32, "conv chain"),
         (dr.RED(channels=2), torch.float64, "float64"),
-        (dr.RED(channels=2, norm="pixel"), torch.float32, "pixel"),
+        (dr.RED(channels=2, norm="image"), torch.float32, "image"),
         (dr.RED(channels=2, kernel_size=5), torch.float32, "5 x 5"),
         (dr.RED(channels=2, image_channels=3), torch.float32, "3"),
         (dr.RED(channels=2, depth=17), torch.float32, "17"),

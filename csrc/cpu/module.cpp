@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -50,65 +51,109 @@ struct Packed {
     }
 };
 
+// A conv chain with its filters packed for one instruction set.
 class ConvChain {
   public:
-    ConvChain(const std::vector<Address>& weights, const std::vector<Address>& biases, int channels, int head,
-              float alpha, float center, float gain, const std::string& isa)
+    // `weights` and `biases` of the convolutions, then (with a LayerNorm) `gammas` and `betas`: addresses of floats.
+    ConvChain(const std::vector<Address>& weights, const std::vector<Address>& biases,
+              const std::vector<Address>& gammas, const std::vector<Address>& betas, int channels, int head, float alpha,
+              float center, float gain, float eps, const std::string& isa)
         : kernels_(&kernels(isa)) {
         const int depth = static_cast<int>(weights.size());
-        if (depth < 2 || depth > 16 || biases.size() != weights.size()) throw std::invalid_argument("2 <= depth <= 16");
-        chain_ = dr::Chain{depth, channels, (channels + 15) / 16, head, alpha, center, {}, {}, {}};
+        const bool norm = !gammas.empty();
+        if (depth < 2 || depth > dr::MAX_DEPTH || biases.size() != weights.size() || gammas.size() != betas.size() ||
+            (norm && gammas.size() + 1 != weights.size()))
+            throw std::invalid_argument("2 <= depth <= 16, and a bias for each filter");
+        // With few channels Winograd's additions round more than the products that it saves.
+        chain_ = dr::Chain{depth, channels, (channels + 15) / 16, head, norm, channels >= MOST_DIRECT, alpha, center, eps,
+                           {}, {}, {}, {}, {}};
         const std::size_t padded = 16 * static_cast<std::size_t>(chain_.blocks);
         for (int l = 0; l < depth; ++l) {
             const bool first = l == 0, last = l == depth - 1;
-            const int out = last ? 1 : channels, in = first ? 1 : channels;
-            const float scale = first ? gain : last ? 1.0f / gain : 1.0f;
-            const std::size_t size = 9 * padded * (first || last ? 1 : padded);
-            const auto* w = reinterpret_cast<const float*>(weights[l]);
-            const auto* b = reinterpret_cast<const float*>(biases[l]);
-            using dr::Kind;
-            const Kind kind = first ? Kind::expand : last ? Kind::reduce : Kind::mix;
-            const Kind turned = first ? Kind::reduce : last ? Kind::expand : Kind::mix;
-            chain_.forward[l] = pack(w, out, in, false, kind, scale, size);
-            chain_.backward[l] = pack(w, out, in, true, turned, scale, size);
-            Packed bias(padded);
-            for (int k = 0; k < out; ++k) bias.begin[k] = last ? b[k] / gain : b[k];
-            chain_.bias[l] = bias.begin;
-            kept_.push_back(std::move(bias));
+            const dr::Layer layer{last ? 1 : channels, first ? 1 : channels, first ? gain : last ? 1.0 / gain : 1.0,
+                                  norm && !last};
+            using dr::Form;
+            const Form inner = chain_.winograd ? Form::winograd : Form::direct;
+            const std::size_t size = padded * (first || last ? 9 : padded * (chain_.winograd ? 16 : 9));
+            const float* w = raw(weights[l], static_cast<std::size_t>(9) * layer.out * layer.in);
+            chain_.forward[l] = pack(w, layer, false, first ? Form::expand : last ? Form::reduce : inner, size);
+            chain_.backward[l] = pack(w, layer, true, first ? Form::reduce : last ? Form::expand : inner, size);
+            const float* b = raw(biases[l], layer.out);
+            double mean = 0.0;
+            for (int k = 0; k < layer.out && layer.centred; ++k) mean += b[k] / static_cast<double>(layer.out);
+            const double scale = last ? layer.scale : 1.0;
+            chain_.bias[l] = pad(layer.out, padded, [&](int k) { return static_cast<float>(scale * (b[k] - mean)); });
+            if (!layer.centred) continue;
+            const float *gamma = raw(gammas[l], channels), *beta = raw(betas[l], channels);
+            chain_.gamma[l] = pad(channels, padded, [&](int k) { return gamma[k]; });
+            chain_.beta[l] = pad(channels, padded, [&](int k) { return beta[k]; });
         }
     }
+    ConvChain(const ConvChain&) = delete;
+    ConvChain& operator=(const ConvChain&) = delete;
 
     std::string isa() const { return kernels_->name; }
 
-    void gradient(Address x, Address value, Address grad, Address planes, int b, int h, int w, int threads) const {
-        py::gil_scoped_release free;
-        kernels_->gradient(chain_, {b, h, w, threads}, reinterpret_cast<const float*>(x),
-                           reinterpret_cast<double*>(value), reinterpret_cast<float*>(grad),
-                           reinterpret_cast<float*>(planes));
+    // Whether the parameters still have the values that were packed.
+    bool current() const {
+        for (const auto& p : given_)
+            if (std::memcmp(p.at, p.values.data(), p.values.size() * sizeof(float)) != 0) return false;
+        return true;
     }
-    void hvp(Address v, Address planes, Address out, int b, int h, int w, int threads) const {
+
+    void gradient(Address x, Address value, Address grad, Address planes, Address scalars, Address h, int b, int height,
+                  int width, int threads) const {
         py::gil_scoped_release free;
-        kernels_->hvp(chain_, {b, h, w, threads}, reinterpret_cast<const float*>(v),
-                      reinterpret_cast<const float*>(planes), reinterpret_cast<float*>(out));
+        kernels_->gradient(chain_, {b, height, width, threads}, floats(x), reinterpret_cast<double*>(value), floats(grad),
+                           {floats(planes), floats(scalars), floats(h)});
     }
-    void param_vjp(Address x, Address v, Address out, int b, int h, int w, int threads) const {
+    void hvp(Address v, Address planes, Address scalars, Address h, Address out, int b, int height, int width,
+             int threads) const {
         py::gil_scoped_release free;
-        kernels_->param_vjp(chain_, {b, h, w, threads}, reinterpret_cast<const float*>(x),
-                            reinterpret_cast<const float*>(v), reinterpret_cast<double*>(out));
+        kernels_->hvp(chain_, {b, height, width, threads}, floats(v), {floats(planes), floats(scalars), floats(h)},
+                      floats(out));
+    }
+    void param_vjp(Address x, Address v, Address planes, Address scalars, Address h, Address out, int b, int height,
+                   int width, int threads) const {
+        py::gil_scoped_release free;
+        kernels_->param_vjp(chain_, {b, height, width, threads}, floats(x), floats(v),
+                            {floats(planes), floats(scalars), floats(h)}, reinterpret_cast<double*>(out));
     }
 
   private:
-    const float* pack(const float* w, int out, int in, bool transpose, dr::Kind kind, float scale, std::size_t size) {
-        Packed packed(size);
-        kernels_->pack(w, out, in, transpose, kind, scale, packed.begin);
+    static constexpr int MOST_DIRECT = 8;
+    struct Given {
+        const float* at;
+        std::vector<float> values;
+    };
+
+    static float* floats(Address a) { return reinterpret_cast<float*>(a); }
+    const float* raw(Address a, std::size_t n) {
+        const float* p = floats(a);
+        given_.push_back({p, {p, p + n}});
+        return p;
+    }
+    const float* keep(Packed packed) {
         const float* begin = packed.begin;
         kept_.push_back(std::move(packed));
         return begin;
+    }
+    const float* pack(const float* w, const dr::Layer& layer, bool transpose, dr::Form form, std::size_t size) {
+        Packed packed(size);
+        kernels_->pack(w, layer, transpose, form, packed.begin);
+        return keep(std::move(packed));
+    }
+    template <class F>
+    const float* pad(int n, std::size_t padded, F value) {
+        Packed packed(padded);
+        for (int k = 0; k < n; ++k) packed.begin[k] = value(k);
+        return keep(std::move(packed));
     }
 
     const dr::Kernels* kernels_;
     dr::Chain chain_;
     std::vector<Packed> kept_;
+    std::vector<Given> given_;
 };
 
 }  // namespace
@@ -117,8 +162,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "C++ kernels for the CPU.";
     m.def("instruction_sets", &instruction_sets);
     py::class_<ConvChain>(m, "ConvChain")
-        .def(py::init<const std::vector<Address>&, const std::vector<Address>&, int, int, float, float, float,
-                      const std::string&>())
+        .def(py::init<const std::vector<Address>&, const std::vector<Address>&, const std::vector<Address>&,
+                      const std::vector<Address>&, int, int, float, float, float, float, const std::string&>())
+        .def("current", &ConvChain::current)
         .def_property_readonly("isa", &ConvChain::isa)
         .def("gradient", &ConvChain::gradient)
         .def("hvp", &ConvChain::hvp)

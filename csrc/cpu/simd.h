@@ -9,6 +9,7 @@
 #define DR_PARTS 1
 #define DR_LANES 16
 #elif defined(__AVX2__)
+#include <immintrin.h>
 #define DR_PARTS 2
 #define DR_LANES 8
 #else
@@ -59,11 +60,17 @@ DR_INLINE V fma(V a, V b, V c) {
     return c;
 }
 DR_INLINE V clamp(V a, float low, float high) {
-    // A NaN fails both comparisons and stays.
+    // A NaN stays: minps and maxps return their second operand if either is one; comparisons with it fail.
+#if defined(__AVX512F__)
+    a.r[0] = (Part)_mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), (__m512)a.r[0]));
+#elif defined(__AVX2__)
+    DR_EACH a.r[k] = (Part)_mm256_max_ps(_mm256_set1_ps(low), _mm256_min_ps(_mm256_set1_ps(high), (__m256)a.r[k]));
+#else
     DR_EACH {
         a.r[k] = a.r[k] > high ? high - Part{} : a.r[k];
         a.r[k] = a.r[k] < low ? low - Part{} : a.r[k];
     }
+#endif
     return a;
 }
 
@@ -80,6 +87,16 @@ DR_INLINE V reciprocal(V a) {
     DR_EACH a.r[k] = 1.0f / a.r[k];
     return a;
 #endif
+}
+
+// 1 / sqrt(a), correctly rounded twice.
+DR_INLINE V rsqrt(V a) {
+#if defined(__AVX512F__)
+    a.r[0] = 1.0f / (Part)_mm512_sqrt_ps((__m512)a.r[0]);
+#else
+    DR_EACH for (int j = 0; j < DR_LANES; ++j) a.r[k][j] = 1.0f / __builtin_sqrtf(a.r[k][j]);
+#endif
+    return a;
 }
 
 // e^x for |x| <= 87: 2^n e^r with |r| <= ln(2)/2, a Taylor-like polynomial of degree 6 (relative error 1e-7).
