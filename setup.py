@@ -6,6 +6,7 @@ Where it cannot be built (no compiler), the package installs without it and runs
 
 import platform
 import sys
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -15,8 +16,8 @@ COMMON = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisib
 # libgomp is the one that torch's Linux wheels bring; Apple's clang has none.
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 FLAGS = {
-    "conv_chain_avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
-    "conv_chain_avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma"],
 }
 
 
@@ -35,7 +36,7 @@ class BuildPerInstructionSet(build_ext):
                 [source],
                 output_dir=self.build_temp,
                 include_dirs=ext.include_dirs,
-                extra_postargs=[*COMMON, *OPENMP, *FLAGS.get(stem, [])],
+                extra_postargs=[*COMMON, *OPENMP, *FLAGS.get(stem.rpartition("_")[2], [])],
                 depends=ext.depends,
             )
         self.compiler.link_shared_object(
@@ -53,9 +54,9 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "deepreg_fast._cpu",
-            ["csrc/cpu/module.cpp", *(f"csrc/cpu/conv_chain_{k}.cpp" for k in kinds)],
+            ["csrc/cpu/module.cpp", *(f"csrc/cpu/{name}_{k}.cpp" for name in ("conv_chain", "srm") for k in kinds)],
             include_dirs=[pybind11.get_include(), "csrc/cpu"],
-            depends=["csrc/cpu/conv_chain.h", "csrc/cpu/conv_chain.inc", "csrc/cpu/conv.h", "csrc/cpu/simd.h"],
+            depends=sorted(str(p) for p in Path("csrc/cpu").glob("*") if p.suffix in (".h", ".inc")),
             optional=True,
         )
     ]

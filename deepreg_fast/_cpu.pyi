@@ -39,3 +39,21 @@ class ConvChain:
     def param_vjp(
         self, x: int, v: int, planes: int, scalars: int, h: int, out: int, b: int, height: int, width: int, threads: int
     ) -> None: ...
+
+class Srm:
+    def __init__(
+        self,
+        transform: int,
+        channels: int,
+        height: int,
+        width: int,
+        block: int,
+        measurements: int,
+        rows: int,
+        signs: int,
+        perm: int,
+        columns_matrix: int,
+        lines_matrix: int,
+        isa: str,
+    ) -> None: ...
+    def apply(self, product: int, count: int, threads: int, x: int, y: int, weight: int, out: int) -> None: ...

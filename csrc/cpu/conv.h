@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <new>
 #include <type_traits>
 #include <vector>
 
+#include "aligned.h"
 #include "conv_chain.h"
 #include "simd.h"
 
@@ -28,20 +28,6 @@ constexpr int PIXELS = 3;
 constexpr int TILES = 3;
 constexpr int POSITIONS = 1;
 #endif
-
-// Zeroed floats on cache-line boundaries: a pixel of 16 channels then lies in one line.
-template <class T>
-struct Aligned {
-    using value_type = T;
-    Aligned() = default;
-    template <class U>
-    Aligned(const Aligned<U>&) {}
-    T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
-    void deallocate(T* p, std::size_t) { ::operator delete(p, std::align_val_t(64)); }
-    bool operator==(const Aligned&) const { return true; }
-    bool operator!=(const Aligned&) const { return false; }
-};
-using Floats = std::vector<float, Aligned<float>>;
 
 // The rows above, at and below, or (for Winograd) the four rows about a pair; each from its left zero pixel on.
 template <int N>

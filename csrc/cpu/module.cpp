@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "conv_chain.h"
+#include "srm.h"
 
 namespace py = pybind11;
 
@@ -156,6 +158,103 @@ class ConvChain {
     std::vector<Given> given_;
 };
 
+// The twiddles of an FFT of n points as srm.inc walks through them, and the angles of a DCT.
+dr::Lines dct_lines(int n) {
+    const double pi = 3.14159265358979323846;
+    dr::Lines plan;
+    plan.n = n;
+    int rest = n;
+    for (const int radix : {4, 2, 3, 5})
+        for (; rest % radix == 0; rest /= radix) plan.radices.push_back(radix);
+    for (int radix = 7; rest > 1; radix += 2)
+        for (; rest % radix == 0; rest /= radix) plan.radices.push_back(radix);
+    const auto turn = [&](double part) {
+        plan.twiddles.push_back(static_cast<float>(std::cos(2 * pi * part)));
+        plan.twiddles.push_back(static_cast<float>(-std::sin(2 * pi * part)));
+    };
+    long before = 1;
+    for (const int radix : plan.radices) {
+        const long inner = n / (before * radix);
+        for (long i = 0; i < inner; ++i)
+            for (long j = 1; j < radix; ++j) turn(static_cast<double>(before * i * j % n) / n);
+        for (long j = 0; j < radix && radix > 5; ++j) turn(static_cast<double>(j) / radix);
+        before *= radix;
+    }
+    for (int k = 0; 2 * k <= n; ++k) {
+        const double angle = pi * k / (2.0 * n), scale = k ? std::sqrt(0.5 / n) : std::sqrt(1.0 / n);
+        plan.angles.push_back(static_cast<float>(scale * std::cos(angle)));
+        plan.angles.push_back(static_cast<float>(scale * std::sin(angle)));
+    }
+    return plan;
+}
+
+// `matrix` [n, n] of +-1: which signed sum of each 4 inputs an output takes (srm.inc).
+dr::Lines hadamard_lines(int n, const std::int8_t* matrix) {
+    dr::Lines plan;
+    plan.n = n;
+    for (int transposed = 0; transposed < 2; ++transposed)
+        for (int k = 0; k < n; ++k)
+            for (int g = 0; g < n; g += 4) {
+                int index = 0;
+                for (int j = 0; j < 4 && g + j < n; ++j) {
+                    const bool negative = (transposed ? matrix[(g + j) * n + k] : matrix[k * n + g + j]) < 0;
+                    index += negative * (j == 0 ? 2 : j == 1 ? 1 : j == 2 ? 8 : 4);
+                }
+                plan.choice[transposed].push_back(static_cast<std::uint8_t>(index));
+            }
+    return plan;
+}
+
+class Srm {
+  public:
+    // `rows` and `perm` are int64, `signs` and the Hadamard matrices of the two sizes int8; 0 where there is none.
+    Srm(int transform, int channels, int height, int width, int block, int measurements, Address rows, Address signs,
+        Address perm, Address columns_matrix, Address lines_matrix, const std::string& isa)
+        : kernels_(&srm_kernels(isa)) {
+        s_.transform = static_cast<dr::Transform>(transform);
+        s_.channels = channels, s_.height = height, s_.width = width, s_.block = block, s_.measurements = measurements;
+        const std::size_t d = static_cast<std::size_t>(channels) * height * width;
+        const auto* r = reinterpret_cast<const std::int64_t*>(rows);
+        s_.kept.assign((d + 15) / 16, 0);
+        for (int j = 0; j < measurements; ++j) s_.kept[r[j] / 16] |= static_cast<std::uint16_t>(1u << r[j] % 16);
+        if (signs) {
+            const auto* p = reinterpret_cast<const std::int8_t*>(signs);
+            s_.signs.assign(p, p + d);
+        }
+        if (perm) {
+            const auto* p = reinterpret_cast<const std::int64_t*>(perm);
+            s_.perm.assign(p, p + d);
+        }
+        if (s_.transform == dr::Transform::dct) {
+            s_.columns = dct_lines(height);
+            s_.lines = dct_lines(width);
+        } else if (s_.transform == dr::Transform::hadamard) {
+            s_.columns = hadamard_lines(height, reinterpret_cast<const std::int8_t*>(columns_matrix));
+            s_.lines = hadamard_lines(width, reinterpret_cast<const std::int8_t*>(lines_matrix));
+        }
+    }
+
+    void apply(int product, int count, int threads, Address x, Address y, Address weight, Address out) const {
+        py::gil_scoped_release free;
+        kernels_->apply(s_, static_cast<dr::Product>(product), count, threads, reinterpret_cast<const float*>(x),
+                        reinterpret_cast<const float*>(y), reinterpret_cast<const float*>(weight),
+                        reinterpret_cast<float*>(out));
+    }
+
+  private:
+    static const dr::SrmKernels& srm_kernels(const std::string& isa) {
+        const std::string name = kernels(isa).name;
+#if defined(__x86_64__)
+        if (name == "avx512") return dr::srm_avx512;
+        if (name == "avx2") return dr::srm_avx2;
+#endif
+        return dr::srm_portable;
+    }
+
+    const dr::SrmKernels* kernels_;
+    dr::Srm s_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -169,4 +268,7 @@ PYBIND11_MODULE(_cpu, m) {
         .def("gradient", &ConvChain::gradient)
         .def("hvp", &ConvChain::hvp)
         .def("param_vjp", &ConvChain::param_vjp);
+    py::class_<Srm>(m, "Srm")
+        .def(py::init<int, int, int, int, int, int, Address, Address, Address, Address, Address, const std::string&>())
+        .def("apply", &Srm::apply);
 }

@@ -18,6 +18,7 @@
 #endif
 
 #define DR_INLINE inline __attribute__((always_inline))
+#define DR_LAMBDA __attribute__((always_inline))
 
 namespace DR_ISA {
 

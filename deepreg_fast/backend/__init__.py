@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from ..errors import BackendUnavailable, InputError
 from . import cpu, gpu, reference
@@ -48,6 +49,26 @@ class Backend(Protocol):
 
     def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
         """The Hessian and the mixed derivative at a point that stays put."""
+        ...
+
+
+class SrmKernels(Protocol):
+    """A structurally random matrix's products, for images of one dtype and device."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`A x`, `[B, C, H, W] -> [B, m]`."""
+        ...
+
+    def adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        """`A^T y`."""
+        ...
+
+    def normal(self, x: torch.Tensor) -> torch.Tensor:
+        """`A^T A x`."""
+        ...
+
+    def correct(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`x_b + weight_b A^T (y_b - A x_b)`."""
         ...
 
 
@@ -111,4 +132,42 @@ def select(energy: nn.Module, x: torch.Tensor) -> Backend:
     raise BackendUnavailable("No backend can take this tensor; move it to the CPU in float32 or float64.")
 
 
-__all__ = ["Backend", "Energy", "Linearization", "backends", "register", "select", "use_backend"]
+def srm_kernels(A: nn.Module, *tensors: torch.Tensor) -> SrmKernels | None:
+    """Kernels for the SRM `A` and these tensors, or None where torch's definition is to be used: under the choice
+    `"reference"`, and where autograd, `torch.func` or `torch.compile` follow the tensors.
+
+    A backend may have a method `srm(A, like)` that returns them or None.
+    """
+    name = _CHOICE.get()
+    if name == "reference" or any(map(_followed, tensors)):
+        return None
+    for backend in _TABLE.values() if name == "auto" else (_TABLE[name],):
+        find = getattr(backend, "srm", None)
+        if find is not None and backend.unavailable() is None:
+            kernels = find(A, tensors[0])
+            if kernels is not None:
+                return kernels
+    return None
+
+
+def _followed(t: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, nn.Parameter):
+        return True
+    if torch.is_grad_enabled() and t.requires_grad:
+        return True
+    # The only question to torch.func that torch answers, in a private module since 2.0.
+    wrapped = getattr(torch._C, "_functorch").is_functorch_wrapped_tensor  # noqa: B009
+    return wrapped(t) or forward_ad.unpack_dual(t).tangent is not None
+
+
+__all__ = [
+    "Backend",
+    "Energy",
+    "Linearization",
+    "SrmKernels",
+    "backends",
+    "register",
+    "select",
+    "srm_kernels",
+    "use_backend",
+]

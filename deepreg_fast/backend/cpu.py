@@ -1,6 +1,7 @@
 """The C++ backend: the extension built from `csrc/cpu`, for float32 tensors on the CPU.
 
-It has the conv chain's sweeps (value, gradient, Hessian-vector and parameter product); docs/kernels.md says how.
+It has the conv chain's sweeps (value, gradient, Hessian-vector and parameter product) and the SRM's products;
+docs/kernels.md says how.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from ..definitions import hadamard
 from ..definitions.conv_chain import HEADS, ChannelNorm, ConvChainForm
 from ..errors import BackendUnavailable, InputError
 from .reference import Linearization
@@ -200,6 +202,53 @@ def _gradient(
     return value.to(x.dtype), grad
 
 
+_TRANSFORMS = ("dct", "hadamard", "walsh")
+_SRMS: WeakKeyDictionary[nn.Module, tuple[Any, CpuSrm]] = WeakKeyDictionary()
+
+
+class CpuSrm:
+    """The C++ kernels of one SRM; they hold copies of its buffers."""
+
+    def __init__(self, A: Any, isa: str) -> None:
+        extension, _ = _extension()
+        assert extension is not None
+        self._shape, self._measurements = A.image_shape, A.measurements
+        matrices = [
+            torch.from_numpy(hadamard.hadamard(n).astype("int8")) if A.transform == "hadamard" else None
+            for n in A.image_shape[1:]
+        ]
+        address = [0 if t is None else t.contiguous().data_ptr() for t in (A.rows, A.signs, A.perm, *matrices)]
+        self._kernels = extension.Srm(
+            _TRANSFORMS.index(A.transform), *A.image_shape, A.block or 0, A.measurements, *address, isa
+        )
+
+    def _apply(
+        self, product: int, x: torch.Tensor | None, y: torch.Tensor | None, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        given = [None if t is None else t.detach().contiguous() for t in (x, y, weight)]
+        count = len(x) if x is not None else len(cast(torch.Tensor, y))
+        out = torch.empty(count, self._measurements) if product == 0 else torch.empty(count, *self._shape)
+        address = [0 if t is None else t.data_ptr() for t in given]
+        self._kernels.apply(product, count, torch.get_num_threads(), *address, out.data_ptr())
+        return out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`A x`."""
+        return self._apply(0, x, None, None)
+
+    def adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        """`A^T y`."""
+        return self._apply(1, None, y, None)
+
+    def normal(self, x: torch.Tensor) -> torch.Tensor:
+        """`A^T A x`."""
+        return self._apply(2, x, None, None)
+
+    def correct(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`x_b + weight_b A^T (y_b - A x_b)`."""
+        return self._apply(3, x, y, weight)
+
+
 class CpuBackend:
     """Value and derivatives of the conv chain by the C++ sweeps; everything else goes to the reference."""
 
@@ -227,6 +276,17 @@ class CpuBackend:
         if min(x.shape[-2:]) < 3:
             return "the images are smaller than a filter."
         return None
+
+    def srm(self, A: nn.Module, like: torch.Tensor) -> CpuSrm | None:
+        """The C++ products for float32 on the CPU."""
+        if like.device.type != "cpu" or like.dtype != torch.float32:
+            return None
+        key = (instruction_set(), *((t.data_ptr(), t._version) for t in A.buffers()))
+        found = _SRMS.get(A)
+        if found is None or found[0] != key:
+            found = (key, CpuSrm(A, instruction_set()))
+            _SRMS[A] = found
+        return found[1]
 
     def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r(x_b)` and `grad r(x_b)` in one sweep."""

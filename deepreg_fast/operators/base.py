@@ -45,6 +45,13 @@ class LinearOperator(nn.Module):
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define _forward(x).")
 
+    def _normal(self, x: torch.Tensor) -> torch.Tensor:
+        return self._adjoint(self._forward(x))
+
+    def _correct(self, z: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`z + weight A^T (y - A z)`."""
+        return z + weight * self._adjoint(y - self._forward(z))
+
     def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define _adjoint(y).")
 
@@ -72,7 +79,7 @@ class LinearOperator(nn.Module):
 
     def normal(self, x: torch.Tensor) -> torch.Tensor:
         """`A^T A x`."""
-        return self._adjoint(self.A(x))
+        return self._normal(self._here(checks.images(x, "x", self.image_shape), "x"))
 
     def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
         """The minimum-norm solution `A^T (A A^T)^{-1} y`; with `gram_scale = c` it is `A^T y / c`."""
@@ -107,7 +114,7 @@ class LinearOperator(nn.Module):
         g = _per_image(gamma, z, "gamma")
         if self.gram_scale is None:
             return self._prox_by_cg(z, y, g)
-        return z + g / (1.0 + g * self.gram_scale) * self._adjoint(y - self._forward(z))
+        return self._correct(z, y, g / (1.0 + g * self.gram_scale))
 
     def _prox_by_cg(self, z: torch.Tensor, y: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         from ..linsolve import CGOptions, cg

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import checks
+from .. import backend, checks
 from ..definitions import dct, hadamard, walsh
 from ..errors import InputError, OperatorMismatch
 from .base import LinearOperator, register
@@ -102,6 +102,9 @@ class SRM(LinearOperator):
         return (dct.idct2(x) if self.transform == "dct" else hadamard.ihadamard2(x)).flatten(1)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernels = backend.srm_kernels(self, x)
+        if kernels is not None:
+            return kernels.forward(x)
         v = x.flatten(1)
         if self.perm is not None:
             v = v[:, self.perm]
@@ -110,6 +113,9 @@ class SRM(LinearOperator):
         return self._transform(v)[:, self.rows]
 
     def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        kernels = backend.srm_kernels(self, y)
+        if kernels is not None:
+            return kernels.adjoint(y)
         d = int(np.prod(self.image_shape))
         full = y.new_zeros(len(y), d).index_copy(1, self.rows, y)
         v = self._inverse(full)
@@ -118,6 +124,16 @@ class SRM(LinearOperator):
         if self.perm is not None:
             v = torch.zeros_like(v).index_copy(1, self.perm, v)
         return v.reshape(-1, *self.image_shape)
+
+    def _normal(self, x: torch.Tensor) -> torch.Tensor:
+        kernels = backend.srm_kernels(self, x)
+        return super()._normal(x) if kernels is None else kernels.normal(x)
+
+    def _correct(self, z: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        kernels = backend.srm_kernels(self, z, y, weight)
+        if kernels is None:
+            return super()._correct(z, y, weight)
+        return kernels.correct(z, y, weight.reshape(-1).expand(len(z)))
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments."""
