@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 
 def instruction_sets() -> list[str]: ...
+def multiply_adds(isa: str, threads: int, scale: int) -> float: ...
 
 class ConvChain:
     def __init__(

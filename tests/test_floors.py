@@ -23,7 +23,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     5: ("solvers",),
     6: ("implicit", "lipschitz"),
     7: ("recovery", "training", "data", "metrics", "weights", "evaluation", "measurements"),
-    8: ("report", "cli", "__init__", "__main__"),
+    8: ("report", "bench", "cli", "__init__", "__main__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

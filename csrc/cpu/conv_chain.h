@@ -53,6 +53,8 @@ struct Kernels {
     // d/dtheta sum_b <grad r(x_b), v_b>: for each convolution [C_out, C_in, 9] then its bias [C_out]; with a LayerNorm
     // then for each gamma [C] and beta [C].
     void (*param_vjp)(const Chain&, const Batch&, const float* x, const float* v, const Kept&, double* out);
+    // What the multiply-add units can do: `count` rounds of independent ones on each thread; returns the flops.
+    double (*multiply_adds)(int threads, long count, float* sink);
 };
 
 extern const Kernels avx512, avx2, portable;

@@ -260,6 +260,11 @@ class Srm {
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "C++ kernels for the CPU.";
     m.def("instruction_sets", &instruction_sets);
+    m.def("multiply_adds", [](const std::string& isa, int threads, int scale) {
+        py::gil_scoped_release free;
+        float sink = 0.0f;
+        return kernels(isa).multiply_adds(threads, 2000000L * scale, &sink);
+    });
     py::class_<ConvChain>(m, "ConvChain")
         .def(py::init<const std::vector<Address>&, const std::vector<Address>&, const std::vector<Address>&,
                       const std::vector<Address>&, int, int, float, float, float, float, const std::string&>())

@@ -1,4 +1,4 @@
-"""The command `deepreg-fast`: train, recover, evaluate, demo, data, info."""
+"""The command `deepreg-fast`: train, recover, evaluate, demo, data, bench, info."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import typer
 
 from ..errors import DeepRegError
-from . import data, demo, evaluate, info, recover, train
+from . import bench, data, demo, evaluate, info, recover, train
 
 app = typer.Typer(
     name="deepreg-fast",
@@ -21,6 +21,7 @@ app.command()(recover.recover)
 app.command()(evaluate.evaluate)
 app.command()(demo.demo)
 app.add_typer(data.app, name="data")
+app.command()(bench.bench)
 app.command()(info.info)
 
 

@@ -27,6 +27,7 @@ def facts() -> dict[str, Any]:
     import torch
 
     from .. import __version__, backends
+    from ..backend.cpu import instruction_set
 
     return {
         "version": __version__,
@@ -36,6 +37,7 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": backends(),
+        "kernels on the cpu": None if backends()["cpu"] else instruction_set(),
         "optional": {p: _version(p) or f"missing: {how}" for p, how in _OPTIONAL.items()},
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .figures import curves_figure, images_figure, psnr_figure, to_svg
+from .figures import curves_figure, images_figure, psnr_figure, roofline_figure, to_svg
 from .html import Report
 
-__all__ = ["Report", "curves_figure", "images_figure", "psnr_figure", "to_svg"]
+__all__ = ["Report", "curves_figure", "images_figure", "psnr_figure", "roofline_figure", "to_svg"]

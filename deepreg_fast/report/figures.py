@@ -62,6 +62,22 @@ def psnr_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -
     return to_svg(figure)
 
 
+def roofline_figure(points: Mapping[str, tuple[float, float, float]], flops: float, bandwidth: float) -> str:
+    """Rates under the machine's roof: name -> (flops, bytes, seconds); the bounds in GFLOP/s and GB/s."""
+    figure = _figure(9.0, 4.0)
+    axis = figure.subplots()
+    at = [f / b for f, b, _ in points.values()] or [1.0]
+    x = np.geomspace(min(0.1, *at) / 2, max(100.0, *at) * 2, 200)
+    axis.loglog(x, np.minimum(flops, bandwidth * x), color=COLORS[-1], linewidth=1.5)
+    axis.annotate(f"{flops:.0f} GFLOP/s of multiply-adds", (x[-1], flops), ha="right", va="bottom", fontsize=9)
+    for color, (name, (f, b, s)) in zip(COLORS, points.items(), strict=False):
+        axis.plot(f / b, f / s / 1e9, "o", color=color, label=f"{name}: {f / s / 1e9:.0f} GFLOP/s")
+    axis.set(xlabel="flops per byte from memory", ylabel="GFLOP/s (direct sums)")
+    axis.legend(frameon=False, loc="lower right")
+    _tidy(axis)
+    return to_svg(figure)
+
+
 def images_figure(columns: Sequence[str], rows: Sequence[Sequence[tuple[np.ndarray, str, str]]]) -> str:
     """A grid of images: each cell is `(image [H, W], caption, kind)`, kind "gray" (0 to 1), "auto" or "error"."""
     figure = _figure(2.2 * len(columns), 2.45 * len(rows))

@@ -1,0 +1,64 @@
+"""The machine's own bounds, measured in the same run as what is compared with them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from datetime import date
+
+import torch
+
+from .._version import __version__
+from ..backend import backends, cpu
+from .timing import _clock
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Float32 rates with the threads in force: multiply-adds (2 flops each), matrix product, copy."""
+
+    fma: float | None
+    """GFLOP/s of independent multiply-adds in the registers; None without the C++ extension."""
+    gemm: float
+    """GFLOP/s of a 1024 x 1024 matrix product of torch."""
+    copy: float
+    """GB/s read plus GB/s written, of 128 MB."""
+
+
+def bounds(rounds: int = 15) -> Bounds:
+    """Measure them: the best of `rounds`."""
+    extension, _ = cpu._extension()
+    fma = None
+    if extension is not None:
+        multiply, isa, threads = extension.multiply_adds, cpu.instruction_set(), torch.get_num_threads()
+        flops = multiply(isa, threads, 1)
+        fma = flops / min(_clock(lambda _: multiply(isa, threads, 1), 0) for _ in range(rounds)) / 1e9
+    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
+    gemm = 2 * 1024**3 / min(_clock(lambda _: a @ b, 0) for _ in range(rounds)) / 1e9
+    source = torch.rand(32 << 20)
+    target = torch.empty_like(source)
+    copy = 2 * 4 * (32 << 20) / min(_clock(lambda _: target.copy_(source), 0) for _ in range(rounds)) / 1e9
+    return Bounds(fma, gemm, copy)
+
+
+def describe() -> dict[str, object]:
+    """The machine and the versions that a result belongs to."""
+    return {
+        "date": date.today().isoformat(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepreg_fast": __version__,
+        "instruction_set": cpu.instruction_set() if backends()["cpu"] is None else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,106 @@
+"""Timing that can be trusted: candidates take turns in random order, and a run checks itself before it speaks."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+Timed = Callable[[int], object]
+"""Called with the number of the round, so that inputs can rotate; its answer keeps the work from being dropped."""
+
+CONTROL, PLANTED = "ours again", "ours + 10 %"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A median of ratios, and its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each candidate in each round, `[rounds]`, and what the run says of itself."""
+
+    seconds: dict[str, np.ndarray]
+    void: str | None
+    """Why the run may not be quoted, or None."""
+
+    def median(self, name: str) -> float:
+        """Median seconds."""
+        return float(np.median(self.seconds[name]))
+
+    def spread(self, name: str) -> float:
+        """Half the interquartile range over the median."""
+        low, high = np.percentile(self.seconds[name], [25, 75])
+        return float((high - low) / 2 / self.median(name))
+
+    def ratio(self, name: str, to: str = "ours") -> Ratio:
+        """How many times longer `name` takes than `to`, from the ratios within each round."""
+        return ratio(self.seconds[name], self.seconds[to])
+
+
+def ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Ratio:
+    """Median of `a / b` over paired rounds, with a bootstrap over the rounds."""
+    r = a / b
+    picks = np.random.default_rng(seed).integers(0, len(r), (2000, len(r)))
+    low, high = np.percentile(np.median(r[picks], axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(r)), float(low), float(high))
+
+
+def interleave(candidates: Mapping[str, Timed], rounds: int, seed: int = 0) -> Timing:
+    """Time every candidate once a round, in an order drawn anew for each; `"ours"` must be among them.
+
+    Two more take part: the same code again, whose ratio must be 1 +- 0.03, and the same code with a planted slowdown of
+    10 %, which must be seen. Otherwise the run is void.
+    """
+    ours = candidates["ours"]
+    for f in candidates.values():
+        f(0)
+    pilot = sorted(_clock(ours, k) for k in range(3))[1]
+    # Calls of microseconds are repeated within a measurement, so that the clock does not matter.
+    repeats = {n: max(1, min(1000, round(2e-3 / max(_clock(f, 1), 1e-9)))) for n, f in candidates.items()}
+    everyone: dict[str, Timed] = {**candidates, CONTROL: ours, PLANTED: lambda k: (ours(k), _wait(0.1 * pilot))}
+    repeats |= {CONTROL: repeats["ours"], PLANTED: repeats["ours"]}
+    order, rng = list(everyone), random.Random(seed)
+    seconds: dict[str, list[float]] = {n: [] for n in everyone}
+    for k in range(rounds):
+        rng.shuffle(order)
+        for name in order:
+            f, n = everyone[name], repeats[name]
+            began = time.perf_counter()
+            for _ in range(n):
+                f(k)
+            seconds[name].append((time.perf_counter() - began) / n)
+    arrays = {n: np.asarray(s) for n, s in seconds.items()}
+    return Timing(arrays, _void(arrays))
+
+
+def _void(seconds: Mapping[str, np.ndarray]) -> str | None:
+    same, slower = ratio(seconds[CONTROL], seconds["ours"]), ratio(seconds[PLANTED], seconds["ours"])
+    if abs(same.median - 1.0) > 0.03:
+        return f"the same code timed twice differs: {same}"
+    if not (slower.low > 1.0 and slower.median > 1.05):
+        return f"a planted slowdown of 10 % was not seen: {slower}"
+    return None
+
+
+def _clock(f: Timed, k: int) -> float:
+    began = time.perf_counter()
+    f(k)
+    return time.perf_counter() - began
+
+
+def _wait(seconds: float) -> None:
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass

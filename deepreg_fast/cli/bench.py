@@ -1,0 +1,110 @@
+"""`deepreg-fast bench`: the kernels beside their peers and the machine's own bounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..bench import Bounds, Result
+
+
+def bench(  # noqa: PLR0913 - one argument an option
+    cases: Annotated[str, typer.Option(help="Cases, separated by commas; all by default.")] = "",
+    rounds: Annotated[int, typer.Option(help="Rounds in which the candidates take turns.")] = 21,
+    batch: Annotated[int, typer.Option(help="Images.")] = 8,
+    size: Annotated[int, typer.Option(help="Side of an image.")] = 180,
+    channels: Annotated[int, typer.Option(help="Width of the network.")] = 16,
+    depth: Annotated[int, typer.Option(help="Number of convolutions.")] = 3,
+    norm: Annotated[str, typer.Option(help="none or pixel.")] = "pixel",
+    threads: Annotated[int, typer.Option(help="Threads; 0 leaves torch's number.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json, results.csv and roofline.svg.")] = None,
+) -> None:
+    """Time the C++ kernels beside torch, JAX and scipy; each answer is checked against float64 first.
+
+    A case is void (and says so) when the same code timed twice differs by more than 3 %, or a planted slowdown of 10 %
+    is not seen: then the machine was too busy, and the times mean little.
+
+    Example: deepreg-fast bench --cases hvp,dct --threads 1 --out results
+    """
+    import torch
+    from rich.console import Console
+
+    from .. import checks
+    from ..backend import backends
+    from ..bench import CASES, Problem, bounds, describe, run
+    from ..bench.runner import to_csv, to_json
+    from ..errors import BackendUnavailable, InputError
+    from ..files import write_atomically
+    from ..report import roofline_figure
+
+    names = [n.strip() for n in cases.split(",") if n.strip()] or list(CASES)
+    for n in names:
+        if n not in CASES:
+            raise InputError(f"--cases must be among {', '.join(CASES)}, but has {n!r}.")
+    checks.integer(rounds, "rounds", 3)
+    checks.integer(batch, "batch", 1)
+    checks.integer(size, "size", 8)
+    checks.choice(norm, "norm", ("none", "pixel"))
+    if checks.integer(threads, "threads", 0):
+        torch.set_num_threads(threads)
+    reason = backends()["cpu"]
+    if reason is not None:
+        raise BackendUnavailable(f"The C++ kernels are what is timed: {reason}")
+    problem = Problem(batch, size, channels, depth, norm)
+    console = Console()
+    with console.status("bounds of the machine") as status:
+        machine, found = describe(), bounds()
+        results = run(problem, names, rounds, lambda name: status.update(name))
+    _print(console, results, found)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        report = to_json(results, problem, found, machine)
+        write_atomically(out / "results.json", (json.dumps(report, indent=1) + "\n").encode())
+        write_atomically(out / "results.csv", to_csv(results).encode())
+        points = {r.case.name: (r.case.flops, r.case.bytes, 1e-3 * r.rows[0].milliseconds) for r in results if r.rows}
+        figure = roofline_figure({n: v for n, v in points.items() if v[0]}, found.fma or found.gemm, found.copy)
+        write_atomically(out / "roofline.svg", figure.encode())
+    if any(r.wrong for r in results):
+        raise typer.Exit(1)
+
+
+def _print(console: Console, results: list[Result], bounds: Bounds) -> None:
+    from rich.table import Table
+
+    fma = f"{bounds.fma:.0f}" if bounds.fma else "?"
+    console.print(
+        f"Multiply-adds {fma} GFLOP/s, matrix product {bounds.gemm:.0f} GFLOP/s, copy {bounds.copy:.0f} GB/s.",
+        highlight=False,
+    )
+    table = Table("case", "candidate", "ms", "spread", "times ours [95 %]", "error", "of the bound")
+    for result in results:
+        if result.wrong:
+            table.add_row(result.case.name, f"wrong: {result.wrong}")
+            continue
+        for i, row in enumerate(result.rows):
+            share = ""
+            if i == 0 and result.case.flops and bounds.fma:
+                share = f"{result.case.flops / row.milliseconds / 1e6 / bounds.fma:.0%} of multiply-adds"
+            elif i == 0 and result.case.bytes and not result.case.flops:
+                share = f"{result.case.bytes / row.milliseconds / 1e6 / bounds.copy:.0%} of the copy"
+            table.add_row(
+                row.case if i == 0 else "",
+                row.name,
+                f"{row.milliseconds:.3g}",
+                f"{row.spread:.0%}",
+                str(row.ratio),
+                f"{row.error:.0e}" if row.error else "",
+                share,
+                end_section=i == len(result.rows) - 1 and not result.void,
+            )
+        if result.void:
+            table.add_row("", f"VOID: {result.void}", end_section=True)
+        for name, reason in result.case.missing.items():
+            table.add_row("", f"missing: {name} ({reason})")
+    console.print(table)
