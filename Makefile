@@ -6,15 +6,18 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+COMMA := ,
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint pytest install clean
+.PHONY: help demo test lint pytest sanitize sanitize-threads install clean
 
 help:
 	@echo "make demo    train a small regularizer, recover images, write demo-report/"
 	@echo "make test    ruff, pyright, then the whole test suite with coverage"
 	@echo "make lint    ruff and pyright alone"
+	@echo "make sanitize          the kernels' tests under the address and undefined-behaviour sanitizers"
+	@echo "make sanitize-threads  the same under the thread sanitizer"
 	@echo "make install set up .venv"
 	@echo "make clean   remove .venv, build products and caches"
 
@@ -45,6 +48,25 @@ pytest: $(STAMP)
 # Static checks first: they fail in seconds, and pytest's closing lines come last.
 test: lint
 	@$(MAKE) --no-print-directory pytest
+
+# The kernels' tests on an extension that watches its memory and its arithmetic, or its threads, in a copy of the tree.
+SANITIZED := build/sanitized
+WATCHED := git ls-files -co --exclude-standard csrc deepreg_fast kernels tests setup.py pyproject.toml README.md LICENSE
+define sanitized
+rm -rf $(SANITIZED)/$(1) && mkdir -p $(SANITIZED)/$(1) && $(WATCHED) | tar -cT - | tar -xC $(SANITIZED)/$(1)
+cd $(SANITIZED)/$(1) && DEEPREG_FAST_SANITIZE=$(1) $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+cd $(SANITIZED)/$(1) && PYTHONPATH=. LD_PRELOAD="$(foreach lib,$(2),$$($(CXX) -print-file-name=lib$(lib).so))" \
+  $(CURDIR)/$(BIN)/python -m pytest -q -n 2 tests/test_cpu_backend.py tests/test_cpu_srm.py
+endef
+
+sanitize: export ASAN_OPTIONS := detect_leaks=0
+sanitize: $(STAMP)
+	$(call sanitized,address$(COMMA)undefined,asan ubsan)
+
+sanitize-threads: export TSAN_OPTIONS := halt_on_error=1 suppressions=$(CURDIR)/csrc/cpu/tsan.supp
+sanitize-threads: export OMP_NUM_THREADS := 2
+sanitize-threads: $(STAMP)
+	$(call sanitized,thread,tsan)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*

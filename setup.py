@@ -4,6 +4,7 @@ One source is compiled for several instruction sets, each with flags of its own,
 Where it cannot be built (no compiler), the package installs without it and runs on the reference backend.
 """
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMMON = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-g0"]
 # libgomp is the one that torch's Linux wheels bring; Apple's clang has none.
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
+# "address,undefined" for `make sanitize`.
+SANITIZE = os.environ.get("DEEPREG_FAST_SANITIZE", "")
+CHECKED = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-O1", "-g1"] if SANITIZE else []
 FLAGS = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
     "avx2": ["-mavx2", "-mfma"],
@@ -36,11 +40,11 @@ class BuildPerInstructionSet(build_ext):
                 [source],
                 output_dir=self.build_temp,
                 include_dirs=ext.include_dirs,
-                extra_postargs=[*COMMON, *OPENMP, *FLAGS.get(stem.rpartition("_")[2], [])],
+                extra_postargs=[*COMMON, *OPENMP, *FLAGS.get(stem.rpartition("_")[2], []), *CHECKED],
                 depends=ext.depends,
             )
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), extra_postargs=OPENMP, target_lang="c++"
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=[*OPENMP, *CHECKED[:1]], target_lang="c++"
         )
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import multiprocessing
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
@@ -205,3 +208,28 @@ def test_two_python_threads_at_once() -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: reg.value_and_grad(x)[1], range(40)))
     assert all(torch.equal(f, wanted) for f in found)
+
+
+def _digest(reg: dr.RED, x: torch.Tensor, A: dr.SRM) -> str:
+    """Of a gradient and of measurements (the bytes themselves would not fit into a pipe that nobody reads yet)."""
+    return hashlib.sha256(reg.value_and_grad(x)[1].numpy().tobytes() + A.A(x).numpy().tobytes()).hexdigest()
+
+
+def _in_a_child(queue: multiprocessing.SimpleQueue[str], reg: dr.RED, x: torch.Tensor, A: dr.SRM) -> None:
+    queue.put(_digest(reg, x, A))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_forked_child_computes_the_same(threads: None) -> None:
+    """As a DataLoader's worker does; the parent's OpenMP threads do not exist in it."""
+    reg, x, A = random_red(double=False, channels=16), images(4, 1, 64, 64, dtype=torch.float32), dr.SRM((1, 64, 64))
+    torch.set_num_threads(2)
+    wanted = _digest(reg, x, A)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_in_a_child, args=(queue, reg, x, A))
+    child.start()
+    child.join(60)
+    if child.is_alive():
+        child.kill()
+    assert child.exitcode == 0 and queue.get() == wanted

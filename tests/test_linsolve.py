@@ -52,8 +52,10 @@ def random_systems(seed: int, kind: str, n: int, dtype: torch.dtype):
 
 
 def true_residual(a: torch.Tensor, x: torch.Tensor, b: torch.Tensor) -> np.ndarray:
-    a64, x64, b64 = a.double().numpy(), x.double().numpy(), b.double().numpy()
-    return np.linalg.norm(b64 - np.einsum("bij,bj->bi", a64, x64), axis=1) / np.linalg.norm(b64, axis=1)
+    """In extended precision: in float64 its own rounding, `eps ||A|| ||x|| / ||b||`, can exceed a tolerance of 1e-9."""
+    wide_a, wide_x, wide_b = (t.double().numpy().astype(np.longdouble) for t in (a, x, b))
+    r = (wide_b - (wide_a @ wide_x[..., None])[..., 0]).astype(np.float64)
+    return np.linalg.norm(r, axis=1) / np.linalg.norm(b.double().numpy(), axis=1)
 
 
 def solve_both(a, b, tolerance, steps, preconditioner=None):
@@ -72,8 +74,8 @@ def test_no_false_converged_on_500_systems():
         for name, s in solve_both(a, b, tolerance, 120, m if seed % 2 else None):
             good = (s.status == int(Status.CONVERGED)).numpy()
             exact = true_residual(a, s.x, b)
-            # "converged" already counts the rounding of the product; the margin is for the float64 evaluation here.
-            assert (exact[good] <= 1.001 * tolerance).all(), (name, kind, n, dtype, exact[good].max())
+            # "converged" counts the rounding of the product, so no margin.
+            assert (exact[good] <= tolerance).all(), (name, kind, n, dtype, exact[good].max())
             assert bool(torch.isfinite(s.x).all()) and (s.iterations <= 120).all()
             reported = s.residual.numpy()
             slack = 4 * torch.finfo(dtype).eps * (s.x.double().norm(dim=1) / b.double().norm(dim=1)).numpy()

@@ -2,7 +2,14 @@
 // shapes and dtypes are checked on the Python side (deepreg_fast/backend/cpu.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __unix__
+#include <pthread.h>
+#endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -35,6 +42,18 @@ std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
     for (const auto* k : here()) names.emplace_back(k->name);
     return names;
+}
+
+// A forked child has none of its parent's OpenMP threads and would wait for them for ever: it works alone.
+bool forked = false;
+
+// Threads to use of those asked for: no more than this process may run on, since waiting ones spin.
+int team(int asked) {
+#ifdef _OPENMP
+    return forked ? 1 : std::max(1, std::min(asked, omp_get_num_procs()));
+#else
+    return 1;
+#endif
 }
 
 const dr::Kernels& kernels(const std::string& name) {
@@ -106,19 +125,19 @@ class ConvChain {
     void gradient(Address x, Address value, Address grad, Address planes, Address scalars, Address h, int b, int height,
                   int width, int threads) const {
         py::gil_scoped_release free;
-        kernels_->gradient(chain_, {b, height, width, threads}, floats(x), reinterpret_cast<double*>(value), floats(grad),
+        kernels_->gradient(chain_, {b, height, width, team(threads)}, floats(x), reinterpret_cast<double*>(value), floats(grad),
                            {floats(planes), floats(scalars), floats(h)});
     }
     void hvp(Address v, Address planes, Address scalars, Address h, Address out, int b, int height, int width,
              int threads) const {
         py::gil_scoped_release free;
-        kernels_->hvp(chain_, {b, height, width, threads}, floats(v), {floats(planes), floats(scalars), floats(h)},
+        kernels_->hvp(chain_, {b, height, width, team(threads)}, floats(v), {floats(planes), floats(scalars), floats(h)},
                       floats(out));
     }
     void param_vjp(Address x, Address v, Address planes, Address scalars, Address h, Address out, int b, int height,
                    int width, int threads) const {
         py::gil_scoped_release free;
-        kernels_->param_vjp(chain_, {b, height, width, threads}, floats(x), floats(v),
+        kernels_->param_vjp(chain_, {b, height, width, team(threads)}, floats(x), floats(v),
                             {floats(planes), floats(scalars), floats(h)}, reinterpret_cast<double*>(out));
     }
 
@@ -236,7 +255,7 @@ class Srm {
 
     void apply(int product, int count, int threads, Address x, Address y, Address weight, Address out) const {
         py::gil_scoped_release free;
-        kernels_->apply(s_, static_cast<dr::Product>(product), count, threads, reinterpret_cast<const float*>(x),
+        kernels_->apply(s_, static_cast<dr::Product>(product), count, team(threads), reinterpret_cast<const float*>(x),
                         reinterpret_cast<const float*>(y), reinterpret_cast<const float*>(weight),
                         reinterpret_cast<float*>(out));
     }
@@ -259,11 +278,14 @@ class Srm {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "C++ kernels for the CPU.";
+#ifdef __unix__
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
     m.def("instruction_sets", &instruction_sets);
     m.def("multiply_adds", [](const std::string& isa, int threads, int scale) {
         py::gil_scoped_release free;
         float sink = 0.0f;
-        return kernels(isa).multiply_adds(threads, 2000000L * scale, &sink);
+        return kernels(isa).multiply_adds(team(threads), 2000000L * scale, &sink);
     });
     py::class_<ConvChain>(m, "ConvChain")
         .def(py::init<const std::vector<Address>&, const std::vector<Address>&, const std::vector<Address>&,

@@ -1,0 +1,44 @@
+// A loop over independent pieces of work, on a team of OpenMP threads. Included once per instruction set (DR_ISA).
+#pragma once
+#include <algorithm>
+#include <new>
+
+#if defined(__SANITIZE_THREAD__)
+// libgomp is not built for the thread sanitizer, which then does not see that a team starts after, and ends before,
+// the code around it.
+extern "C" void __tsan_acquire(void*);
+extern "C" void __tsan_release(void*);
+#define DR_TSAN_ACQUIRE(p) __tsan_acquire(p)
+#define DR_TSAN_RELEASE(p) __tsan_release(p)
+#else
+#define DR_TSAN_ACQUIRE(p)
+#define DR_TSAN_RELEASE(p)
+#endif
+
+namespace DR_ISA {
+
+// Calls work(i) for i in 0 .. count - 1, each once, in any order; out of memory in a thread is thrown again here.
+template <class F>
+static void each_of(int count, int threads, F work) {
+    struct {
+        F& work;
+        bool failed;
+    } job{work, false};
+    auto* shared = &job;  // what all threads see lies behind one pointer, passed by value
+    DR_TSAN_RELEASE(shared);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(std::max(1, std::min(threads, count))) firstprivate(shared)
+    for (int i = 0; i < count; ++i) {
+        DR_TSAN_ACQUIRE(shared);
+        try {
+            shared->work(i);
+        } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+            shared->failed = true;
+        }
+        DR_TSAN_RELEASE(&shared->failed);
+    }
+    DR_TSAN_ACQUIRE(&job.failed);
+    if (job.failed) throw std::bad_alloc();
+}
+
+}  // namespace DR_ISA
