@@ -54,11 +54,15 @@ def extensions() -> list[Extension]:
         import pybind11
     except ImportError:
         return []
+    names = ("conv_chain", "srm", "vectors")
     kinds = ["portable", *(["avx2", "avx512"] if X86 else [])]
     return [
         Extension(
             "deepreg_fast._cpu",
-            ["csrc/cpu/module.cpp", *(f"csrc/cpu/{name}_{k}.cpp" for name in ("conv_chain", "srm") for k in kinds)],
+            [
+                "csrc/cpu/module.cpp",
+                *(f"csrc/cpu/{name}_{k}.cpp" for name in names for k in kinds),
+            ],
             include_dirs=[pybind11.get_include(), "csrc/cpu"],
             depends=sorted(str(p) for p in Path("csrc/cpu").glob("*") if p.suffix in (".h", ".inc")),
             optional=True,

@@ -58,3 +58,40 @@ class Srm:
         isa: str,
     ) -> None: ...
     def apply(self, product: int, count: int, threads: int, x: int, y: int, weight: int, out: int) -> None: ...
+
+class Vectors:
+    def __init__(self, isa: str) -> None: ...
+    def dot(self, count: int, n: int, threads: int, a: int, b: int, out: int) -> None: ...
+    def add(self, count: int, n: int, threads: int, x: int, s: int, p: int, rows: int, out: int, size: int) -> None: ...
+    def secant(
+        self, count: int, n: int, threads: int, idx: int, candidate: int, candidate_g: int, x: int, g: int, out: int
+    ) -> None: ...
+    def remember(
+        self,
+        count: int,
+        n: int,
+        threads: int,
+        idx: int,
+        memory: int,
+        state: list[int],
+        slot: int,
+        fresh: int,
+        x: int,
+        f: int,
+        gram: int,
+        rhs: int,
+    ) -> None: ...
+    def combine(
+        self,
+        count: int,
+        n: int,
+        threads: int,
+        idx: int,
+        memory: int,
+        state: list[int],
+        c: int,
+        limit: int,
+        x: int,
+        f: int,
+        out: int,
+    ) -> None: ...

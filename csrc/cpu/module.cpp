@@ -19,6 +19,7 @@
 
 #include "conv_chain.h"
 #include "srm.h"
+#include "vectors.h"
 
 namespace py = pybind11;
 
@@ -274,6 +275,59 @@ class Srm {
     dr::Srm s_;
 };
 
+// The solvers' vector work.
+class Vectors {
+  public:
+    explicit Vectors(const std::string& isa) : kernels_(&of(isa)) {}
+
+    void dot(int count, std::size_t n, int threads, Address a, Address b, Address out) const {
+        py::gil_scoped_release free;
+        kernels_->dot(count, n, team(threads), in(a), in(b), sums(out));
+    }
+    void add(int count, std::size_t n, int threads, Address x, Address s, Address p, Address rows, Address out,
+             Address size) const {
+        py::gil_scoped_release free;
+        kernels_->add(count, n, team(threads), in(x), in(s), in(p), reinterpret_cast<const std::uint8_t*>(rows), floats(out),
+                      sums(size));
+    }
+    void secant(int count, std::size_t n, int threads, Address idx, Address candidate, Address candidate_g, Address x,
+                Address g, Address out) const {
+        py::gil_scoped_release free;
+        kernels_->secant({count, team(threads), n, places(idx)}, in(candidate), in(candidate_g), in(x), in(g), sums(out));
+    }
+    void remember(int count, std::size_t n, int threads, Address idx, int memory, const std::vector<Address>& state,
+                  Address slot, Address fresh, Address x, Address f, Address gram, Address rhs) const {
+        py::gil_scoped_release free;
+        kernels_->remember({count, team(threads), n, places(idx)}, differences(memory, state), places(slot),
+                           reinterpret_cast<const std::uint8_t*>(fresh), in(x), in(f), sums(gram), sums(rhs));
+    }
+    void combine(int count, std::size_t n, int threads, Address idx, int memory, const std::vector<Address>& state,
+                 Address c, Address limit, Address x, Address f, Address out) const {
+        py::gil_scoped_release free;
+        kernels_->combine({count, team(threads), n, places(idx)}, differences(memory, state), in(c),
+                          reinterpret_cast<const double*>(limit), in(x), in(f), floats(out));
+    }
+
+  private:
+    static const float* in(Address a) { return reinterpret_cast<const float*>(a); }
+    static float* floats(Address a) { return reinterpret_cast<float*>(a); }
+    static double* sums(Address a) { return reinterpret_cast<double*>(a); }
+    static const std::int64_t* places(Address a) { return reinterpret_cast<const std::int64_t*>(a); }
+    static dr::Differences differences(int memory, const std::vector<Address>& state) {
+        return {memory, floats(state.at(0)), floats(state.at(1)), floats(state.at(2)), floats(state.at(3))};
+    }
+    static const dr::VectorKernels& of(const std::string& isa) {
+        const std::string name = kernels(isa).name;
+#if defined(__x86_64__)
+        if (name == "avx512") return dr::vectors_avx512;
+        if (name == "avx2") return dr::vectors_avx2;
+#endif
+        return dr::vectors_portable;
+    }
+
+    const dr::VectorKernels* kernels_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -298,4 +352,11 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<Srm>(m, "Srm")
         .def(py::init<int, int, int, int, int, int, Address, Address, Address, Address, Address, const std::string&>())
         .def("apply", &Srm::apply);
+    py::class_<Vectors>(m, "Vectors")
+        .def(py::init<const std::string&>())
+        .def("dot", &Vectors::dot)
+        .def("add", &Vectors::add)
+        .def("secant", &Vectors::secant)
+        .def("remember", &Vectors::remember)
+        .def("combine", &Vectors::combine);
 }

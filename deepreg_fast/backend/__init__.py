@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -69,6 +69,53 @@ class SrmKernels(Protocol):
 
     def correct(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """`x_b + weight_b A^T (y_b - A x_b)`."""
+        ...
+
+
+class VectorKernels(Protocol):
+    """The solvers' vector work on images `[B, ...]` of one dtype and device, in few passes over memory.
+
+    `idx` `[b]` are the places of the images at work among all; `state` are Anderson's dx, df `[B, memory, n]`, x and f.
+    """
+
+    def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """`<a_b, b_b>`, float64."""
+        ...
+
+    def add(
+        self, x: torch.Tensor, s: torch.Tensor, p: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x_b + s_b p_b` where `rows`, else `x_b`, and its squared norm, float64."""
+        ...
+
+    def secant(
+        self, idx: torch.Tensor, candidate: torch.Tensor, candidate_g: torch.Tensor, x: torch.Tensor, g: torch.Tensor
+    ) -> torch.Tensor:
+        """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>`, `[b, 4]`, `dx = candidate - x[idx]`, `dg = candidate_g - g[idx]`."""
+        ...
+
+    def remember(
+        self,
+        idx: torch.Tensor,
+        state: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        slot: torch.Tensor,
+        fresh: torch.Tensor,
+        x: torch.Tensor,
+        f: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Into `state` the newest differences (zeros unless `fresh`), x and f; `<df_k, newest df>` and `<df_k, f>`."""
+        ...
+
+    def combine(
+        self,
+        idx: torch.Tensor,
+        state: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        c: torch.Tensor,
+        limit: torch.Tensor,
+        x: torch.Tensor,
+        f: torch.Tensor,
+    ) -> torch.Tensor:
+        """`x + f - sum_k c_k (dx_k + df_k)`, the sum at most `limit` `[b]` long; slots with c = 0 are not read."""
         ...
 
 
@@ -138,13 +185,25 @@ def srm_kernels(A: nn.Module, *tensors: torch.Tensor) -> SrmKernels | None:
 
     A backend may have a method `srm(A, like)` that returns them or None.
     """
+    return _kernels("srm", tensors, (A, tensors[0]))
+
+
+def vector_kernels(*tensors: torch.Tensor) -> VectorKernels | None:
+    """Kernels for the solvers' vector work on these tensors, or None, as `srm_kernels`.
+
+    A backend may have a method `vectors(like)` that returns them or None.
+    """
+    return _kernels("vectors", tensors, (tensors[0],))
+
+
+def _kernels(method: str, tensors: tuple[torch.Tensor, ...], arguments: tuple[Any, ...]) -> Any:
     name = _CHOICE.get()
     if name == "reference" or any(map(_followed, tensors)):
         return None
     for backend in _TABLE.values() if name == "auto" else (_TABLE[name],):
-        find = getattr(backend, "srm", None)
+        find = getattr(backend, method, None)
         if find is not None and backend.unavailable() is None:
-            kernels = find(A, tensors[0])
+            kernels = find(*arguments)
             if kernels is not None:
                 return kernels
     return None
@@ -165,9 +224,11 @@ __all__ = [
     "Energy",
     "Linearization",
     "SrmKernels",
+    "VectorKernels",
     "backends",
     "register",
     "select",
     "srm_kernels",
     "use_backend",
+    "vector_kernels",
 ]

@@ -1,7 +1,7 @@
 """The C++ backend: the extension built from `csrc/cpu`, for float32 tensors on the CPU.
 
-It has the conv chain's sweeps (value, gradient, Hessian-vector and parameter product) and the SRM's products;
-docs/kernels.md says how.
+It has the conv chain's sweeps (value, gradient, Hessian-vector and parameter product), the SRM's products and the
+solvers' vector work; docs/kernels.md says how.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from ..definitions import hadamard
 from ..definitions.conv_chain import HEADS, ChannelNorm, ConvChainForm
 from ..errors import BackendUnavailable, InputError
+from .cpu_vectors import CpuVectors
 from .reference import Linearization
 
 if TYPE_CHECKING:
@@ -249,6 +250,9 @@ class CpuSrm:
         return self._apply(3, x, y, weight)
 
 
+_VECTORS: dict[str, CpuVectors] = {}
+
+
 class CpuBackend:
     """Value and derivatives of the conv chain by the C++ sweeps; everything else goes to the reference."""
 
@@ -287,6 +291,17 @@ class CpuBackend:
             found = (key, CpuSrm(A, instruction_set()))
             _SRMS[A] = found
         return found[1]
+
+    def vectors(self, like: torch.Tensor) -> CpuVectors | None:
+        """The solvers' vector work for float32 on the CPU."""
+        if like.device.type != "cpu" or like.dtype != torch.float32:
+            return None
+        isa = instruction_set()
+        if isa not in _VECTORS:
+            extension, _ = _extension()
+            assert extension is not None
+            _VECTORS[isa] = CpuVectors(extension.Vectors(isa))
+        return _VECTORS[isa]
 
     def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r(x_b)` and `grad r(x_b)` in one sweep."""

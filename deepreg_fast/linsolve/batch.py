@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .. import backend
+
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`<a_b, b_b>` for each image, `[B, ...] -> [B]`, accumulated in float64.
@@ -13,6 +15,8 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     if not len(a):
         return torch.zeros(0, dtype=torch.float64, device=a.device)
+    if (kernels := _kernels(a, b)) is not None:
+        return kernels.dot(a, b)
     rows = (a.double() * b.double()).flatten(1)
     if rows.shape[1] == 0:
         return rows.sum(1)
@@ -21,6 +25,35 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     head = rows[:, :full].reshape(rows.shape[0], -1, width).sum(2)
     out = torch.cat([head, rows[:, full:]], 1) if full < rows.shape[1] else head
     return out.cumsum(1)[:, -1]
+
+
+def add(x: torch.Tensor, s: torch.Tensor, p: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x_b + s_b p_b` where `rows` `[B]` is true, `x_b` elsewhere, and the squared norm of that, `[B]`, float64."""
+    if len(x) and (kernels := _kernels(x, p)) is not None:
+        return kernels.add(x, s, p, rows)
+    out = select(rows, x + expand(s, x) * p, x)
+    return out, dot(out, out)
+
+
+def secant(
+    idx: torch.Tensor, candidate: torch.Tensor, candidate_g: torch.Tensor, x: torch.Tensor, g: torch.Tensor
+) -> torch.Tensor:
+    """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>` for each image `i` of `idx` `[b]`, `[b, 4]`, float64.
+
+    `dx = candidate - x[i]` and `dg = candidate_g - g[i]`, where `x` and `g` `[B, ...]` hold all images.
+    """
+    if len(idx) and (kernels := _kernels(candidate, candidate_g)) is not None:
+        return kernels.secant(idx, candidate, candidate_g, x, g)
+    old = g[idx]
+    dx, dg = candidate - x[idx], candidate_g - old
+    return torch.stack([dot(dx, dx), dot(dg, dg), dot(dx, dg), dot(old, old)], 1)
+
+
+def _kernels(a: torch.Tensor, b: torch.Tensor) -> backend.VectorKernels | None:
+    """Kernels for two tensors that are alike."""
+    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
+        return None
+    return backend.vector_kernels(a, b)
 
 
 def norm(a: torch.Tensor) -> torch.Tensor:

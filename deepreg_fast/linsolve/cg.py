@@ -8,7 +8,7 @@ import torch
 
 from .. import checks
 from ..status import Status
-from .batch import dot, expand, select
+from .batch import add, dot, select
 from .system import LinearSolution, Map, System, drive, empty
 
 
@@ -110,23 +110,26 @@ class _ConjugateGradients:
     def _direct(self) -> None:
         """Next search direction `p = z + (rz / rz_old) p`, `z = M^{-1} r`."""
         s = self.system
-        r = select(s.running, s.r, 0.0)
+        r = s.r if bool(s.running.all()) else select(s.running, s.r, 0.0)
         z = self.preconditioner(r) if self.preconditioner else r
         rz = dot(r, z)
         s.end(s.running & ~torch.isfinite(rz), Status.NON_FINITE)
         s.end(s.running & ~(rz > 0), Status.NEGATIVE_CURVATURE)
         factor = torch.where(self.fresh, 0.0, rz / self.rz)
-        self.p = select(s.running, z + expand(factor, z) * self.p, self.p)
+        p, _ = add(z, factor, self.p, s.running)
+        self.p = p if bool(s.running.all()) else select(s.running, p, self.p)
         self.rz = torch.where(s.running, rz, self.rz)
         self.fresh = self.fresh & ~s.running
 
     def _move(self, product: torch.Tensor, length: torch.Tensor, pp: torch.Tensor) -> None:
         s = self.system
-        x = s.x + expand(length, s.x) * self.p
-        r = s.r - expand(length, s.r) * product
-        xx, rr = dot(x, x), dot(r, r)
-        s.end(s.running & ~(torch.isfinite(xx) & torch.isfinite(rr)), Status.NON_FINITE)
-        s.x, s.r = select(s.running, x, s.x), select(s.running, r, s.r)
+        x, xx = add(s.x, length, self.p, s.running)
+        r, rr = add(s.r, -length, product, s.running)
+        bad = s.running & ~(torch.isfinite(xx) & torch.isfinite(rr))
+        if bool(bad.any()):
+            x, r = select(bad, s.x, x), select(bad, s.r, r)
+            s.end(bad, Status.NON_FINITE)
+        s.x, s.r = x, r
         still = length * torch.sqrt(pp) <= 0.25 * s.eps * torch.sqrt(xx)
         self.idle = torch.where(still, self.idle + 1, 0)
         done = (torch.sqrt(rr) <= 0.9 * s.tolerance * s.b_norm) | (rr == 0) | (self.idle >= 3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..backend import vector_kernels
 from ..linsolve.batch import dot, expand, norm
 
 ACCELERATIONS = ("none", "fista", "anderson")
@@ -66,41 +67,52 @@ class Anderson:
         self.gram = torch.zeros(batch, memory, memory, dtype=torch.float64, device=like.device)
         self.x = torch.zeros_like(like)
         self.f = torch.zeros_like(like)
+        self.length = torch.zeros(batch, dtype=torch.float64, device=like.device)
         self.count = torch.zeros(batch, dtype=torch.int64, device=like.device)
 
     def propose(self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
         """The accelerated point of the images `idx`."""
-        grown = norm(f) > 2.0 * norm(self.f[idx])
-        self.count[idx] = torch.where(grown & (self.count[idx] > 0), 0, self.count[idx])
-        self._store(x, f, idx)
-        used = (self.count[idx] - 1).clamp(max=self.memory)
-        valid = torch.arange(self.memory, device=x.device) < used[:, None]
-        df = self.df[idx] * valid[..., None]
-        gram = self.gram[idx] * valid[:, None, :] * valid[:, :, None]
+        length = norm(f)
+        count = torch.where(length > 2.0 * self.length[idx], 0, self.count[idx])
+        self.length[idx] = length
+        slot = torch.where(count > 0, (count - 1) % self.memory, 0)
+        row, rhs = self._remember(x, f, idx, slot, count > 0)
+        self.gram[idx, slot, :] = row
+        self.gram[idx, :, slot] = row
+        self.count[idx] = count + 1
+        valid = torch.arange(self.memory, device=x.device) < count.clamp(max=self.memory)[:, None]
+        gram = torch.where(valid[:, None, :] & valid[:, :, None], self.gram[idx], 0.0)
         scale = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
         eye = torch.eye(self.memory, dtype=torch.float64, device=x.device)
         damped = gram + eye * torch.where(valid, self.ridge * scale[:, None], scale[:, None])[:, None, :]
-        rhs = (df.double() * f.flatten(1).double()[:, None]).sum(-1) * valid
-        c = torch.linalg.solve(damped, rhs[..., None])[..., 0].to(x.dtype)
-        shift = (c[..., None] * (self.dx[idx] * valid[..., None] + df)).sum(1).reshape(x.shape)
+        c = torch.linalg.solve(damped, torch.where(valid, rhs, 0.0)[..., None])[..., 0].to(x.dtype)
+        return self._combine(x, f, idx, torch.where(valid, c, 0.0), self.reach * length)
+
+    def _remember(
+        self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor, slot: torch.Tensor, fresh: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the newest differences (zeros unless `fresh`) into `slot`; their products with all others, and f's."""
+        if len(idx) and (kernels := vector_kernels(x, f)) is not None:
+            return kernels.remember(idx, (self.dx, self.df, self.x, self.f), slot, fresh, x, f)
+        new_df = torch.where(fresh[:, None], (f - self.f[idx]).flatten(1), 0.0)
+        self.dx[idx, slot] = torch.where(fresh[:, None], (x - self.x[idx]).flatten(1), 0.0)
+        self.df[idx, slot] = new_df
+        self.x[idx], self.f[idx] = x, f
+        df = self.df[idx].double()
+        return (df * new_df.double()[:, None]).sum(-1), (df * f.flatten(1).double()[:, None]).sum(-1)
+
+    def _combine(
+        self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor, c: torch.Tensor, limit: torch.Tensor
+    ) -> torch.Tensor:
+        """`T - sum_i c_i (dx_i + df_i)`, the sum at most `limit` long."""
+        if len(idx) and (kernels := vector_kernels(x, f)) is not None:
+            return kernels.combine(idx, (self.dx, self.df, self.x, self.f), c, limit, x, f)
+        used = (c != 0)[..., None]
+        differences = torch.where(used, self.dx[idx] + self.df[idx], 0.0)
+        shift = (c[..., None] * differences).sum(1).reshape(x.shape)
         length = norm(shift)
-        limit = self.reach * norm(f)
         factor = torch.where(length > limit, limit / length.clamp_min(1e-300), 1.0)
         return x + f - expand(factor, shift) * shift
-
-    def _store(self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> None:
-        """Put the newest differences in the place of the oldest and update the Gram matrix."""
-        count = self.count[idx]
-        slot = torch.where(count > 0, (count - 1) % self.memory, 0)
-        fresh = (count > 0)[:, None]
-        new_df = torch.where(fresh, (f - self.f[idx]).flatten(1), 0.0)
-        self.dx[idx, slot] = torch.where(fresh, (x - self.x[idx]).flatten(1), 0.0)
-        self.df[idx, slot] = new_df
-        row = (self.df[idx].double() * new_df.double()[:, None]).sum(-1)
-        self.gram[idx, slot, :] = row
-        self.gram[idx, :, slot] = row
-        self.x[idx], self.f[idx] = x, f
-        self.count[idx] = count + 1
 
     def reset(self, rows: torch.Tensor) -> None:
         """Drop the memory of these images."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import backend, checks
-from ..linsolve.batch import dot, expand, norm
+from ..linsolve.batch import add, expand, norm, secant
 from ..operators.base import LinearOperator
 from ..regularizers.base import Regularizer
 from ..status import Status
@@ -195,7 +195,7 @@ def _propose(
     """The proximal step of each image at work and the point where its next gradient is taken."""
     i = w.idx
     x, tau = w.x[i], w.tau[i]
-    z = x - expand(tau, x) * grad[i]
+    z, _ = add(x, -tau, grad[i], torch.ones_like(i, dtype=torch.bool))
     step = A.prox_l2(z, y[i], (tau / mu[i]).to(x.dtype)) - x
     candidate = accelerator.propose(x, step, i)
     return step, torch.where(expand(w.cautious[i], x), x + step, candidate)
@@ -230,14 +230,12 @@ def _try(  # noqa: PLR0913 - one round touches all of these
     i = w.idx
     v, g = _gradient(reg, candidate, w)
     w.gradients[i] += 1
-    dx = candidate - w.x[i]
-    dg = g - grad[i]
-    dx2, dg2, bend = dot(dx, dx), dot(dg, dg), dot(dx, dg)
+    dx2, dg2, bend, old2 = secant(i, candidate, g, w.x, grad).unbind(1)
     finite = torch.isfinite(dg2) & torch.isfinite(v)
     # The difference of two gradients carries their rounding; below it the test says nothing.
-    slack = 4.0 * torch.finfo(g.dtype).eps * torch.sqrt(dot(grad[i], grad[i]) * dx2)
+    slack = 4.0 * torch.finfo(g.dtype).eps * torch.sqrt(old2 * dx2)
     good = finite & (bend <= dx2 / w.tau[i] + slack)
-    clear = finite & (dg2 * 1e4 > (torch.finfo(g.dtype).eps ** 2) * dot(grad[i], grad[i]) * 1e6)
+    clear = finite & (dg2 * 1e4 > (torch.finfo(g.dtype).eps ** 2) * old2 * 1e6)
     curvature = torch.sqrt(dg2 / dx2.clamp_min(1e-300))
     w.curvature[i] = torch.where(clear & good, torch.maximum(w.curvature[i], curvature), w.curvature[i])
     rows = i[good]
