@@ -45,11 +45,12 @@ def test_either_backend_trains_alike(folder: Path, tmp_path: Path, norm: str, lr
     search and Adam's normalized steps amplify it.)"""
     if (missing := dr.backends()["cpu"]) is not None:
         pytest.skip(missing)
-    changes = {"inner_iterations": 300, "tolerance_start": 1e-5, "tolerance_end": 1e-5, "adjoint_iterations": 200}
+    tight = {"inner_iterations": 300, "tolerance_start": 1e-5, "tolerance_end": 1e-5}
+    tight |= {"adjoint_iterations": 200, "adjoint_tolerance": 1e-4}
     losses: dict[str, list[float]] = {}
     for name in ("cpu", "reference"):
         out = tmp_path / name
-        c = small_config(folder, out, steps=20, channels=8, crop=24, norm=norm, lr=lr, adjoint_tolerance=1e-4, **changes)
+        c = small_config(folder, out, steps=20, channels=8, crop=24, norm=norm, lr=lr, **tight)
         with dr.use_backend(name):
             dr.BilevelTrainer(c, progress=False).fit()
         losses[name] = [d["mse_loss"] for d in log_lines(out) if "mse_loss" in d]
