@@ -225,12 +225,31 @@ dr::Lines hadamard_lines(int n, const std::int8_t* matrix) {
     return plan;
 }
 
+std::vector<std::int32_t> sign_bits(const std::int8_t* signs, std::size_t n) {
+    std::vector<std::uint32_t> bits((n + 511) / 512 * 16);
+    for (std::size_t i = 0; i < n; ++i)
+        if (signs[i] < 0) bits[i / 512 * 16 + i % 16] |= 1u << (31 - i / 16 % 32);
+    return {bits.begin(), bits.end()};
+}
+
+// The table of this machine's best instruction set, or of the one that is named.
+template <class Table>
+const Table& table(const std::string& isa, const Table& avx512, const Table& avx2, const Table& portable) {
+    const std::string name = kernels(isa).name;
+    return name == "avx512" ? avx512 : name == "avx2" ? avx2 : portable;
+}
+#if defined(__x86_64__)
+#define DR_TABLES(kind) dr::kind##_avx512, dr::kind##_avx2, dr::kind##_portable
+#else
+#define DR_TABLES(kind) dr::kind##_portable, dr::kind##_portable, dr::kind##_portable
+#endif
+
 class Srm {
   public:
     // `rows` and `perm` are int64, `signs` and the Hadamard matrices of the two sizes int8; 0 where there is none.
     Srm(int transform, int channels, int height, int width, int block, int measurements, Address rows, Address signs,
         Address perm, Address columns_matrix, Address lines_matrix, const std::string& isa)
-        : kernels_(&srm_kernels(isa)) {
+        : kernels_(&table(isa, DR_TABLES(srm))) {
         s_.transform = static_cast<dr::Transform>(transform);
         s_.channels = channels, s_.height = height, s_.width = width, s_.block = block, s_.measurements = measurements;
         const std::size_t d = static_cast<std::size_t>(channels) * height * width;
@@ -240,6 +259,7 @@ class Srm {
         if (signs) {
             const auto* p = reinterpret_cast<const std::int8_t*>(signs);
             s_.signs.assign(p, p + d);
+            if (s_.transform == dr::Transform::walsh) s_.sign_bits = sign_bits(p, d);
         }
         if (perm) {
             const auto* p = reinterpret_cast<const std::int64_t*>(perm);
@@ -254,23 +274,17 @@ class Srm {
         }
     }
 
-    void apply(int product, int count, int threads, Address x, Address y, Address weight, Address out) const {
+    // `weight` 0: `one` is every image's.
+    void apply(int product, int count, int threads, Address x, Address y, Address weight, float one, Address out) const {
         py::gil_scoped_release free;
+        std::vector<float> same;
+        if (!weight) same.assign(count, one);
         kernels_->apply(s_, static_cast<dr::Product>(product), count, team(threads), reinterpret_cast<const float*>(x),
-                        reinterpret_cast<const float*>(y), reinterpret_cast<const float*>(weight),
+                        reinterpret_cast<const float*>(y), weight ? reinterpret_cast<const float*>(weight) : same.data(),
                         reinterpret_cast<float*>(out));
     }
 
   private:
-    static const dr::SrmKernels& srm_kernels(const std::string& isa) {
-        const std::string name = kernels(isa).name;
-#if defined(__x86_64__)
-        if (name == "avx512") return dr::srm_avx512;
-        if (name == "avx2") return dr::srm_avx2;
-#endif
-        return dr::srm_portable;
-    }
-
     const dr::SrmKernels* kernels_;
     dr::Srm s_;
 };
@@ -278,7 +292,7 @@ class Srm {
 // The solvers' vector work.
 class Vectors {
   public:
-    explicit Vectors(const std::string& isa) : kernels_(&of(isa)) {}
+    explicit Vectors(const std::string& isa) : kernels_(&table(isa, DR_TABLES(vectors))) {}
 
     void dot(int count, std::size_t n, int threads, Address a, Address b, Address out) const {
         py::gil_scoped_release free;
@@ -315,14 +329,6 @@ class Vectors {
     static const std::int64_t* places(Address a) { return reinterpret_cast<const std::int64_t*>(a); }
     static dr::Differences differences(int memory, const std::vector<Address>& state) {
         return {memory, floats(state.at(0)), floats(state.at(1)), floats(state.at(2)), floats(state.at(3))};
-    }
-    static const dr::VectorKernels& of(const std::string& isa) {
-        const std::string name = kernels(isa).name;
-#if defined(__x86_64__)
-        if (name == "avx512") return dr::vectors_avx512;
-        if (name == "avx2") return dr::vectors_avx2;
-#endif
-        return dr::vectors_portable;
     }
 
     const dr::VectorKernels* kernels_;

@@ -22,6 +22,8 @@ struct Srm {
     int channels, height, width, block, measurements;
     std::vector<std::uint16_t> kept;  // the kept coefficients, a bit each
     std::vector<float> signs;         // or empty
+    // The same for the Walsh-Hadamard transform: of each 32 times 16 signs 16 words, the first 16 signs in their top bits.
+    std::vector<std::int32_t> sign_bits;
     std::vector<std::int32_t> perm;   // or empty
     Lines columns, lines;             // of length `height` and of length `width`
 };

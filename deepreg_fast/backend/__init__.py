@@ -67,8 +67,8 @@ class SrmKernels(Protocol):
         """`A^T A x`."""
         ...
 
-    def correct(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """`x_b + weight_b A^T (y_b - A x_b)`."""
+    def correct(self, x: torch.Tensor, y: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+        """`x_b + weight_b A^T (y_b - A x_b)`, `weight` `[B]` or a number."""
         ...
 
 
@@ -202,11 +202,13 @@ def _kernels(method: str, tensors: tuple[torch.Tensor, ...], arguments: tuple[An
         return None
     for backend in _TABLE.values() if name == "auto" else (_TABLE[name],):
         find = getattr(backend, method, None)
-        if find is not None and backend.unavailable() is None:
-            kernels = find(*arguments)
-            if kernels is not None:
-                return kernels
+        if find is not None and backend.unavailable() is None and (kernels := find(*arguments)) is not None:
+            return kernels
     return None
+
+
+# The only question to torch.func that torch answers, in a private module since 2.0.
+_wrapped = getattr(torch._C, "_functorch").is_functorch_wrapped_tensor  # noqa: B009
 
 
 def _followed(t: torch.Tensor) -> bool:
@@ -214,9 +216,7 @@ def _followed(t: torch.Tensor) -> bool:
         return True
     if torch.is_grad_enabled() and t.requires_grad:
         return True
-    # The only question to torch.func that torch answers, in a private module since 2.0.
-    wrapped = getattr(torch._C, "_functorch").is_functorch_wrapped_tensor  # noqa: B009
-    return wrapped(t) or forward_ad.unpack_dual(t).tangent is not None
+    return _wrapped(t) or forward_ad.unpack_dual(t).tangent is not None
 
 
 __all__ = [

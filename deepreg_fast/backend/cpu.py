@@ -7,6 +7,7 @@ solvers' vector work; docs/kernels.md says how.
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _MAX_DEPTH = 16
 
 
+@lru_cache(maxsize=1)
 def _extension() -> tuple[ModuleType | None, str]:
     """The compiled module, or None and the reason why it is not here."""
     try:
@@ -41,11 +43,16 @@ def _extension() -> tuple[ModuleType | None, str]:
 
 def instruction_set() -> str:
     """The instruction set in force: that of `DEEPREG_FAST_ISA` if set, else the best of this machine."""
+    return _instruction_set(os.environ.get("DEEPREG_FAST_ISA", ""))
+
+
+@lru_cache(maxsize=8)
+def _instruction_set(asked: str) -> str:
     extension, reason = _extension()
     if extension is None:
         raise BackendUnavailable(reason)
     found = extension.instruction_sets()
-    wanted = os.environ.get("DEEPREG_FAST_ISA") or found[0]
+    wanted = asked or found[0]
     if wanted not in found:
         raise BackendUnavailable(
             f"DEEPREG_FAST_ISA must be one of {found}, what this machine has, but is {wanted!r}; unset or change it."
@@ -224,29 +231,30 @@ class CpuSrm:
         )
 
     def _apply(
-        self, product: int, x: torch.Tensor | None, y: torch.Tensor | None, weight: torch.Tensor | None
+        self, product: int, x: torch.Tensor | None, y: torch.Tensor | None, weight: float | torch.Tensor = 0.0
     ) -> torch.Tensor:
-        given = [None if t is None else t.detach().contiguous() for t in (x, y, weight)]
-        count = len(x) if x is not None else len(cast(torch.Tensor, y))
-        out = torch.empty(count, self._measurements) if product == 0 else torch.empty(count, *self._shape)
+        one, weights = (0.0, weight) if isinstance(weight, torch.Tensor) else (weight, None)
+        given = [None if t is None else t.contiguous() for t in (x, y, weights)]
+        count = cast(torch.Tensor, y if x is None else x).shape[0]
+        out = torch.empty((count, self._measurements) if product == 0 else (count, *self._shape))
         address = [0 if t is None else t.data_ptr() for t in given]
-        self._kernels.apply(product, count, torch.get_num_threads(), *address, out.data_ptr())
+        self._kernels.apply(product, count, torch.get_num_threads(), *address, one, out.data_ptr())
         return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`A x`."""
-        return self._apply(0, x, None, None)
+        return self._apply(0, x, None)
 
     def adjoint(self, y: torch.Tensor) -> torch.Tensor:
         """`A^T y`."""
-        return self._apply(1, None, y, None)
+        return self._apply(1, None, y)
 
     def normal(self, x: torch.Tensor) -> torch.Tensor:
         """`A^T A x`."""
-        return self._apply(2, x, None, None)
+        return self._apply(2, x, None)
 
-    def correct(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """`x_b + weight_b A^T (y_b - A x_b)`."""
+    def correct(self, x: torch.Tensor, y: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+        """`x_b + weight_b A^T (y_b - A x_b)`, `weight` `[B]` or a number."""
         return self._apply(3, x, y, weight)
 
 
@@ -285,10 +293,11 @@ class CpuBackend:
         """The C++ products for float32 on the CPU."""
         if like.device.type != "cpu" or like.dtype != torch.float32:
             return None
-        key = (instruction_set(), *((t.data_ptr(), t._version) for t in A.buffers()))
+        isa = instruction_set()
+        key = (isa, *[(t.data_ptr(), t._version) for t in A._buffers.values() if t is not None])
         found = _SRMS.get(A)
         if found is None or found[0] != key:
-            found = (key, CpuSrm(A, instruction_set()))
+            found = (key, CpuSrm(A, isa))
             _SRMS[A] = found
         return found[1]
 

@@ -48,7 +48,7 @@ class LinearOperator(nn.Module):
     def _normal(self, x: torch.Tensor) -> torch.Tensor:
         return self._adjoint(self._forward(x))
 
-    def _correct(self, z: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _correct(self, z: torch.Tensor, y: torch.Tensor, weight: Gamma) -> torch.Tensor:
         """`z + weight A^T (y - A z)`."""
         return z + weight * self._adjoint(y - self._forward(z))
 
@@ -69,7 +69,9 @@ class LinearOperator(nn.Module):
 
     def _here(self, t: torch.Tensor, name: str) -> torch.Tensor:
         """Check that `t` lies on the device of the operator's buffers; return it."""
-        home = next((b.device for b in self.buffers()), t.device)
+        home = next((b.device for b in self._buffers.values() if b is not None), None)
+        if home is None:
+            home = next((b.device for b in self.buffers()), t.device)
         if t.device != home:
             raise InputError(
                 f"{name} must be on the operator's device {home}, but is on {t.device}; "
@@ -109,8 +111,11 @@ class LinearOperator(nn.Module):
         """
         self._here(checks.images(z, "z", self.image_shape), "z")
         checks.same_kind(z, checks.vectors(y, self.measurements), "z and y")
-        if len(y) != len(z):
+        if y.shape[0] != z.shape[0]:
             raise InputError(f"z and y must hold one batch, but hold {len(z)} images and {len(y)} measurements.")
+        if self.gram_scale is not None and not isinstance(gamma, torch.Tensor):
+            gamma = checks.number(gamma, "gamma", 0.0)
+            return self._correct(z, y, gamma / (1.0 + gamma * self.gram_scale))
         g = _per_image(gamma, z, "gamma")
         if self.gram_scale is None:
             return self._prox_by_cg(z, y, g)

@@ -10,7 +10,7 @@ import torch
 from .. import backend, checks
 from ..definitions import dct, hadamard, walsh
 from ..errors import InputError, OperatorMismatch
-from .base import LinearOperator, register
+from .base import Gamma, LinearOperator, register
 
 TRANSFORMS = ("dct", "hadamard", "walsh")
 RANDOMIZERS = ("sign", "permutation", "both")
@@ -129,11 +129,12 @@ class SRM(LinearOperator):
         kernels = backend.srm_kernels(self, x)
         return super()._normal(x) if kernels is None else kernels.normal(x)
 
-    def _correct(self, z: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        kernels = backend.srm_kernels(self, z, y, weight)
+    def _correct(self, z: torch.Tensor, y: torch.Tensor, weight: Gamma) -> torch.Tensor:
+        followed = (z, y, weight) if isinstance(weight, torch.Tensor) else (z, y)
+        kernels = backend.srm_kernels(self, *followed)
         if kernels is None:
             return super()._correct(z, y, weight)
-        return kernels.correct(z, y, weight.reshape(-1).expand(len(z)))
+        return kernels.correct(z, y, weight.reshape(-1).expand(len(z)) if isinstance(weight, torch.Tensor) else weight)
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments."""
