@@ -208,23 +208,25 @@ dr::Lines dct_lines(int n) {
     return plan;
 }
 
-// `matrix` [n, n] of +-1: which signed sum of each 4 inputs an output takes (srm.inc).
+// `matrix` [n, n] of +-1: which signed sums an output takes (srm.h).
 dr::Lines hadamard_lines(int n, const std::int8_t* matrix) {
     dr::Lines plan;
     plan.n = n;
     for (int transposed = 0; transposed < 2; ++transposed)
         for (int k = 0; k < n; ++k)
-            for (int g = 0; g < n; g += 4) {
-                int index = 0;
-                for (int j = 0; j < 4 && g + j < n; ++j) {
-                    const bool negative = (transposed ? matrix[(g + j) * n + k] : matrix[k * n + g + j]) < 0;
-                    index += negative * (j == 0 ? 2 : j == 1 ? 1 : j == 2 ? 8 : 4);
+            for (int c = 0; c < plan.chunks(); ++c) {
+                std::uint64_t picks = 0;
+                for (int j = plan.GROUPED * plan.first(c); j < std::min(n, plan.GROUPED * plan.first(c + 1)); ++j) {
+                    const int group = j / plan.GROUPED - plan.first(c), bit = 8 * group + 3 + j % plan.GROUPED;
+                    const bool negative = (transposed ? matrix[j * n + k] : matrix[k * n + j]) < 0;
+                    picks |= static_cast<std::uint64_t>(negative) << bit;
                 }
-                plan.choice[transposed].push_back(static_cast<std::uint8_t>(index));
+                plan.choice[transposed].push_back(picks);
             }
     return plan;
 }
 
+// As srm.h has them.
 std::vector<std::int32_t> sign_bits(const std::int8_t* signs, std::size_t n) {
     std::vector<std::uint32_t> bits((n + 511) / 512 * 16);
     for (std::size_t i = 0; i < n; ++i)

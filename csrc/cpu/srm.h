@@ -13,8 +13,14 @@ struct Lines {
     // DCT: the radices of a complex FFT of n points and its twiddles, pass by pass; cos and sin of pi k / (2 n), scaled.
     std::vector<int> radices;
     std::vector<float> twiddles, angles;
-    // Hadamard: which of the 16 signed sums of each 4 inputs goes into each output, [n][groups of 4], of H and of H^T.
-    std::vector<std::uint8_t> choice[2];
+    // Hadamard: which of the 32 signed sums of each GROUPED inputs goes into each output, of H and of H^T: [n][chunks], a
+    // byte for each group of the chunk, 8 times the signs of its inputs as bits.
+    static constexpr int GROUPED = 5, CHUNK = 8;
+    std::vector<std::uint64_t> choice[2];
+    int groups() const { return (n + GROUPED - 1) / GROUPED; }
+    int chunks() const { return (groups() + CHUNK - 1) / CHUNK; }
+    // The first group of a chunk: chunks are as even as can be.
+    int first(int chunk) const { return chunk * groups() / chunks(); }
 };
 
 struct Srm {
