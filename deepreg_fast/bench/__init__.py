@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from .cases import CASES, Problem
+from .cases import CASES
 from .machine import Bounds, bounds, describe
+from .peers_learned import check as check_learned_regularizers
+from .problem import Problem
 from .runner import Result, run
 from .timing import Ratio, Timing, interleave, ratio
 
@@ -15,6 +17,7 @@ __all__ = [
     "Result",
     "Timing",
     "bounds",
+    "check_learned_regularizers",
     "describe",
     "interleave",
     "ratio",

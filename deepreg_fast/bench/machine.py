@@ -6,11 +6,14 @@ import os
 import platform
 from dataclasses import dataclass
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 from .._version import __version__
 from ..backend import backends, cpu
+from .peers_learned import commit
 from .timing import _clock
 
 
@@ -42,8 +45,10 @@ def bounds(rounds: int = 15) -> Bounds:
     return Bounds(fma, gemm, copy)
 
 
-def describe() -> dict[str, object]:
-    """The machine and the versions that a result belongs to."""
+def describe(learned_regularizers: Path | None = None) -> dict[str, object]:
+    """The machine and the versions that a result belongs to; of a checkout, its commit."""
+    peers: dict[str, object] = {name: _version(name) for name in ("jax", "scipy", "deepinv", "torchvision")}
+    peers["LearnedRegularizers"] = learned_regularizers and commit(learned_regularizers)
     return {
         "date": date.today().isoformat(),
         "cpu": _cpu_name(),
@@ -53,7 +58,15 @@ def describe() -> dict[str, object]:
         "torch": torch.__version__,
         "deepreg_fast": __version__,
         "instruction_set": cpu.instruction_set() if backends()["cpu"] is None else None,
+        "peers": peers,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -39,6 +39,10 @@ class BestTorch(torch.nn.Module):
         h = net.convs[-1](a) / net.gain
         return (0.5 * reg.alpha * u.square() + 0.5 * u * (u - h)).flatten(1).sum(1)
 
+    def forward(self, x: Images) -> torch.Tensor:
+        """`r(x_b)`: a module that `as_regularizer` takes."""
+        return self.energy(x)
+
     def grad(self, x: Images) -> Images:
         """`grad r`."""
         x = x.detach().requires_grad_()

@@ -23,9 +23,17 @@ def bench(  # noqa: PLR0913 - one argument an option
     depth: Annotated[int, typer.Option(help="Number of convolutions.")] = 3,
     norm: Annotated[str, typer.Option(help="none or pixel.")] = "pixel",
     threads: Annotated[int, typer.Option(help="Threads; 0 leaves torch's number.")] = 0,
+    learned_regularizers: Annotated[
+        Path | None,
+        typer.Option(
+            help="A checkout of github.com/johertrich/LearnedRegularizers, a peer of the case step.", metavar="PATH"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results.json, results.csv and roofline.svg.")] = None,
 ) -> None:
-    """Time the C++ kernels beside torch, JAX and scipy; each answer is checked against float64 first.
+    """Time the C++ kernels beside torch, JAX, scipy, deepinv and LearnedRegularizers; each answer is checked against
+    float64 first. Solvers of others run at the loosest tolerance of theirs that answers as well as ours; a peer that is
+    not here is listed as missing, with how to get it.
 
     A case is void (and says so) when the same code timed twice differs by more than 3 %, or a planted slowdown of 10 %
     is not seen: then the machine was too busy, and the times mean little.
@@ -37,7 +45,7 @@ def bench(  # noqa: PLR0913 - one argument an option
 
     from .. import checks
     from ..backend import backends
-    from ..bench import CASES, Problem, bounds, describe, run
+    from ..bench import CASES, Problem, bounds, check_learned_regularizers, describe, run
     from ..bench.runner import to_csv, to_json
     from ..errors import BackendUnavailable, InputError
     from ..files import write_atomically
@@ -51,15 +59,16 @@ def bench(  # noqa: PLR0913 - one argument an option
     checks.integer(batch, "batch", 1)
     checks.integer(size, "size", 8)
     checks.choice(norm, "norm", ("none", "pixel"))
+    learned = None if learned_regularizers is None else check_learned_regularizers(learned_regularizers)
     if checks.integer(threads, "threads", 0):
         torch.set_num_threads(threads)
     reason = backends()["cpu"]
     if reason is not None:
         raise BackendUnavailable(f"The C++ kernels are what is timed: {reason}")
-    problem = Problem(batch, size, channels, depth, norm)
+    problem = Problem(batch, size, channels, depth, norm, learned_regularizers=learned)
     console = Console()
     with console.status("bounds of the machine") as status:
-        machine, found = describe(), bounds()
+        machine, found = describe(learned), bounds()
         results = run(problem, names, rounds, lambda name: status.update(name))
     _print(console, results, found)
     if out is not None:
@@ -108,3 +117,6 @@ def _print(console: Console, results: list[Result], bounds: Bounds) -> None:
         for name, reason in result.case.missing.items():
             table.add_row("", f"missing: {name} ({reason})")
     console.print(table)
+    for result in results:
+        for name, note in result.case.notes.items():
+            console.print(f"{result.case.name}: {name}: {note}.", highlight=False, markup=False)
