@@ -29,7 +29,9 @@ def bench(  # noqa: PLR0913 - one argument an option
             help="A checkout of github.com/johertrich/LearnedRegularizers, a peer of the case step.", metavar="PATH"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results.json, results.csv and roofline.svg.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.json, results.csv and roofline.svg (of kernels).")
+    ] = None,
 ) -> None:
     """Time the C++ kernels beside torch, JAX, scipy, deepinv and LearnedRegularizers; each answer is checked against
     float64 first. Solvers of others run at the loosest tolerance of theirs that answers as well as ours; a peer that is
@@ -77,8 +79,10 @@ def bench(  # noqa: PLR0913 - one argument an option
         write_atomically(out / "results.json", (json.dumps(report, indent=1) + "\n").encode())
         write_atomically(out / "results.csv", to_csv(results).encode())
         points = {r.case.name: (r.case.flops, r.case.bytes, 1e-3 * r.rows[0].milliseconds) for r in results if r.rows}
-        figure = roofline_figure({n: v for n, v in points.items() if v[0]}, found.fma or found.gemm, found.copy)
-        write_atomically(out / "roofline.svg", figure.encode())
+        points = {n: v for n, v in points.items() if v[0]}
+        if points:
+            figure = roofline_figure(points, found.fma or found.gemm, found.copy)
+            write_atomically(out / "roofline.svg", figure.encode())
     if any(r.wrong for r in results):
         raise typer.Exit(1)
 
