@@ -16,30 +16,18 @@ class ConvChain:
         center: float,
         gain: float,
         eps: float,
+        whole: bool,
         isa: str,
     ) -> None: ...
     @property
     def isa(self) -> str: ...
     def current(self) -> bool: ...
+    def kept(self, b: int, height: int, width: int) -> int: ...
     def gradient(
-        self,
-        x: int,
-        value: int,
-        grad: int,
-        planes: int,
-        scalars: int,
-        h: int,
-        b: int,
-        height: int,
-        width: int,
-        threads: int,
+        self, x: int, value: int, grad: int, kept: int, b: int, height: int, width: int, threads: int
     ) -> None: ...
-    def hvp(
-        self, v: int, planes: int, scalars: int, h: int, out: int, b: int, height: int, width: int, threads: int
-    ) -> None: ...
-    def param_vjp(
-        self, x: int, v: int, planes: int, scalars: int, h: int, out: int, b: int, height: int, width: int, threads: int
-    ) -> None: ...
+    def hvp(self, x: int, v: int, kept: int, out: int, b: int, height: int, width: int, threads: int) -> None: ...
+    def param_vjp(self, x: int, v: int, kept: int, out: int, b: int, height: int, width: int, threads: int) -> None: ...
 
 class Srm:
     def __init__(

@@ -79,7 +79,7 @@ class ConvChain {
     // `weights` and `biases` of the convolutions, then (with a LayerNorm) `gammas` and `betas`: addresses of floats.
     ConvChain(const std::vector<Address>& weights, const std::vector<Address>& biases,
               const std::vector<Address>& gammas, const std::vector<Address>& betas, int channels, int head, float alpha,
-              float center, float gain, float eps, const std::string& isa)
+              float center, float gain, float eps, bool whole, const std::string& isa)
         : kernels_(&kernels(isa)) {
         const int depth = static_cast<int>(weights.size());
         const bool norm = !gammas.empty();
@@ -87,28 +87,27 @@ class ConvChain {
             (norm && gammas.size() + 1 != weights.size()))
             throw std::invalid_argument("2 <= depth <= 16, and a bias for each filter");
         // With few channels Winograd's additions round more than the products that it saves.
-        chain_ = dr::Chain{depth, channels, (channels + 15) / 16, head, norm, channels >= MOST_DIRECT, alpha, center, eps,
-                           {}, {}, {}, {}, {}};
-        const std::size_t padded = 16 * static_cast<std::size_t>(chain_.blocks);
+        chain_ = dr::Chain{depth, channels, head, norm && !whole, norm && whole, channels >= MOST_DIRECT, alpha, center, eps, {}, {}, {}, {}, {}};
+        const std::size_t C = channels;
         for (int l = 0; l < depth; ++l) {
-            const bool first = l == 0, last = l == depth - 1;
+            const bool first = l == 0, last = l == depth - 1, inner = !first && !last;
             const dr::Layer layer{last ? 1 : channels, first ? 1 : channels, first ? gain : last ? 1.0 / gain : 1.0,
-                                  norm && !last};
-            using dr::Form;
-            const Form inner = chain_.winograd ? Form::winograd : Form::direct;
-            const std::size_t size = padded * (first || last ? 9 : padded * (chain_.winograd ? 16 : 9));
+                                  chain_.norm && !last};
+            const bool winograd = inner && chain_.winograd;
+            const dr::Form form = winograd ? dr::Form::winograd : dr::Form::direct;
+            const std::size_t size = C * (winograd ? 16 * ((C + 7) / 8 * 8) : inner ? 9 * C : 9);
             const float* w = raw(weights[l], static_cast<std::size_t>(9) * layer.out * layer.in);
-            chain_.forward[l] = pack(w, layer, false, first ? Form::expand : last ? Form::reduce : inner, size);
-            chain_.backward[l] = pack(w, layer, true, first ? Form::reduce : last ? Form::expand : inner, size);
+            chain_.forward[l] = pack(w, layer, false, form, size);
+            chain_.backward[l] = pack(w, layer, true, form, size);
             const float* b = raw(biases[l], layer.out);
             double mean = 0.0;
             for (int k = 0; k < layer.out && layer.centred; ++k) mean += b[k] / static_cast<double>(layer.out);
             const double scale = last ? layer.scale : 1.0;
-            chain_.bias[l] = pad(layer.out, padded, [&](int k) { return static_cast<float>(scale * (b[k] - mean)); });
-            if (!layer.centred) continue;
+            chain_.bias[l] = keep(layer.out, [&](int k) { return static_cast<float>(scale * (b[k] - mean)); });
+            if (!norm || last) continue;
             const float *gamma = raw(gammas[l], channels), *beta = raw(betas[l], channels);
-            chain_.gamma[l] = pad(channels, padded, [&](int k) { return gamma[k]; });
-            chain_.beta[l] = pad(channels, padded, [&](int k) { return beta[k]; });
+            chain_.gamma[l] = keep(channels, [&](int k) { return gamma[k]; });
+            chain_.beta[l] = keep(channels, [&](int k) { return beta[k]; });
         }
     }
     ConvChain(const ConvChain&) = delete;
@@ -123,23 +122,22 @@ class ConvChain {
         return true;
     }
 
-    void gradient(Address x, Address value, Address grad, Address planes, Address scalars, Address h, int b, int height,
-                  int width, int threads) const {
+    // Floats that `gradient` keeps for the products if it is given memory for them.
+    std::size_t kept(int b, int height, int width) const { return kernels_->kept(chain_, {b, height, width, 1}); }
+
+    void gradient(Address x, Address value, Address grad, Address kept, int b, int height, int width, int threads) const {
         py::gil_scoped_release free;
         kernels_->gradient(chain_, {b, height, width, team(threads)}, floats(x), reinterpret_cast<double*>(value), floats(grad),
-                           {floats(planes), floats(scalars), floats(h)});
+                           floats(kept));
     }
-    void hvp(Address v, Address planes, Address scalars, Address h, Address out, int b, int height, int width,
-             int threads) const {
+    void hvp(Address x, Address v, Address kept, Address out, int b, int height, int width, int threads) const {
         py::gil_scoped_release free;
-        kernels_->hvp(chain_, {b, height, width, team(threads)}, floats(v), {floats(planes), floats(scalars), floats(h)},
-                      floats(out));
+        kernels_->hvp(chain_, {b, height, width, team(threads)}, floats(x), floats(v), floats(kept), floats(out));
     }
-    void param_vjp(Address x, Address v, Address planes, Address scalars, Address h, Address out, int b, int height,
-                   int width, int threads) const {
+    void param_vjp(Address x, Address v, Address kept, Address out, int b, int height, int width, int threads) const {
         py::gil_scoped_release free;
-        kernels_->param_vjp(chain_, {b, height, width, team(threads)}, floats(x), floats(v),
-                            {floats(planes), floats(scalars), floats(h)}, reinterpret_cast<double*>(out));
+        kernels_->param_vjp(chain_, {b, height, width, team(threads)}, floats(x), floats(v), floats(kept),
+                            reinterpret_cast<double*>(out));
     }
 
   private:
@@ -160,15 +158,15 @@ class ConvChain {
         kept_.push_back(std::move(packed));
         return begin;
     }
+    template <class F>
+    const float* keep(int n, F value) {
+        Packed packed(n);
+        for (int k = 0; k < n; ++k) packed.begin[k] = value(k);
+        return keep(std::move(packed));
+    }
     const float* pack(const float* w, const dr::Layer& layer, bool transpose, dr::Form form, std::size_t size) {
         Packed packed(size);
         kernels_->pack(w, layer, transpose, form, packed.begin);
-        return keep(std::move(packed));
-    }
-    template <class F>
-    const float* pad(int n, std::size_t padded, F value) {
-        Packed packed(padded);
-        for (int k = 0; k < n; ++k) packed.begin[k] = value(k);
         return keep(std::move(packed));
     }
 
@@ -351,9 +349,10 @@ PYBIND11_MODULE(_cpu, m) {
     });
     py::class_<ConvChain>(m, "ConvChain")
         .def(py::init<const std::vector<Address>&, const std::vector<Address>&, const std::vector<Address>&,
-                      const std::vector<Address>&, int, int, float, float, float, float, const std::string&>())
+                      const std::vector<Address>&, int, int, float, float, float, float, bool, const std::string&>())
         .def("current", &ConvChain::current)
         .def_property_readonly("isa", &ConvChain::isa)
+        .def("kept", &ConvChain::kept)
         .def("gradient", &ConvChain::gradient)
         .def("hvp", &ConvChain::hvp)
         .def("param_vjp", &ConvChain::param_vjp);

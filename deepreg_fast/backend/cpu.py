@@ -78,10 +78,10 @@ def _give_back(memory: torch.Tensor) -> None:
 
 
 class CpuLinearization:
-    """The Hessian at a point: what enters SiLU and the cotangent above it at every hidden pixel, in float32.
+    """The Hessian at a point: what enters SiLU and the cotangent above it at the hidden pixels, in float32, of those
+    that a convolution of one channel does not make again (docs/kernels.md).
 
-    Memory: `8 (depth - 1) C + 4` bytes per pixel, `C` rounded up to a multiple of 16, and `8 (depth - 1)` more with a
-    LayerNorm: 8.4 and 8.9 MB for a 180 x 180 image of the 3-layer network with 16 channels.
+    Memory: 5.1 MB for a 180 x 180 image of the 3-layer network with 16 channels and LayerNorm.
     """
 
     def __init__(self, energy: nn.Module, form: ConvChainForm, x: torch.Tensor) -> None:
@@ -91,16 +91,8 @@ class CpuLinearization:
         self._versions = [p._version for p in self._params]
         self._names = {id(p): n for n, p in energy.named_parameters()}
         self._chain = _chain(form)
-        net = form.net
-        hidden = len(net.convs) - 1
-        padded = -(-_convs(form)[0].out_channels // 16) * 16
-        b, _, h, w = x.shape
-        pixels = b * h * w
-        parts = [2 * hidden * padded * pixels, 2 * hidden * pixels if net.norm != "none" else 0, pixels]
-        self._memory = _borrow(sum(parts))
-        # The planes come first: 16 channels then lie in one cache line.
-        self._kept = cast("tuple[int, int, int]", tuple(self._memory.data_ptr() + 4 * sum(parts[:k]) for k in range(3)))
-        self.value, self.grad = _gradient(self._chain, self.x, self._kept)
+        self._memory = _borrow(self._chain.kept(*_size(x)[:3]))
+        self.value, self.grad = _gradient(self._chain, self.x, self._memory.data_ptr())
 
     def __del__(self) -> None:
         memory = getattr(self, "_memory", None)
@@ -124,7 +116,7 @@ class CpuLinearization:
         """`hess r(x_b) v_b`."""
         v = self._check(v)
         out = torch.empty_like(v)
-        self._chain.hvp(v.data_ptr(), *self._kept, out.data_ptr(), *_size(v))
+        self._chain.hvp(self.x.data_ptr(), v.data_ptr(), self._memory.data_ptr(), out.data_ptr(), *_size(v))
         return out
 
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -133,14 +125,14 @@ class CpuLinearization:
         net, convs, norms = self._form.net, _convs(self._form), _norms(self._form)
         tensors = [cast(torch.Tensor, p) for m in (*convs, *norms) for p in (m.weight, m.bias)]
         flat = torch.empty(sum(p.numel() for p in tensors), dtype=torch.float64)
-        self._chain.param_vjp(self.x.data_ptr(), v.data_ptr(), *self._kept, flat.data_ptr(), *_size(v))
+        self._chain.param_vjp(self.x.data_ptr(), v.data_ptr(), self._memory.data_ptr(), flat.data_ptr(), *_size(v))
         parts = [t.view(p.shape) for p, t in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True)]
         # The gain is folded into the outer filters: h(u) = net(gain u) / gain.
         last = 2 * len(convs) - 2
         parts[0] *= net.gain
         parts[last] /= net.gain
         parts[last + 1] /= net.gain
-        if norms:
+        if net.norm == "pixel":
             # The kernels' filters are centred over their outputs (csrc/cpu/conv.h): the chain rule through that.
             for part in parts[:last]:
                 part -= part.mean(0, keepdim=True)
@@ -192,6 +184,7 @@ def _chain(form: ConvChainForm) -> ConvChain:
         form.center,
         form.net.gain,
         norms[0].eps if norms else 0.0,
+        form.net.norm == "image",
         instruction_set(),
     )
     found = _PACKED.get(form.net)
@@ -201,12 +194,10 @@ def _chain(form: ConvChainForm) -> ConvChain:
     return found[1]
 
 
-def _gradient(
-    chain: ConvChain, x: torch.Tensor, kept: tuple[int, int, int] = (0, 0, 0)
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gradient(chain: ConvChain, x: torch.Tensor, kept: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     value = torch.empty(x.shape[0], dtype=torch.float64)
     grad = torch.empty_like(x)
-    chain.gradient(x.data_ptr(), value.data_ptr(), grad.data_ptr(), *kept, *_size(x))
+    chain.gradient(x.data_ptr(), value.data_ptr(), grad.data_ptr(), kept, *_size(x))
     return value.to(x.dtype), grad
 
 
@@ -280,10 +271,10 @@ class CpuBackend:
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return f"it takes float32 tensors on the CPU, not {x.dtype} on {x.device}."
         net = form.net
-        if net.norm == "image" or net.kernel_size != 3 or net.image_channels != 1 or len(net.convs) > _MAX_DEPTH:
+        if net.kernel_size != 3 or net.image_channels != 1 or len(net.convs) > _MAX_DEPTH:
             return (
-                f"it has 3 x 3 filters, one image channel, no LayerNorm over images, depth up to {_MAX_DEPTH}; this "
-                f"is {net.kernel_size} x {net.kernel_size}, {net.image_channels}, {net.norm!r} and {len(net.convs)}."
+                f"it has 3 x 3 filters, one image channel and depth up to {_MAX_DEPTH}; this is "
+                f"{net.kernel_size} x {net.kernel_size}, {net.image_channels} and {len(net.convs)}."
             )
         if min(x.shape[-2:]) < 3:
             return "the images are smaller than a filter."

@@ -60,9 +60,9 @@ def hvp(p: Problem) -> Case:
     if jax is not None:
         found["jax"] = jax.hvp(x, vs)
     lin = double(reg).linearize(x.double())
-    c = -(-p.channels // 16) * 16
-    kept = p.pixels * 4 * (2 * (p.depth - 1) * c + 1)
-    return Case("hvp", found, [lin.hvp(v.double()) for v in vs], p.sweep_flops(), 8 * p.pixels + kept, missing=missing)
+    # What is kept of the hidden layers, and h (csrc/cpu/sweep.h).
+    kept = p.pixels * 4 * (2 * (p.depth - 2) * p.channels + 2 * (p.depth - 1) * (p.norm == "pixel") + 1)
+    return Case("hvp", found, [lin.hvp(v.double()) for v in vs], p.sweep_flops(), 12 * p.pixels + kept, missing=missing)
 
 
 def theta(p: Problem) -> Case:

@@ -1,0 +1,132 @@
+// Value and gradient of the regularizer. Included once per instruction set (DR_ISA names it).
+#pragma once
+#include "sweep.h"
+
+namespace DR_ISA {
+
+class GradientSweep : public Sweep {
+  public:
+    GradientSweep(const Chain& chain, const Batch& batch, const Band& band)
+        : Sweep(chain, batch, band, 2 * chain.depth), u(rows_for(L + 1), y, 1, H), g3(rows_for(1), y, 1, H),
+          direct(pairs_for(L), y.block(1)) {
+        for (int l = 0; l < L; ++l) {
+            a.emplace_back(rows_for(1), y, l ? C : 1, H);
+            gz.emplace_back(rows_for(1), y, l ? C : 1, H);
+            slope.emplace_back(pairs_for(2 * (L - l)), l ? y.block() : 0);
+            xhat.emplace_back(pairs_for(2 * (L - l)), l && (c.norm || c.whole) ? y.block() : 0);
+        }
+    }
+
+    // value [H] of the strip, grad [H, W] of the image.
+    DR_INLINE void sweep(const float* image, double* value, float* grad, const Kept& kept) {
+        run([&](int r) { split(image, r, c.center, u); },
+            [&](int s, int pair) {
+                if (s < L - 1)
+                    forward(s + 1, pair, kept);
+                else if (s == L - 1)
+                    head(pair, value, kept);
+                else if (s < 2 * L - 1)
+                    backward(2 * L - 1 - s, pair, kept);
+                else if (inside(pair))
+                    join(gz[1], direct, pair, grad);
+            });
+    }
+
+  protected:
+    DR_INLINE void forward(int l, int pair, const Kept& kept) {
+        const float *gamma = c.gamma[l - 1], *beta = c.beta[l - 1];
+        convolve(l > 1 ? a[l - 1] : u, l == 1, pair, c.forward[l - 1], c.bias[l - 1], [&](int v0, auto count, float* raw) {
+            constexpr int N = count();
+            float *sl = slope[l].at(pair) + y.piece(v0), *xh = xhat[l].at(pair) + (c.norm ? y.piece(v0) : 0);
+            float* plane = inside(pair) && kept.z(l, pair) ? kept.z(l, pair) + y.piece(v0) : nullptr;
+            for (int k = 0; k < rows(pair); ++k) {
+                float* act = a[l].row(2 * pair + k);
+                if (!c.norm) {
+                    each<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
+                        const Part n = part(raw + o);
+                        const Silu f = silu(n);
+                        put(act + line, f.value);
+                        put(sl + o, f.slope);
+                        if (plane) put(plane + o, n);
+                    });
+                    continue;
+                }
+                Part scale[2 * N];
+                means<N>(y, k, v0, scale, [&](int, int, size_t o, size_t) { return part(raw + o) * part(raw + o); });
+                for (Part& s : scale) s = rsqrt(s + c.eps);
+                each<N>(y, k, v0, [&](int ch, int q, size_t o, size_t line) {
+                    const Part z = part(raw + o) * scale[q];
+                    const Silu f = silu(gamma[ch] * z + beta[ch]);
+                    put(act + line, f.value);
+                    put(sl + o, scale[q] * (gamma[ch] * f.slope));
+                    put(xh + o, z);
+                    if (plane) put(plane + o, z);
+                });
+                if (kept && inside(pair))
+                    for (int q = 0; q < 2 * N; ++q) put(kept.rs(l, pair) + y.piece(1, v0) + (2 * k * N + q) * LANES, scale[q]);
+            }
+        });
+        for (int k = 0; k < rows(pair); ++k) a[l].trim(2 * pair + k);
+    }
+
+    DR_INLINE void head(int pair, double* value, const Kept& kept) {
+        Double sum[2] = {};
+        collect(a[L - 1], pair, c.forward[L - 1], c.bias[L - 1][0], [&](int v0, auto count, float* raw) {
+            constexpr int N = count();
+            float* by = direct.at(pair) + y.piece(1, v0);
+            float* h = kept && inside(pair) ? kept.h(pair) + y.piece(1, v0) : nullptr;
+            for (int k = 0; k < rows(pair); ++k)
+                for (int q = 0; q < 2 * N; ++q) {
+                    const size_t o = (2 * k * N + q) * LANES, line = q / N * y.line + (v0 + q % N) * LANES;
+                    const Part pixel = part(u.row(2 * pair + k) + line), found = part(raw + o);
+                    sum[k] += wide(masked(outer.value(pixel, found), own(q / N, v0 + q % N)));
+                    put(g3.row(2 * pair + k) + line, outer.by_h(pixel, found));
+                    put(by + o, outer.by_u(pixel, found));
+                    if (h) put(h + o, found);
+                }
+        });
+        for (int k = 0; k < rows(pair); ++k) {
+            g3.trim(2 * pair + k);
+            double total = 0.0;
+            for (int j = 0; j < LANES; ++j) total += sum[k][j];
+            if (inside(pair)) value[2 * pair + k] = total;
+        }
+    }
+
+    DR_INLINE void backward(int l, int pair, const Kept& kept) {
+        convolve(l < L - 1 ? gz[l + 1] : g3, l == L - 1, pair, c.backward[l], nullptr, [&](int v0, auto count, float* raw) {
+            constexpr int N = count();
+            const float *sl = slope[l].at(pair) + y.piece(v0), *xh = xhat[l].at(pair) + (c.norm ? y.piece(v0) : 0);
+            float* plane = inside(pair) && kept.g(l, pair) ? kept.g(l, pair) + y.piece(v0) : nullptr;
+            for (int k = 0; k < rows(pair); ++k) {
+                float* out = gz[l].row(2 * pair + k);
+                if (!c.norm) {
+                    each<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
+                        put(out + line, part(sl + o) * part(raw + o));
+                        if (plane) put(plane + o, part(raw + o));
+                    });
+                    continue;
+                }
+                Part m[2 * N];
+                // The mean of t is left out: the transpose of centred filters takes constants to zero.
+                means<N>(y, k, v0, m, [&](int, int, size_t o, size_t) {
+                    const Part g = part(raw + o), t = g * part(sl + o);
+                    if (plane) put(plane + o, g);
+                    put(raw + o, t);
+                    return t * part(xh + o);
+                });
+                each<N>(y, k, v0, [&](int, int q, size_t o, size_t line) { put(out + line, part(raw + o) - part(xh + o) * m[q]); });
+                if (kept && inside(pair))
+                    for (int q = 0; q < 2 * N; ++q) put(kept.m2(l, pair) + y.piece(1, v0) + (2 * k * N + q) * LANES, m[q]);
+            }
+        });
+        for (int k = 0; k < rows(pair); ++k) gz[l].trim(2 * pair + k);
+    }
+
+    Ring u, g3;
+    Pairs direct;
+    std::vector<Ring> a, gz;
+    std::vector<Pairs> slope, xhat;  // of the LayerNorm and SiLU together; of the LayerNorm
+};
+
+}  // namespace DR_ISA

@@ -1,0 +1,153 @@
+// How a band of an image lies in memory while a sweep works on it.
+//
+// Two rows by two columns are a tile; a register holds the same pixel of LANES neighbouring tiles, of one channel. So a
+// row of a channel is two lines, its even and its odd columns, and nothing in a sweep ever adds up the lanes.
+#pragma once
+#include <algorithm>
+#include <cstddef>
+#include <type_traits>
+#include <vector>
+
+#include "aligned.h"
+#include "lanes.h"
+
+namespace DR_ISA {
+
+using std::size_t;
+
+// Registers of tiles that a loop takes at once, a piece: all about a piece stays in the L1 cache.
+constexpr int MOST = 3;
+
+// Columns beyond which an image is worked on in strips.
+constexpr int WIDEST = 400;
+
+struct Layout {
+    int width, channels;
+    int tiles, vectors;  // in a row; registers that hold them
+    size_t line;         // floats from one line of a row to the next; a register of zeros lies between them
+
+    Layout(int width_, int channels_)
+        : width(width_), channels(channels_), tiles((width + 1) / 2), vectors((tiles + LANES - 1) / LANES),
+          line(static_cast<size_t>(vectors + 1) * LANES) {
+        // Lines apart by a multiple of 256 bytes would crowd in few sets of the L1 cache.
+        if (line % 64 == 0) line += LANES;
+    }
+    // Floats of a pair of rows as a pointwise stage keeps it: piece by piece, each [row][channel][parity][register][lane].
+    size_t block(int of) const { return static_cast<size_t>(of) * 4 * vectors * LANES; }
+    size_t block() const { return block(channels); }
+    // Where the piece that begins at register v0 lies in it.
+    size_t piece(int of, int v0) const { return static_cast<size_t>(of) * 4 * v0 * LANES; }
+    size_t piece(int v0) const { return piece(channels, v0); }
+};
+
+// Calls body(v0, integral_constant<N>) for the pieces of a row: N <= MOST registers from v0 on.
+template <class F>
+static DR_INLINE void pieces(const Layout& y, F body) {
+    const int count = (y.vectors + MOST - 1) / MOST;
+    for (int k = 0; k < count; ++k) {
+        const int v0 = y.vectors * k / count, n = y.vectors * (k + 1) / count - v0;
+        if (n == 1) body(v0, std::integral_constant<int, 1>{});
+        if constexpr (MOST >= 2)
+            if (n == 2) body(v0, std::integral_constant<int, 2>{});
+        if constexpr (MOST >= 3)
+            if (n == 3) body(v0, std::integral_constant<int, 3>{});
+    }
+}
+
+// For row k of the pair and each channel and register of a piece: body(channel, q, in_piece, in_lines), with q = N parity
+// + register and the places in a piece and in a row of lines.
+template <int N, class F>
+static DR_INLINE void each(const Layout& y, int k, int v0, F body) {
+    for (int c = 0; c < y.channels; ++c)
+#pragma GCC unroll 6
+        for (int q = 0; q < 2 * N; ++q)
+            body(c, q, static_cast<size_t>((k * y.channels + c) * 2 * N + q) * LANES,
+                 (2 * c + q / N) * y.line + static_cast<size_t>(v0 + q % N) * LANES);
+}
+
+// The means over the channels of f(channel, q, in_piece, in_lines).
+template <int N, class F>
+static DR_INLINE void means(const Layout& y, int k, int v0, Part (&mean)[2 * N], F f) {
+    for (Part& m : mean) m = same(0.0f);
+    each<N>(y, k, v0, [&](int c, int q, size_t o, size_t at) { mean[q] += f(c, q, o, at); });
+    for (Part& m : mean) m *= 1.0f / y.channels;
+}
+
+// Four rows about a pair, or a row and its neighbours: pointers to their first lines.
+struct Rows {
+    const float* at[4];
+};
+
+// The last rows of an image that convolutions still read. Rows outside the image are zeros.
+class Ring {
+  public:
+    Ring(int size, const Layout& y, int channels, int height)
+        : size_(size), height_(height), lines_(2 * channels), line_(y.line), last_((y.vectors - 1) * LANES),
+          stride_(lines_ * y.line + LANES), data_(stride_ * (size + 1), 0.0f) {
+        for (int j = 0; j < LANES; ++j) {
+            const int tile = (y.vectors - 1) * LANES + j;
+            mask_[0][j] = tile < y.tiles ? -1 : 0;
+            mask_[1][j] = tile < y.width / 2 ? -1 : 0;
+        }
+    }
+    float* row(int r) { return data_.data() + stride_ * (r % size_) + LANES; }
+    Rows around(int r) const { return {{padded(r - 1), padded(r), padded(r + 1), padded(r + 2)}}; }
+    // Zeros right of the image's last column: convolutions read them.
+    void trim(int r) {
+        float* p = row(r) + last_;
+        for (int k = 0; k < lines_; ++k, p += line_) put(p, masked(part(p), mask_[k % 2]));
+    }
+
+  private:
+    const float* padded(int r) const {
+        return data_.data() + stride_ * (r < 0 || r >= height_ ? size_ : r % size_) + LANES;
+    }
+
+    int size_, height_, lines_;
+    size_t line_, last_, stride_;
+    IntPart mask_[2];
+    Floats data_;
+};
+
+// Blocks of the last pairs of rows, for pointwise stages.
+class Pairs {
+  public:
+    Pairs(int size, size_t block) : size_(size), block_(block), data_(size * block, 0.0f) {}
+    float* at(int pair) { return data_.data() + block_ * (pair % size_); }
+
+  private:
+    int size_;
+    size_t block_;
+    Floats data_;
+};
+
+// Columns [first, last) of an image, worked on as an image of their own that reaches from `begin` to `end`: as far beyond
+// as a sweep's stages look, so that the columns' bits do not depend on it.
+struct Strip {
+    int first, last, begin, end;
+    int width() const { return end - begin; }
+};
+
+// Wide images are cut so that a sweep's rows stay in the L2 cache, in the way that repeats the fewest columns.
+static std::vector<Strip> strips(int width, int reach) {
+    const auto cut = [&](int n) {
+        std::vector<Strip> found;
+        for (int k = 0; k < n; ++k) {
+            const int first = 2 * (width / 2 * k / n), last = k == n - 1 ? width : 2 * (width / 2 * (k + 1) / n);
+            found.push_back({first, last, std::max(0, first - reach), std::min(width, last + reach)});
+        }
+        return found;
+    };
+    const int least = (width + WIDEST - 1) / WIDEST;
+    std::vector<Strip> best;
+    size_t cost = 0;
+    for (int n = least; n <= (least > 1 ? least + 3 : 1); ++n) {
+        std::vector<Strip> found = cut(n);
+        size_t sum = 0;
+        for (const Strip& s : found) sum += Layout(s.width(), 1).vectors;
+        if (best.empty() || sum < cost) best = found, cost = sum;
+    }
+    return best;
+}
+
+}  // namespace DR_ISA

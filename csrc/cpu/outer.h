@@ -1,0 +1,150 @@
+// The parameters' gradients: products of what enters a convolution with the cotangents of what leaves it, summed over a
+// piece of a pair of rows. Included once per instruction set (DR_ISA names it).
+#pragma once
+#include "conv.h"
+
+namespace DR_ISA {
+
+// dw[channel][9][lane] += sum over the tiles of one(x + tap) cot(x).
+template <int N>
+static void edge_one(const Rows& one, const float* cot, int v0, const Layout& y, float* dw) {
+    const size_t row = static_cast<size_t>(y.channels) * 2 * N * LANES;
+    for (int v = 0; v < N; ++v) {
+        const Patch p(one, static_cast<size_t>(v0 + v) * LANES, y.line);
+        float* to = dw;
+        const float* from = cot + v * LANES;
+        for (int c = 0; c < y.channels; ++c, to += 9 * LANES, from += 2 * N * LANES) {
+            Part g[4];
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k) g[k] = part(from + k / 2 * row + k % 2 * N * LANES);
+#pragma GCC unroll 9
+            for (int tap = 0; tap < 9; ++tap) {
+                Part s = part(to + tap * LANES);
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; ++k) s += g[k] * p.d[k / 2 + tap / 3][k % 2 + tap % 3];
+                put(to + tap * LANES, s);
+            }
+        }
+    }
+}
+
+// dw[channel][9][lane] += sum over the tiles of cot(x) many(x + tap), of a cotangent of one channel.
+template <int N>
+static void edge_many(const Rows& many, const float* cot, int v0, const Layout& y, float* dw) {
+    for (int v = 0; v < N; ++v) {
+        Part g[4];
+        for (int k = 0; k < 4; ++k) g[k] = part(cot + (k * N + v) * LANES);
+        float* to = dw;
+        size_t line = static_cast<size_t>(v0 + v) * LANES;
+        for (int c = 0; c < y.channels; ++c, to += 9 * LANES, line += 2 * y.line) {
+            const Patch p(many, line, y.line);
+#pragma GCC unroll 9
+            for (int tap = 0; tap < 9; ++tap) {
+                Part s = part(to + tap * LANES);
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; ++k) s += g[k] * p.d[k / 2 + tap / 3][k % 2 + tap % 3];
+                put(to + tap * LANES, s);
+            }
+        }
+    }
+}
+
+// Inputs whose sums with LANES outputs are held in registers.
+constexpr int INPUTS = LANES == 16 ? 16 : 8;
+
+// Floats of scratch that `outer` needs.
+constexpr size_t OUTER_SCRATCH = static_cast<size_t>(LANES) * 8 * LANES;
+
+// Row I of the transformed cotangents, channels last: [tile][4][lane] of [tile][row][parity][lane].
+template <int I>
+static DR_INLINE void cotangents(const float* g, float* to) {
+    for (int t = 0; t < LANES; ++t, g += 4 * LANES, to += 4 * LANES) {
+        Part e, o;
+        if (I == 0) e = part(g), o = part(g + LANES);
+        if (I == 1) e = part(g) + part(g + 2 * LANES), o = part(g + LANES) + part(g + 3 * LANES);
+        if (I == 2) e = part(g) - part(g + 2 * LANES), o = part(g + LANES) - part(g + 3 * LANES);
+        if (I == 3) e = part(g + 2 * LANES), o = part(g + 3 * LANES);
+        put(to, e), put(to + LANES, e + o), put(to + 2 * LANES, e - o), put(to + 3 * LANES, o);
+    }
+}
+
+// dw[in][LANES] += sum over the tiles of a register of u[in][tile] row[tile][lane]. Few sums fill the registers.
+template <class Count>
+static DR_INLINE void rank_one(const float* u, const float* row, Count count, float* dw) {
+    Part acc[INPUTS] = {};
+#pragma GCC unroll 16
+    for (int c = 0; c < INPUTS; ++c)
+        if (c < count) acc[c] = part(dw + c * LANES);
+    for (int t = 0; t < LANES; ++t) {
+        const Part g = part(row + t * 4 * LANES);
+#pragma GCC unroll 16
+        for (int c = 0; c < INPUTS; ++c)
+            if (c < count) acc[c] += same(u[c * LANES + t]) * g;
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < INPUTS; ++c)
+        if (c < count) put(dw + c * LANES, acc[c]);
+}
+
+template <int I>
+static DR_INLINE void outer_row(const Rows& in, int v, const Layout& y, int b, float* u, float* scratch, float* dw) {
+    const int channels = y.channels;
+    float* row = scratch + LANES * 4 * LANES;
+    patches<1, I>(in, v, y, u);
+    cotangents<I>(scratch, row);
+    for (int j = 0; j < 4; ++j) {
+        const size_t block = static_cast<size_t>(4 * I + j) * ((channels + LANES - 1) / LANES) + b / LANES;
+        for (int c = 0; c < channels; c += INPUTS) {
+            const float* a = u + static_cast<size_t>(j * channels + c) * LANES;
+            float* to = dw + (block * channels + c) * LANES;
+            if (channels - c >= INPUTS)
+                rank_one(a, row + j * LANES, std::integral_constant<int, INPUTS>{}, to);
+            else
+                rank_one(a, row + j * LANES, channels - c, to);
+        }
+    }
+}
+
+// Winograd's own gradient: dw[16 positions][out / LANES][in][LANES] += sum over the tiles of in's transformed patches
+// times the transformed cotangents; `filters` makes the filters' gradient of it. A register of tiles at a time: more than
+// that, and the sums, do not fit the L1 cache.
+template <int N>
+static void outer(const Rows& in, const float* cot, int v0, const Layout& y, float* u, float* scratch, float* dw) {
+    const size_t row = static_cast<size_t>(y.channels) * 2 * N * LANES;
+    for (int v = 0; v < N; ++v)
+        for (int b = 0; b < y.channels; b += LANES) {
+            for (int k = 0; k < 4; ++k) {
+                const float* from = cot + k / 2 * row + static_cast<size_t>(k % 2 * N + v) * LANES;
+                Part a[LANES];
+                for (int j = 0; j < LANES; ++j)
+                    a[j] = b + j < y.channels ? part(from + static_cast<size_t>(b + j) * 2 * N * LANES) : Part{};
+                transpose(a);
+                for (int t = 0; t < LANES; ++t) put(scratch + (t * 4 + k) * LANES, a[t]);
+            }
+            outer_row<0>(in, v0 + v, y, b, u, scratch, dw);
+            outer_row<1>(in, v0 + v, y, b, u, scratch, dw);
+            outer_row<2>(in, v0 + v, y, b, u, scratch, dw);
+            outer_row<3>(in, v0 + v, y, b, u, scratch, dw);
+        }
+}
+
+static size_t outer_size(int channels) {
+    return static_cast<size_t>(16) * ((channels + LANES - 1) / LANES) * channels * LANES;
+}
+
+// To [out][in][9]. The transform's -1 of the last row and column, left out above, is in F.
+static void filters(const double* dw, int channels, double* out) {
+    constexpr double F[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, -1}};
+    const size_t blocks = (channels + LANES - 1) / LANES;
+    for (int o = 0; o < channels; ++o)
+        for (int i = 0; i < channels; ++i)
+            for (int tap = 0; tap < 9; ++tap) {
+                double s = 0.0;
+                for (int p = 0; p < 16; ++p)
+                    s += F[p / 4][tap / 3] * F[p % 4][tap % 3] *
+                         dw[((p * blocks + o / LANES) * channels + i) * LANES + o % LANES];
+                *out++ = s;
+            }
+}
+
+}  // namespace DR_ISA

@@ -1,0 +1,226 @@
+// What the sweeps share. A sweep moves down the image once, two rows at a time. At tick t, stage s works on the pair of
+// rows t - s: forward convolutions 1..L, then the transposed convolutions L..1, each needing the rows above and below of
+// the stage before it, which are done by then. Rows live in rings that stay in the L2 cache. docs/kernels.md has the
+// formulas. Included once per instruction set (DR_ISA names it).
+#pragma once
+#include <array>
+
+#include "conv.h"
+#include "team.h"
+
+namespace DR_ISA {
+
+using dr::Batch;
+using dr::Chain;
+
+// What is kept of one strip of one image: for the hidden layers 2.. what enters gamma . + beta and SiLU, for those before
+// the last one the cotangent above SiLU (of the others a convolution of one channel makes them again); with a LayerNorm of
+// all of them rs = 1 / sqrt(var + eps) and rs mean(t xhat); h of the pixels. All in the blocks of layout.h.
+class Kept {
+  public:
+    Kept(float* memory, const Chain& c, const Layout& y, int height)
+        : memory_(memory), hidden_(c.depth - 1), y_(&y), pairs_((height + 1) / 2), planes_(2 * (hidden_ - 1)),
+          scalars_(c.norm ? 2 * hidden_ : c.whole ? hidden_ : 0) {}
+    size_t size() const { return pairs_ * (planes_ * y_->block() + (scalars_ + 1) * y_->block(1)); }
+    explicit operator bool() const { return memory_ != nullptr; }
+    // Of hidden layer l = 1..: null where it is made again.
+    float* z(int l, int pair) const { return l > 1 ? plane(l - 2, pair) : nullptr; }
+    float* g(int l, int pair) const { return l < hidden_ ? plane(hidden_ - 2 + l, pair) : nullptr; }
+    float* rs(int l, int pair) const { return scalar(2 * l - 1, pair); }
+    float* m2(int l, int pair) const { return scalar(2 * l, pair); }
+    float* h(int pair) const { return scalar(0, pair); }
+    // With a LayerNorm over the image: its mean, 1 / sqrt(var + eps), the means of t and of t xhat.
+    float* statistics(int l) const { return scalar(l, 0); }
+
+  private:
+    float* plane(int k, int pair) const { return memory_ ? memory_ + (k * pairs_ + pair) * y_->block() : nullptr; }
+    float* scalar(int k, int pair) const {
+        return memory_ ? memory_ + pairs_ * planes_ * y_->block() + (k * pairs_ + pair) * y_->block(1) : nullptr;
+    }
+    float* memory_;
+    int hidden_;
+    const Layout* y_;
+    size_t pairs_, planes_, scalars_;
+};
+
+// The outer function phi(u, h): its value, d/dh and the direct part of d/du; alpha/2 u^2 with the latter. It is
+// quadratic: its derivatives are linear in (u, h), and so their own tangents.
+struct Outer {
+    int head;
+    float alpha;
+    DR_INLINE Part value(Part u, Part h) const {
+        const Part e = u - h;
+        const Part phi = head == 0 ? u * e : head == 1 ? e * e : h * h;
+        return 0.5f * (alpha * u * u + phi);
+    }
+    DR_INLINE Part by_h(Part u, Part h) const { return head == 0 ? -0.5f * u : head == 1 ? h - u : h; }
+    DR_INLINE Part by_u(Part u, Part h) const {
+        return alpha * u + (head == 0 ? u - 0.5f * h : head == 1 ? u - h : Part{});
+    }
+};
+
+// A piece of work: rows [first, last) of a strip of an image. A band repeats the rows that its neighbours' stages need.
+// The bits of a pixel do not depend on the bands, so their number may follow the number of threads; they begin at even
+// rows.
+struct Band {
+    int image, first, last;
+    Strip strip;
+    int column;  // which strip
+};
+// A result looks 2 depth pixels away; with a LayerNorm over the image everywhere.
+static std::vector<Strip> strips_of(const Chain& c, const Batch& batch) {
+    if (c.whole) return {{0, batch.width, 0, batch.width}};
+    return strips(batch.width, 2 * c.depth);
+}
+static std::vector<Band> bands(const Chain& c, const Batch& batch, int height) {
+    std::vector<Band> found;
+    const std::vector<Strip> columns = strips_of(c, batch);
+    for (int k = 0; k < static_cast<int>(columns.size()); ++k)
+        for (int i = 0; i < batch.count; ++i)
+            for (int r = 0; r < batch.height; r += c.whole ? batch.height : height)
+                found.push_back({i, r, c.whole ? batch.height : std::min(batch.height, r + height), columns[k], k});
+    return found;
+}
+// Bands for all threads, if the images are too few for them.
+static std::vector<Band> shared_bands(const Chain& c, const Batch& batch) {
+    int per_image = 1;
+    const int columns = static_cast<int>(strips_of(c, batch).size());
+    while (batch.count * columns * per_image < batch.threads && batch.height / (2 * per_image) >= 4 * c.depth) per_image *= 2;
+    const int pairs = (batch.height + 1) / 2;
+    return bands(c, batch, std::max(2, 2 * ((pairs + per_image - 1) / per_image)));
+}
+// Calls work(band) for all.
+template <class F>
+static void for_bands(const std::vector<Band>& list, int threads, F work) {
+    each_of(static_cast<int>(list.size()), threads, [&](int i) { work(list[i]); });
+}
+
+class Sweep {
+  public:
+    Sweep(const Chain& chain, const Batch& batch, const Band& band, int stages)
+        : c(chain), L(chain.depth), H(batch.height), C(chain.channels), y(band.strip.width(), chain.channels),
+          outside(batch.width), outer{chain.head, chain.alpha}, band_(band), stages_(stages),
+          tiles_(static_cast<size_t>(4) * C * MOST * LANES), raw_(tiles_.size()) {
+        for (int v = 0; v < y.vectors; ++v)
+            for (int parity = 0; parity < 2; ++parity) {
+                IntPart mask;
+                for (int j = 0; j < LANES; ++j) {
+                    const int x = strip().begin + 2 * (v * LANES + j) + parity;
+                    mask[j] = x >= strip().first && x < strip().last ? -1 : 0;
+                }
+                own_.push_back(mask);
+            }
+    }
+
+    // Calls load(r) for input rows and stage(s, pair), in an order in which all that is needed is there.
+    template <class Load, class Stage>
+    DR_INLINE void run(Load load, Stage stage) {
+        const int begin = least(0), end = (band_.last - 1) / 2 + stages_;
+        for (int t = begin - 2; t < end; ++t) {
+            for (int r = 2 * t + 2; r < 2 * t + 4; ++r)
+                if (r >= 0 && r < H) load(r);
+            for (int s = 0; s < stages_; ++s)
+                if (t - s >= least(s) && t - s < most(s)) stage(s, t - s);
+        }
+    }
+
+  protected:
+    const Strip& strip() const { return band_.strip; }
+    // Rows that stay in a ring until a stage `lag` pairs later has read them with their neighbours; pairs that stay until
+    // that stage has read them. Where stage follows stage, all stay.
+    int rows_for(int lag) const { return c.whole ? H : 2 * lag + 4; }
+    int pairs_for(int lag) const { return c.whole ? (H + 1) / 2 : lag + 1; }
+
+    bool inside(int pair) const { return 2 * pair >= band_.first && 2 * pair < band_.last; }
+    int rows(int pair) const { return std::min(2, H - 2 * pair); }
+
+    // A row of an image into the lines of a ring.
+    void split(const float* image, int r, float shift, Ring& ring) const {
+        const float* p = image + static_cast<size_t>(r) * outside + strip().begin;
+        float *e = ring.row(r), *o = e + y.line;
+        int t = 0;
+        for (; 2 * (t + LANES) <= y.width; t += LANES) {
+            const Part a = part(p + 2 * t) - shift, b = part(p + 2 * t + LANES) - shift;
+            put(e + t, even(a, b)), put(o + t, odd(a, b));
+        }
+        for (; t < y.tiles; ++t) {
+            e[t] = p[2 * t] - shift;
+            o[t] = 2 * t + 1 < y.width ? p[2 * t + 1] - shift : 0.0f;
+        }
+    }
+
+    // A convolution to all channels at a pair of rows, from one channel or from all: body(v0, integral_constant<N>, raw)
+    // for each piece, `raw` being the convolution's. `soon` are blocks of the pair that body will read: they come from
+    // main memory while the convolution runs.
+    template <class F>
+    DR_INLINE void convolve(const Ring& in, bool one, int pair, const float* w, const float* bias, F body,
+                            std::array<const float*, 2> soon = {}) {
+        const Rows rows = in.around(2 * pair);
+        pieces(y, [&](int v0, auto count) {
+            constexpr int N = count();
+            for (const float* block : soon)
+                for (size_t o = y.piece(v0); block && o < y.piece(v0 + N); o += 16) __builtin_prefetch(block + o, 0, 2);
+            if (one)
+                expand<N>(rows, v0, y, w, bias, raw_.data());
+            else if (c.winograd)
+                winograd<N>(rows, v0, y, w, bias, tiles_.data(), raw_.data());
+            else
+                direct<N>(rows, v0, y, w, bias, raw_.data());
+            body(v0, count, raw_.data());
+        });
+    }
+
+    // The last row of all channels to one at a pair: body(v0, integral_constant<N>, raw).
+    template <class F>
+    DR_INLINE void collect(const Ring& in, int pair, const float* w, float bias, F body) {
+        const Rows rows = in.around(2 * pair);
+        pieces(y, [&](int v0, auto count) {
+            reduce<count()>(rows, v0, y, w, bias, raw_.data());
+            body(v0, count, raw_.data());
+        });
+    }
+
+    // The result: the last convolution's and what goes by it, in the strip's own columns.
+    void join(const Ring& in, Pairs& direct, int pair, float* image) {
+        alignas(64) float both[2 * MOST * LANES];
+        const float* by = direct.at(pair);
+        collect(in, pair, c.backward[0], 0.0f, [&](int v0, auto count, float* raw) {
+            constexpr int N = count();
+            for (int k = 0; k < rows(pair); ++k) {
+                for (int v = 0; v < N; ++v) {
+                    const size_t e = static_cast<size_t>(2 * k * N + v) * LANES, o = e + N * LANES;
+                    const float* d = by + y.piece(1, v0);
+                    const Part a = part(raw + e) + part(d + e), b = part(raw + o) + part(d + o);
+                    put(both + 2 * v * LANES, low(a, b)), put(both + (2 * v + 1) * LANES, high(a, b));
+                }
+                // Columns of the image that the piece begins and ends at.
+                const int begin = strip().begin + 2 * v0 * LANES;
+                const int from = std::max(begin, strip().first), to = std::min(begin + 2 * N * LANES, strip().last);
+                if (from < to)
+                    std::copy(both + (from - begin), both + (to - begin), image + static_cast<size_t>(2 * pair + k) * outside + from);
+            }
+        });
+    }
+
+    // The lanes of register v of a line that are of the strip's own columns.
+    IntPart own(int parity, int v) const { return own_[2 * v + parity]; }
+
+    const Chain& c;
+    const int L, H, C;
+    const Layout y;
+    const int outside;  // the image's width
+    const Outer outer;
+    float* tiles() { return tiles_.data(); }
+
+  private:
+    // The pairs that stage s has to do so that the last stage has the band.
+    int least(int s) const { return std::max(0, band_.first - (stages_ - 1 - s)) / 2; }
+    int most(int s) const { return (std::min(H, band_.last + (stages_ - 1 - s)) + 1) / 2; }
+
+    const Band band_;
+    const int stages_;
+    Floats tiles_, raw_;
+    std::vector<IntPart> own_;
+};
+
+}  // namespace DR_ISA

@@ -1,0 +1,262 @@
+// Hessian-vector and parameter products: the tangent of the gradient in the direction v, at a point whose gradient's sweep
+// kept what is needed. Included once per instruction set (DR_ISA names it).
+#pragma once
+#include "outer.h"
+#include "sweep.h"
+
+namespace DR_ISA {
+
+// The sums over the pixels of one band, lane by lane, in doubles: for each convolution its filters, its biases and (of the
+// LayerNorm after it) gamma and beta.
+struct Sums {
+    int channels;
+    std::vector<Floats> w, bias, gamma, beta;
+    std::vector<double> total;
+    double last_bias = 0.0;
+    Sums(int depth, int channels_) : channels(channels_) {
+        const size_t lanes = static_cast<size_t>(channels) * LANES;
+        for (int l = 1; l <= depth; ++l) {
+            w.emplace_back(l == 1 || l == depth ? 9 * lanes : outer_size(channels), 0.0f);
+            for (auto* part : {&bias, &gamma, &beta}) part->emplace_back(lanes, 0.0f);
+        }
+        size_t n = 0;
+        for (int l = 0; l < depth; ++l) n += w[l].size() + 3 * lanes;
+        total.assign(n, 0.0);
+    }
+    // Floats hold a few rows, doubles the rest.
+    void flush() {
+        double* to = total.data();
+        for (size_t l = 0; l < w.size(); ++l)
+            for (Floats* from : {&w[l], &bias[l], &gamma[l], &beta[l]}) {
+                for (size_t k = 0; k < from->size(); ++k) to[k] += (*from)[k];
+                std::fill(from->begin(), from->end(), 0.0f);
+                to += from->size();
+            }
+    }
+};
+
+// A trailing 1 marks tangents. With THETA the sums of a parameter product are taken along, and the last stage, H v itself,
+// is left out.
+template <bool THETA>
+class TangentSweep : public Sweep {
+  public:
+    TangentSweep(const Chain& chain, const Batch& batch, const Band& band)
+        : Sweep(chain, batch, band, 2 * chain.depth - THETA), u(rows_for(THETA ? 2 * L : L + 1), y, 1, H), u1(u), g3(u),
+          g31(rows_for(1), y, 1, H), direct(pairs_for(L), y.block(1)), cot(y.piece(MOST)), gu(cot),
+          z1(pairs_for(2 * L - 2), y.block()), scratch(THETA ? OUTER_SCRATCH : 0) {
+        for (int l = 0; l < L; ++l) {
+            const int lag = 2 * (L - l);
+            // Primal activations are met by cotangents many pairs later, with a row above and below.
+            a.emplace_back(THETA ? rows_for(lag + 2) : 1, y, THETA && l ? C : 1, H);
+            a1.emplace_back(rows_for(1), y, l ? C : 1, H);
+            gz1.emplace_back(rows_for(1), y, l ? C : 1, H);
+            for (auto* kept : {&slope, &rest}) kept->emplace_back(pairs_for(lag), l ? y.block() : 0);
+            steep.emplace_back(pairs_for(lag), l && ((c.norm && THETA) || c.whole) ? y.block() : 0);
+            mean.emplace_back(pairs_for(lag), l && c.norm ? y.block(1) : 0);
+        }
+    }
+
+    DR_INLINE void sweep(const float* image, const float* direction, const Kept& kept, float* out, Sums* sums) {
+        run([&](int r) {
+                split(image, r, c.center, u);
+                split(direction, r, 0.0f, u1);
+                seed(r, kept);
+            },
+            [&](int s, int pair) {
+                if (s < L - 1)
+                    forward(s + 1, pair, kept, sums);
+                else if (s == L - 1)
+                    head(pair, sums);
+                else if (s < 2 * L - 1)
+                    backward(2 * L - 1 - s, pair, kept, sums);
+                else if (inside(pair))
+                    join(gz1[1], direct, pair, out);
+                if (THETA && s == 2 * L - 2 && pair % 4 == 3) sums->flush();
+            });
+        if (THETA) sums->flush();
+    }
+
+  protected:
+    // The primal cotangent of h.
+    DR_INLINE void seed(int r, const Kept& kept) {
+        const float *pixel = u.row(r), *h = kept.h(r / 2);
+        float* g = g3.row(r);
+        pieces(y, [&](int v0, auto count) {
+            constexpr int N = count();
+            for (int q = 0; q < 2 * N; ++q) {
+                const size_t line = q / N * y.line + static_cast<size_t>(v0 + q % N) * LANES;
+                put(g + line, outer.by_h(part(pixel + line), part(h + y.piece(1, v0) + ((r % 2) * 2 * N + q) * LANES)));
+            }
+        });
+        g3.trim(r);
+    }
+
+    DR_INLINE void forward(int l, int pair, const Kept& kept, Sums* sums) {
+        const float *gamma = c.gamma[l - 1], *beta = c.beta[l - 1];
+        const Rows in = u.around(2 * pair), seeds = g3.around(2 * pair);
+        const auto body = [&](int v0, auto count, float* raw) {
+            constexpr int N = count();
+            // What the gradient's sweep kept, or has to be made again.
+            const float *z = l > 1 ? kept.z(l, pair) + y.piece(v0) : nullptr, *g = l < L - 1 ? kept.g(l, pair) + y.piece(v0) : cot.data();
+            float* first = z1.at(pair) + y.piece(v0);
+            if (l == 1) expand<N>(in, v0, y, c.forward[0], c.bias[0], first), z = first;
+            if (l == L - 1) expand<N>(seeds, v0, y, c.backward[l], nullptr, cot.data());
+            float *sl = slope[l].at(pair) + y.piece(v0), *q0 = rest[l].at(pair) + y.piece(v0);
+            for (int k = 0; k < rows(pair); ++k) {
+                float *act = THETA ? a[l].row(2 * pair + k) : nullptr, *act1 = a1[l].row(2 * pair + k);
+                if (!c.norm) {
+                    each<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
+                        const Part n1 = part(raw + o), cv = part(g + o);
+                        const Silu f = silu(part(z + o));
+                        if (THETA) put(act + line, f.value), put(gu.data() + o, f.slope * cv);
+                        put(act1 + line, f.slope * n1);
+                        put(sl + o, f.slope);
+                        put(q0 + o, f.bend * cv * n1);
+                    });
+                    continue;
+                }
+                const size_t row = y.piece(1, v0) + 2 * k * N * LANES;
+                const float *scale = kept.rs(l, pair) + row, *m2 = kept.m2(l, pair) + row;
+                Part p[2 * N], s0[2 * N] = {};
+                means<N>(y, k, v0, p, [&](int, int q, size_t o, size_t) {
+                    if (l > 1) return part(raw + o) * part(z + o);
+                    const Part zv = part(first + o) * part(scale + q * LANES);
+                    put(first + o, zv);
+                    return part(raw + o) * zv;
+                });
+                float* st = THETA ? steep[l].at(pair) + y.piece(v0) : nullptr;
+                const bool add = THETA && inside(pair);
+                each<N>(y, k, v0, [&](int ch, int q, size_t o, size_t line) {
+                    const Part zv = part(z + o), rs = part(scale + q * LANES), m = part(m2 + q * LANES), cv = part(g + o);
+                    const Part x1 = rs * (part(raw + o) - zv * p[q]), gx = gamma[ch] * x1, gc = gamma[ch] * cv;
+                    const Silu f = silu(gamma[ch] * zv + beta[ch]);
+                    const Part bent = f.bend * gc, b = bent * gx, t = f.slope * gc, primal = rs * t - zv * m;
+                    put(act1 + line, f.slope * gx);
+                    put(sl + o, rs * (gamma[ch] * f.slope));
+                    put(q0 + o, rs * (b - p[q] * primal) - x1 * m);
+                    s0[q] += b * zv + t * x1;
+                    if (!THETA) return;
+                    put(act + line, f.value);
+                    put(gu.data() + o, primal);
+                    put(st + o, f.slope);
+                    if (!add) return;
+                    const IntPart mask = own(q / N, v0 + q % N);
+                    grow(sums->beta[l - 1], ch, masked(bent * x1, mask));
+                    grow(sums->gamma[l - 1], ch, masked(bent * x1 * zv + cv * f.slope * x1, mask));
+                });
+                float* to = mean[l].at(pair) + row;
+                for (int q = 0; q < 2 * N; ++q) put(to + q * LANES, part(scale + q * LANES) * s0[q] * (1.0f / C));
+            }
+            if (THETA && inside(pair)) filter_sums<N>(l, pair, v0, gu.data(), l > 1 ? a1[l - 1] : u1, sums);
+        };
+        convolve(l > 1 ? a1[l - 1] : u1, l == 1, pair, c.forward[l - 1], nullptr, body,
+                 {kept.z(l, pair), kept.g(l, pair)});
+        for (int k = 0; k < rows(pair); ++k) {
+            a1[l].trim(2 * pair + k);
+            if (THETA) a[l].trim(2 * pair + k);
+        }
+    }
+
+    DR_INLINE void head(int pair, Sums* sums) {
+        collect(a1[L - 1], pair, c.forward[L - 1], 0.0f, [&](int v0, auto count, float* raw) {
+            constexpr int N = count();
+            float* by = direct.at(pair) + y.piece(1, v0);
+            alignas(64) float primal[4 * N * LANES] = {}, tangent[4 * N * LANES] = {};
+            for (int k = 0; k < rows(pair); ++k)
+                for (int q = 0; q < 2 * N; ++q) {
+                    const size_t o = (2 * k * N + q) * LANES, line = q / N * y.line + (v0 + q % N) * LANES;
+                    const Part pixel = part(u1.row(2 * pair + k) + line), h = part(raw + o), g = outer.by_h(pixel, h);
+                    put(g31.row(2 * pair + k) + line, g);
+                    put(by + o, outer.by_u(pixel, h));
+                    if (!THETA) continue;
+                    const IntPart mask = own(q / N, v0 + q % N);
+                    put(tangent + o, masked(g, mask));
+                    put(primal + o, masked(part(g3.row(2 * pair + k) + line), mask));
+                }
+            if (!THETA || !inside(pair)) return;
+            for (float g : tangent) sums->last_bias += g;
+            float* dw = sums->w[L - 1].data();
+            edge_many<N>(a1[L - 1].around(2 * pair), primal, v0, y, dw);
+            edge_many<N>(a[L - 1].around(2 * pair), tangent, v0, y, dw);
+        });
+        for (int k = 0; k < rows(pair); ++k) g31.trim(2 * pair + k);
+    }
+
+    DR_INLINE void backward(int l, int pair, const Kept& kept, Sums* sums) {
+        const auto body = [&](int v0, auto count, float* raw) {
+            constexpr int N = count();
+            const float *sl = slope[l].at(pair) + y.piece(v0), *q0 = rest[l].at(pair) + y.piece(v0);
+            const float *z = l > 1 ? kept.z(l, pair) + y.piece(v0) : z1.at(pair) + y.piece(v0);
+            for (int k = 0; k < rows(pair); ++k) {
+                float* out1 = gz1[l].row(2 * pair + k);
+                if (!c.norm) {
+                    each<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
+                        const Part g = part(q0 + o) + part(raw + o) * part(sl + o);
+                        put(out1 + line, g);
+                        if (THETA) put(raw + o, g);
+                    });
+                    continue;
+                }
+                if (THETA && inside(pair)) {
+                    const float* st = steep[l].at(pair) + y.piece(v0);
+                    each<N>(y, k, v0, [&](int ch, int q, size_t o, size_t) {
+                        const Part g = masked(part(raw + o) * part(st + o), own(q / N, v0 + q % N));
+                        grow(sums->beta[l - 1], ch, g);
+                        grow(sums->gamma[l - 1], ch, g * part(z + o));
+                    });
+                }
+                Part m[2 * N];
+                const float* s0 = mean[l].at(pair) + y.piece(1, v0) + 2 * k * N * LANES;
+                means<N>(y, k, v0, m, [&](int, int, size_t o, size_t) {
+                    const Part w = part(raw + o) * part(sl + o);
+                    put(raw + o, w);
+                    return w * part(z + o);
+                });
+                for (int q = 0; q < 2 * N; ++q) m[q] += part(s0 + q * LANES);
+                each<N>(y, k, v0, [&](int, int q, size_t o, size_t line) {
+                    const Part g = part(q0 + o) + part(raw + o) - part(z + o) * m[q];
+                    put(out1 + line, g);
+                    if (THETA) put(raw + o, g);
+                });
+            }
+            if (THETA && inside(pair)) {
+                filter_sums<N>(l, pair, v0, raw, l > 1 ? a[l - 1] : u, sums);
+                for (int k = 0; k < 2; ++k)
+                    each<N>(y, k, v0, [&](int ch, int, size_t o, size_t) { grow(sums->bias[l - 1], ch, part(raw + o)); });
+            }
+        };
+        convolve(l < L - 1 ? gz1[l + 1] : g31, l == L - 1, pair, c.backward[l], nullptr, body);
+        for (int k = 0; k < rows(pair); ++k) gz1[l].trim(2 * pair + k);
+    }
+
+    static DR_INLINE void grow(Floats& sum, int ch, Part v) {
+        float* p = sum.data() + ch * LANES;
+        put(p, part(p) + v);
+    }
+
+    // The part of a piece's cotangents in the gradient of the filters that `in` enters. The cotangents become zeros where
+    // the pixels are not the strip's own, or not of the image.
+    template <int N>
+    DR_INLINE void filter_sums(int l, int pair, int v0, float* block, const Ring& in, Sums* sums) {
+        for (int k = 0; k < 2; ++k)
+            each<N>(y, k, v0, [&](int, int q, size_t o, size_t) {
+                put(block + o, k < rows(pair) ? masked(part(block + o), own(q / N, v0 + q % N)) : Part{});
+            });
+        float* dw = sums->w[l - 1].data();
+        if (l == 1)
+            edge_one<N>(in.around(2 * pair), block, v0, y, dw);
+        else
+            DR_ISA::outer<N>(in.around(2 * pair), block, v0, y, tiles(), scratch.data(), dw);
+    }
+
+    Ring u, u1, g3, g31;
+    Pairs direct;
+    Floats cot, gu;
+    Pairs z1;
+    Floats scratch;
+    std::vector<Ring> a, a1, gz1;
+    // Of the LayerNorm and SiLU together; what does not come from above; of SiLU; a part of a mean.
+    std::vector<Pairs> slope, rest, steep, mean;
+};
+
+}  // namespace DR_ISA

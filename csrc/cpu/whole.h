@@ -1,0 +1,248 @@
+// LayerNorm over a whole image. Its mean and variance are known only when a layer is done, so that here stage follows stage,
+// each over the whole image, with the loops of the other sweeps. Included once per instruction set (DR_ISA names it).
+#pragma once
+#include <cmath>
+
+#include "gradient.h"
+#include "tangent.h"
+
+namespace DR_ISA {
+
+// Calls body(pair, channel, o, r, line, own): o is the place in a pair's block, r the row, line the place in its lines.
+// After each pair of rows done(pair).
+template <class S, class F, class G>
+static DR_INLINE void everywhere(const S& s, F body, G done) {
+    for (int pair = 0; 2 * pair < s.H; done(pair++))
+        pieces(s.y, [&](int v0, auto count) {
+            constexpr int N = count();
+            for (int k = 0; k < s.rows(pair); ++k)
+                each<N>(s.y, k, v0, [&](int ch, int q, size_t o, size_t line) {
+                    body(pair, ch, o + s.y.piece(v0), 2 * pair + k, line, s.own(q / N, v0 + q % N));
+                });
+        });
+}
+template <class S, class F>
+static DR_INLINE void everywhere(const S& s, F body) {
+    everywhere(s, body, [](int) {});
+}
+
+// A convolution of all rows.
+template <class S>
+static DR_INLINE void fill(S& s, const Ring& in, bool one, const float* w, const float* bias, Pairs& to) {
+    for (int pair = 0; 2 * pair < s.H; ++pair)
+        s.convolve(in, one, pair, w, bias, [&](int v0, auto count, float* raw) {
+            std::copy(raw, raw + static_cast<size_t>(4) * s.C * count() * LANES, to.at(pair) + s.y.piece(v0));
+        });
+}
+
+// A mean over the channels and pixels of an image, in doubles.
+struct Average {
+    Double sum{};
+    DR_INLINE void add(Part v, IntPart own) { sum += wide(masked(v, own)); }
+    double of(double count) const {
+        double total = 0.0;
+        for (int j = 0; j < LANES; ++j) total += sum[j];
+        return total / count;
+    }
+};
+
+class WholeGradient : public GradientSweep {
+  public:
+    using GradientSweep::GradientSweep;
+
+    void sweep(const float* image, double* value, float* grad, const Kept& kept) {
+        const double count = static_cast<double>(C) * H * outside;
+        std::vector<float> rs(L);
+        for (int r = 0; r < H; ++r) split(image, r, c.center, u);
+        for (int l = 1; l < L; ++l) rs[l] = forward(l, count, kept);
+        for (int pair = 0; 2 * pair < H; ++pair) head(pair, value, kept);
+        Pairs t(pairs_for(0), y.block());
+        for (int l = L - 1; l > 0; --l) backward(l, count, rs[l], kept, t);
+        for (int pair = 0; 2 * pair < H; ++pair) join(gz[1], direct, pair, grad);
+    }
+
+  private:
+    template <class S, class F, class G>
+    friend void everywhere(const S&, F, G);
+    template <class S>
+    friend void fill(S&, const Ring&, bool, const float*, const float*, Pairs&);
+
+    float forward(int l, double count, const Kept& kept) {
+        const float *gamma = c.gamma[l - 1], *beta = c.beta[l - 1];
+        Pairs &x = xhat[l], &s = slope[l];
+        fill(*this, l > 1 ? a[l - 1] : u, l == 1, c.forward[l - 1], c.bias[l - 1], x);
+        Average first, second;
+        everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart own) { first.add(part(x.at(pair) + o), own); });
+        const float mean = static_cast<float>(first.of(count));
+        everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart own) {
+            const Part centred = part(x.at(pair) + o) - mean;
+            second.add(centred * centred, own);
+        });
+        const float rs = static_cast<float>(1.0 / std::sqrt(second.of(count) + c.eps));
+        everywhere(*this, [&](int pair, int ch, size_t o, int r, size_t line, IntPart) {
+            const Part z = (part(x.at(pair) + o) - mean) * rs;
+            const Silu f = silu(gamma[ch] * z + beta[ch]);
+            put(x.at(pair) + o, z);
+            put(s.at(pair) + o, gamma[ch] * f.slope);
+            put(a[l].row(r) + line, f.value);
+            if (float* plane = kept.z(l, pair)) put(plane + o, z);
+        });
+        for (int r = 0; r < H; ++r) a[l].trim(r);
+        if (kept) kept.statistics(l)[0] = mean, kept.statistics(l)[1] = rs;
+        return rs;
+    }
+
+    void backward(int l, double count, float rs, const Kept& kept, Pairs& t) {
+        Average one, two;
+        fill(*this, l < L - 1 ? gz[l + 1] : g3, l == L - 1, c.backward[l], nullptr, t);
+        everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart own) {
+            const Part g = part(t.at(pair) + o), v = g * part(slope[l].at(pair) + o);
+            if (float* plane = kept.g(l, pair)) put(plane + o, g);
+            put(t.at(pair) + o, v);
+            one.add(v, own);
+            two.add(v * part(xhat[l].at(pair) + o), own);
+        });
+        const float m1 = static_cast<float>(one.of(count)), m2 = static_cast<float>(two.of(count));
+        everywhere(*this, [&](int pair, int, size_t o, int r, size_t line, IntPart) {
+            put(gz[l].row(r) + line, rs * (part(t.at(pair) + o) - m1 - part(xhat[l].at(pair) + o) * m2));
+        });
+        for (int r = 0; r < H; ++r) gz[l].trim(r);
+        if (kept) kept.statistics(l)[2] = m1, kept.statistics(l)[3] = m2;
+    }
+};
+
+template <bool THETA>
+class WholeTangent : public TangentSweep<THETA> {
+    using Base = TangentSweep<THETA>;
+    using Base::a, Base::a1, Base::c, Base::C, Base::g3, Base::g31, Base::gz1, Base::H, Base::L, Base::rest, Base::slope,
+        Base::steep, Base::u, Base::u1, Base::y, Base::z1;
+
+  public:
+    WholeTangent(const Chain& chain, const Batch& batch, const Band& band) : Base(chain, batch, band), gu_(y.piece(MOST)) {
+        for (int l = 0; l < L; ++l) t_.emplace_back(Base::pairs_for(0), l ? y.block() : 0);
+        p_.resize(L), tx_.resize(L);
+    }
+
+    void sweep(const float* image, const float* direction, const Kept& kept, float* out, Sums* sums) {
+        const double count = static_cast<double>(C) * H * Base::outside;
+        for (int r = 0; r < H; ++r) {
+            Base::split(image, r, c.center, u);
+            Base::split(direction, r, 0.0f, u1);
+            Base::seed(r, kept);
+        }
+        for (int l = 1; l < L; ++l) forward(l, count, kept, sums);
+        for (int pair = 0; 2 * pair < H; ++pair) Base::head(pair, sums), flush(pair, sums);
+        for (int l = L - 1; l > 0; --l) backward(l, count, kept, sums);
+        if (THETA) sums->flush();
+        for (int pair = 0; 2 * pair < H && !THETA; ++pair) Base::join(gz1[1], Base::direct, pair, out);
+    }
+
+  private:
+    template <class S, class F, class G>
+    friend void everywhere(const S&, F, G);
+    template <class S>
+    friend void fill(S&, const Ring&, bool, const float*, const float*, Pairs&);
+
+    // Floats hold a few rows, doubles the rest.
+    static void flush(int pair, Sums* sums) {
+        if (THETA && pair % 4 == 3) sums->flush();
+    }
+
+    const float* z(int l, int pair, const Kept& kept) { return l > 1 ? kept.z(l, pair) : z1.at(pair); }
+
+    // The filters' sums of cotangents f(pair, o) with what `in` holds.
+    template <class F>
+    void filter_sums(int l, const Ring& in, Sums* sums, F f) {
+        for (int pair = 0; 2 * pair < H; ++pair) {
+            pieces(y, [&](int v0, auto count) {
+                constexpr int N = count();
+                for (int k = 0; k < Base::rows(pair); ++k)
+                    each<N>(y, k, v0, [&](int, int, size_t o, size_t) { put(gu_.data() + o, f(pair, o + y.piece(v0))); });
+                Base::template filter_sums<N>(l, pair, v0, gu_.data(), in, sums);
+            });
+            flush(pair, sums);
+        }
+    }
+
+    void forward(int l, double count, const Kept& kept, Sums* sums) {
+        const float *gamma = c.gamma[l - 1], *beta = c.beta[l - 1], *known = kept.statistics(l);
+        const float mean = known[0], rs = known[1], m1 = known[2], m2 = known[3];
+        Pairs &x1 = steep[l], &t = t_[l];
+        fill(*this, l > 1 ? a1[l - 1] : u1, l == 1, c.forward[l - 1], nullptr, x1);
+        if (l == 1) {
+            fill(*this, u, true, c.forward[0], c.bias[0], z1);
+            everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart) {
+                put(z1.at(pair) + o, (part(z1.at(pair) + o) - mean) * rs);
+            });
+        }
+        if (l == L - 1) fill(*this, g3, true, c.backward[l], nullptr, t);
+        Average constant, along, across;
+        everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart own) {
+            const Part v = part(x1.at(pair) + o);
+            constant.add(v, own);
+            along.add(v * part(z(l, pair, kept) + o), own);
+        });
+        const float p0 = static_cast<float>(constant.of(count)), p = static_cast<float>(along.of(count));
+        everywhere(*this, [&](int pair, int ch, size_t o, int r, size_t line, IntPart own) {
+            const Part zv = part(z(l, pair, kept) + o), cv = part((l < L - 1 ? kept.g(l, pair) : t.at(pair)) + o);
+            const Part x = rs * (part(x1.at(pair) + o) - p0 - zv * p), gx = gamma[ch] * x, gc = gamma[ch] * cv;
+            const Silu f = silu(gamma[ch] * zv + beta[ch]);
+            const Part bent = f.bend * gc;
+            put(x1.at(pair) + o, x);
+            put(t.at(pair) + o, f.slope * gc);
+            put(slope[l].at(pair) + o, f.slope);
+            put(rest[l].at(pair) + o, bent * gx);
+            put(a1[l].row(r) + line, f.slope * gx);
+            across.add(f.slope * gc * x, own);
+            if (!THETA) return;
+            put(a[l].row(r) + line, f.value);
+            Base::grow(sums->beta[l - 1], ch, masked(bent * x, own));
+            Base::grow(sums->gamma[l - 1], ch, masked(bent * x * zv + cv * f.slope * x, own));
+        }, [&](int pair) { flush(pair, sums); });
+        p_[l] = p, tx_[l] = static_cast<float>(across.of(count));
+        for (int r = 0; r < H; ++r) {
+            a1[l].trim(r);
+            if (THETA) a[l].trim(r);
+        }
+        if (THETA)
+            filter_sums(l, l > 1 ? a1[l - 1] : u1, sums, [&](int pair, size_t o) {
+                return rs * (part(t.at(pair) + o) - m1 - part(z(l, pair, kept) + o) * m2);
+            });
+    }
+
+    void backward(int l, double count, const Kept& kept, Sums* sums) {
+        const float *gamma = c.gamma[l - 1], *known = kept.statistics(l);
+        const float rs = known[1], m1 = known[2], m2 = known[3], p = p_[l], tx = tx_[l];
+        Pairs raw(Base::pairs_for(0), y.block());
+        fill(*this, l < L - 1 ? gz1[l + 1] : g31, l == L - 1, c.backward[l], nullptr, raw);
+        Average constant, along;
+        everywhere(*this, [&](int pair, int ch, size_t o, int, size_t, IntPart own) {
+            const Part zv = part(z(l, pair, kept) + o), w = part(raw.at(pair) + o) * part(slope[l].at(pair) + o);
+            const Part t1 = part(rest[l].at(pair) + o) + gamma[ch] * w;
+            put(rest[l].at(pair) + o, t1);
+            constant.add(t1, own);
+            along.add(t1 * zv, own);
+            if (!THETA) return;
+            Base::grow(sums->beta[l - 1], ch, masked(w, own));
+            Base::grow(sums->gamma[l - 1], ch, masked(w * zv, own));
+        }, [&](int pair) { flush(pair, sums); });
+        const float t0 = static_cast<float>(constant.of(count)), tz = static_cast<float>(along.of(count));
+        everywhere(*this, [&](int pair, int ch, size_t o, int r, size_t line, IntPart own) {
+            const Part zv = part(z(l, pair, kept) + o), gu = rs * (part(t_[l].at(pair) + o) - m1 - zv * m2);
+            const Part e = part(rest[l].at(pair) + o) - t0 - zv * (tz + tx) - part(steep[l].at(pair) + o) * m2;
+            const Part g = rs * (e - p * gu);
+            put(gz1[l].row(r) + line, g);
+            if (!THETA) return;
+            put(raw.at(pair) + o, g);
+            Base::grow(sums->bias[l - 1], ch, masked(g, own));
+        }, [&](int pair) { flush(pair, sums); });
+        for (int r = 0; r < H; ++r) gz1[l].trim(r);
+        if (THETA) filter_sums(l, l > 1 ? a[l - 1] : u, sums, [&](int pair, size_t o) { return part(raw.at(pair) + o); });
+    }
+
+    Floats gu_;
+    std::vector<Pairs> t_;
+    std::vector<float> p_, tx_;  // mean(xhat u'), mean(t xhat')
+};
+
+}  // namespace DR_ISA
