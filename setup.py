@@ -1,4 +1,5 @@
-"""What pyproject.toml cannot say: `kernels/` is installed as `deepreg_fast.kernels`; the C++ extension of `csrc/cpu`.
+"""What pyproject.toml cannot say: `kernels/` is installed as `deepreg_fast.kernels`, the CUDA sources of `csrc/cuda` as
+the data of `deepreg_fast.cuda`; the C++ extension of `csrc/cpu`.
 
 One source is compiled for several instruction sets, each with flags of its own, and the extension chooses at run time.
 Where it cannot be built (no compiler), the package installs without it and runs on the reference backend.
@@ -82,9 +83,13 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["deepreg_fast", "deepreg_fast.*"]), "deepreg_fast.kernels"],
-    package_dir={"deepreg_fast.kernels": "kernels"},
-    package_data={"deepreg_fast": ["py.typed", "_cpu.pyi"], "deepreg_fast.data": ["*.json"]},
+    packages=[*find_packages(include=["deepreg_fast", "deepreg_fast.*"]), "deepreg_fast.kernels", "deepreg_fast.cuda"],
+    package_dir={"deepreg_fast.kernels": "kernels", "deepreg_fast.cuda": "csrc/cuda"},
+    package_data={
+        "deepreg_fast": ["py.typed", "_cpu.pyi"],
+        "deepreg_fast.data": ["*.json"],
+        "deepreg_fast.cuda": ["*.cu", "*.cuh"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildPerInstructionSet},
 )

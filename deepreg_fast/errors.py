@@ -31,5 +31,9 @@ class BackendUnavailable(DeepRegError, RuntimeError):
     """A backend that was named cannot run here, with the reason and the way out."""
 
 
+class OutOfMemory(DeepRegError, RuntimeError):
+    """A device has less free memory than a call needs, with both numbers."""
+
+
 class TrainingDiverged(DeepRegError, RuntimeError):
     """Training met a value that is not finite; the last good checkpoint is named."""

@@ -15,7 +15,7 @@ PACKAGE = "deepreg_fast"
 # The table of docs/design.md. A new module or subpackage gets its line here; a module of a subpackage is on the
 # floor of its subpackage. A floor may import itself and the floors below it.
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "status", "checks", "files", "_version", "_cpu", "kernels"),
+    0: ("errors", "status", "checks", "files", "_version", "_cpu", "kernels", "cuda"),
     1: ("definitions",),
     2: ("backend",),
     3: ("linsolve",),
@@ -32,9 +32,13 @@ HEAVY = ("triton", "cupy", "matplotlib", "skimage", "typer", "rich", "tensorboar
 
 
 def sources() -> dict[str, Path]:
-    """Every module of the package by its full name; `kernels/` at the top counts as `deepreg_fast.kernels`."""
+    """Every module of the package by its full name, those of `kernels/` and `csrc/cuda` among them."""
     found = {}
-    for folder, prefix in ((ROOT / PACKAGE, (PACKAGE,)), (ROOT / "kernels", (PACKAGE, "kernels"))):
+    for folder, prefix in (
+        (ROOT / PACKAGE, (PACKAGE,)),
+        (ROOT / "kernels", (PACKAGE, "kernels")),
+        (ROOT / "csrc/cuda", (PACKAGE, "cuda")),
+    ):
         for path in sorted(folder.rglob("*.py")):
             parts = (*prefix, *path.relative_to(folder).with_suffix("").parts)
             found[".".join(parts)] = path

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from ..errors import BackendUnavailable, InputError
 from . import cpu, gpu, reference
 from .reference import Linearization
+from .work import only, rows_at_work
 
 
 class Energy(Protocol):
@@ -226,7 +227,9 @@ __all__ = [
     "SrmKernels",
     "VectorKernels",
     "backends",
+    "only",
     "register",
+    "rows_at_work",
     "select",
     "srm_kernels",
     "use_backend",
