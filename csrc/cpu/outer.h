@@ -5,6 +5,17 @@
 
 namespace DR_ISA {
 
+// sums[9][lane] += the tiles' four pixels g times the patch around them, one tap after the other.
+static DR_INLINE void nine_sums(const Part (&g)[4], const Patch& p, float* sums) {
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap) {
+        Part s = part(sums + tap * LANES);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) s += g[k] * p.d[k / 2 + tap / 3][k % 2 + tap % 3];
+        put(sums + tap * LANES, s);
+    }
+}
+
 // dw[channel][9][lane] += sum over the tiles of one(x + tap) cot(x).
 template <int N>
 static void edge_one(const Rows& one, const float* cot, int v0, const Layout& y, float* dw) {
@@ -17,13 +28,7 @@ static void edge_one(const Rows& one, const float* cot, int v0, const Layout& y,
             Part g[4];
 #pragma GCC unroll 4
             for (int k = 0; k < 4; ++k) g[k] = part(from + k / 2 * row + k % 2 * N * LANES);
-#pragma GCC unroll 9
-            for (int tap = 0; tap < 9; ++tap) {
-                Part s = part(to + tap * LANES);
-#pragma GCC unroll 4
-                for (int k = 0; k < 4; ++k) s += g[k] * p.d[k / 2 + tap / 3][k % 2 + tap % 3];
-                put(to + tap * LANES, s);
-            }
+            nine_sums(g, p, to);
         }
     }
 }
@@ -38,13 +43,7 @@ static void edge_many(const Rows& many, const float* cot, int v0, const Layout& 
         size_t line = static_cast<size_t>(v0 + v) * LANES;
         for (int c = 0; c < y.channels; ++c, to += 9 * LANES, line += 2 * y.line) {
             const Patch p(many, line, y.line);
-#pragma GCC unroll 9
-            for (int tap = 0; tap < 9; ++tap) {
-                Part s = part(to + tap * LANES);
-#pragma GCC unroll 4
-                for (int k = 0; k < 4; ++k) s += g[k] * p.d[k / 2 + tap / 3][k % 2 + tap % 3];
-                put(to + tap * LANES, s);
-            }
+            nine_sums(g, p, to);
         }
     }
 }
