@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 
@@ -91,3 +92,35 @@ def choice(value: object, name: str, options: tuple[str, ...]) -> str:
     if value not in options:
         raise InputError(f"{name} must be one of {', '.join(map(repr, options))}, but is {value!r}.")
     return str(value)
+
+
+def device_name(value: object, name: str = "device") -> str:
+    """Check that `value` is "cpu", "cuda", "cuda:1" (any index) or "auto", whether it is here or not; return it."""
+    if not isinstance(value, str) or re.fullmatch(r"cpu|auto|cuda(:\d+)?", value) is None:
+        raise InputError(f"{name} must be 'cpu', 'cuda', 'cuda:1' (any index) or 'auto', but is {value!r}.")
+    return value
+
+
+def device(value: object, name: str = "device") -> torch.device:
+    """The device that `value` means here: "cpu"; "cuda", the current one; "cuda:1"; or "auto", which is "cuda" where
+    torch sees such a device and "cpu" elsewhere.
+
+    Raises
+    ------
+    InputError
+        If it is none of these, or torch does not see that device.
+    """
+    text = device_name(value, name)
+    here = torch.cuda.is_available()
+    if text == "cpu" or (text == "auto" and not here):
+        return torch.device("cpu")
+    if not here:
+        why = "is built without CUDA" if torch.version.cuda is None else "finds no NVIDIA driver or GPU"
+        raise InputError(f"{name} is {text!r}, but torch sees no CUDA device (it {why}); use 'cpu' or 'auto'.")
+    index = int(text.partition(":")[2]) if ":" in text else torch.cuda.current_device()
+    if index >= torch.cuda.device_count():
+        raise InputError(
+            f"{name} must be one of the {torch.cuda.device_count()} CUDA devices that torch sees, counted from 0, but "
+            f"is {text!r}; 'deepreg-fast info' lists them."
+        )
+    return torch.device("cuda", index)

@@ -35,8 +35,10 @@ class Method:
     options: PGDOptions = PGDOptions(acceleration="anderson")
 
 
-def run(method: Method, y: torch.Tensor, A: LinearOperator, batch: int = 5) -> Solution | torch.Tensor:
-    """Recover all images by one method, `batch` at a time; what needs no solver comes as a tensor."""
+def run(method: Method, y: torch.Tensor, A: LinearOperator, batch: int | None = None) -> Solution | torch.Tensor:
+    """Recover all images by one method, `batch` at a time (by default 5 on the CPU, whose caches a few images fill, and
+    64 elsewhere); what needs no solver comes as a tensor."""
+    batch = batch or (5 if y.device.type == "cpu" else 64)
     if method.reg is None:
         return A.A_adjoint(y) if method.name == "adjoint" else initial_point(y, A, TV())
     parts = [
@@ -85,7 +87,7 @@ def tuned_tv(x: torch.Tensor, y: torch.Tensor, A: LinearOperator, eps: float = 3
 
 
 def evaluate(methods: Sequence[Method], x: torch.Tensor, y: torch.Tensor, A: LinearOperator) -> dict[str, Any]:
-    """Figures of each method on images `x` `[N, C, H, W]` from measurements `y` `[N, m]`.
+    """Figures of each method on images `x` `[N, C, H, W]` from measurements `y` `[N, m]`, all on one device.
 
     Returns name -> `psnr_mean`, `psnr_median`, `ssim_mean`, `psnr` and `ssim` per image, `iterations` and `gradients`
     per image, `status` counts, `mu`, `seconds`; and, where a method "tv" is among them, `vs_tv`: mean and median of
@@ -106,13 +108,15 @@ def evaluate(methods: Sequence[Method], x: torch.Tensor, y: torch.Tensor, A: Lin
 def _figures(method: Method, x: torch.Tensor, y: torch.Tensor, A: LinearOperator) -> dict[str, Any]:
     began = time.perf_counter()
     sol = run(method, y, A)
+    if y.is_cuda:
+        torch.cuda.synchronize(y.device)
     seconds = time.perf_counter() - began
     image = sol.x if isinstance(sol, Solution) else sol
     p, s = psnr(image, x), ssim(image, x)
     solved = isinstance(sol, Solution)
     return {
         "psnr_mean": float(p.mean()),
-        "psnr_median": float(np.median(p.numpy())),
+        "psnr_median": float(np.median(p.cpu().numpy())),
         "ssim_mean": float(s.mean()),
         "psnr": p.tolist(),
         "ssim": s.tolist(),

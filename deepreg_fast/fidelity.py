@@ -45,20 +45,25 @@ def resolve_mu(
     return t.expand(len(like)).clone()
 
 
-def add_noise(y: torch.Tensor, sigma: float, seed: int) -> torch.Tensor:
-    """`y + sigma n`, `n` standard normal from a generator of its own, of integer `seed >= 0`; `sigma >= 0`.
+def standard_normal(count: int, seed: int) -> torch.Tensor:
+    """`count` standard normal numbers in float64 on the CPU, from a generator of their own, of integer `seed >= 0`.
 
-    Box and Muller's transform of raw Philox output in float64, on the CPU: numpy keeps that stream for good, so a
-    seed gives the same noise with every release and on every device, to the rounding of log and cos.
+    Box and Muller's transform of raw Philox output: numpy keeps that stream for good, so a seed gives the same numbers
+    with every release, to the rounding of log and cos.
     """
+    checks.integer(seed, "seed", 0)
+    raw = np.random.Philox(np.random.SeedSequence(seed)).random_raw(2 * count).reshape(2, -1)
+    u, v = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return torch.from_numpy(np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v))
+
+
+def add_noise(y: torch.Tensor, sigma: float, seed: int) -> torch.Tensor:
+    """`y + sigma n`, `n` of `standard_normal` with integer `seed >= 0`, the same on every device; `sigma >= 0`."""
     checks.number(sigma, "sigma", 0.0)
     checks.integer(seed, "seed", 0)
     if sigma == 0:
         return y.clone()
-    raw = np.random.Philox(np.random.SeedSequence(seed)).random_raw(2 * y.numel()).reshape(2, -1)
-    u, v = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    n = np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)
-    return y + sigma * torch.from_numpy(n.reshape(tuple(y.shape))).to(y)
+    return y + sigma * standard_normal(y.numel(), seed).reshape(y.shape).to(y)
 
 
 def objective(y: torch.Tensor, Ax: torch.Tensor, value: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:

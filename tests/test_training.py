@@ -156,7 +156,7 @@ def test_an_absurd_learning_rate_does_not_leave_nan_behind(folder: Path, tmp_pat
     again = dr.BilevelTrainer(small_config(folder, tmp_path, steps=30, lr=1e4, warmup=0, clip=0.0), progress=False)
     again.load_state()
     assert all(bool(torch.isfinite(p).all()) for p in again.params)
-    assert all(np.isfinite(a).all() for a in again.store.arrays.values())
+    assert all(np.isfinite(np.asarray(a)).all() for a in again.store.state().values())
     acted = trainer.counters.values
     assert acted["runaway_resets"] + acted["nonfinite_resets"] + acted["negative_curvature"] > 0
 

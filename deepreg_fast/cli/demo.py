@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from .options import DeviceOption, use_device
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the run.")] = Path("demo-report"),
     steps: Annotated[int, typer.Option(help="Training steps.")] = 600,
     size: Annotated[int, typer.Option(help="Side of the held-out images.")] = 96,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Train a small regularizer on photographs, recover held-out ones, compare with TV, write an HTML report."""
     from rich.console import Console
@@ -22,7 +25,7 @@ def demo(
 
     checks.integer(steps, "steps", 1)
     checks.integer(size, "size", 64, 300)
-    found = run_demo(out, steps, size)
+    found = run_demo(out, steps, size, device=str(use_device(device)))
     table = Table("method", "PSNR mean", "median", "SSIM")
     for name, f in found.results.items():
         table.add_row(name, f"{f['psnr_mean']:.2f} dB", f"{f['psnr_median']:.2f} dB", f"{f['ssim_mean']:.3f}")

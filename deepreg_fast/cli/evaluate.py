@@ -18,6 +18,7 @@ from ..files import write_atomically
 from ..operators import SRM
 from ..solvers import PGDOptions
 from ..weights import load
+from .options import DeviceOption, use_device
 
 
 def evaluate(  # noqa: PLR0913 - one argument for each option of the command line
@@ -36,6 +37,7 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     acceleration: Annotated[str, typer.Option(help="none (the paper's), fista or anderson.")] = "anderson",
     tolerance: Annotated[float, typer.Option(help="Relative residual at which a recovery has converged.")] = 1e-4,
     max_iterations: Annotated[int, typer.Option(help="Gradients per image.")] = 500,
+    device: DeviceOption = "cpu",
     out: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
@@ -44,21 +46,25 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     Example: deepreg-fast evaluate --weights runs/beta10/weights.safetensors --data BSD400 --split bsd400 --json
     """
     settings = {k: v for k, v in locals().items() if k not in ("weights", "out", "as_json")}
+    place = use_device(device)
+    settings["device"] = str(place)
     test, tuning = _images(data, split, crop, validation)
     if limit:
         test = ImageSet(test.names[:limit], test.x[:limit])
     A = SRM(
         (1, test.x.shape[-2], test.x.shape[-1]), ratio, transform=transform, randomizer=randomizer, seed=operator_seed
     )
-    y = add_noise(A.A(test.x), sigma, seed=1)
-    y_tuning = add_noise(A.A(tuning), sigma, seed=2)
+    # Measured on the CPU, so that every device is given the same numbers.
+    y = add_noise(A.A(test.x), sigma, seed=1).to(place)
+    y_tuning = add_noise(A.A(tuning), sigma, seed=2).to(place)
+    A, x, tuning = A.to(place), test.x.to(place), tuning.to(place)
     options = PGDOptions(max_iterations, tolerance, acceleration)
     methods = [Method("adjoint"), Method("minimum_norm"), tuned_tv(tuning, y_tuning, A)]
     for path in weights or []:
-        methods.append(_method(path, methods, options))
+        methods.append(_method(path, methods, options, place))
         if tune and _needs_tuning(path):
             methods[-1] = tune_mu(methods[-1], tuning, y_tuning, A)
-    result: dict[str, Any] = dict(compare(methods, test.x, y, A))
+    result: dict[str, Any] = dict(compare(methods, x, y, A))
     result["settings"] = {**settings, "images": list(test.names)}
     text = json.dumps(result)
     if out is not None:
@@ -89,14 +95,14 @@ def _images(data: str, split: str, crop: int, validation: int) -> tuple[ImageSet
     return test, tuning.x
 
 
-def _method(path: Path, others: list[Method], options: PGDOptions) -> Method:
+def _method(path: Path, others: list[Method], options: PGDOptions, place: torch.device) -> Method:
     reg, meta = load(path)
     name = str(meta.get("method", path.stem))
     taken = {m.name for m in others}
     unique = name if name not in taken else f"{name}:{path.parent.name}"
     while unique in taken:
         unique += "'"
-    return Method(unique, reg, float(meta.get("mu", 1e-2)), options)
+    return Method(unique, reg.to(place), float(meta.get("mu", 1e-2)), options)
 
 
 def _needs_tuning(path: Path) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +24,28 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, as its kernel module tells it."""
+    try:
+        told = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", told)
+    return found.group() if found else None
+
+
+def _cuda() -> dict[str, Any]:
+    """The CUDA version that torch is built with, the driver, and every device that torch sees."""
+    import torch
+
+    devices = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        p = torch.cuda.get_device_properties(i)
+        gib = round(p.total_memory / 2**30, 1)
+        devices.append({"name": p.name, "memory_gib": gib, "compute_capability": f"{p.major}.{p.minor}"})
+    return {"torch": torch.version.cuda, "driver": _driver(), "devices": devices}
+
+
 def facts() -> dict[str, Any]:
     """Everything that `info` tells, as JSON values."""
     import torch
@@ -35,7 +59,7 @@ def facts() -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": _cuda(),
         "backends": backends(),
         "kernels on the cpu": None if backends()["cpu"] else instruction_set(),
         "optional": {p: _version(p) or f"missing: {how}" for p, how in _OPTIONAL.items()},
@@ -54,8 +78,13 @@ def info(
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
-    for key in ("version", "python", "torch", "cpu", "threads", "cuda"):
-        table.add_row(key, str(found[key] or "none"))
+    for key in ("version", "python", "torch", "cpu", "threads"):
+        table.add_row(key, str(found[key]))
+    cuda = found["cuda"]
+    built = f"torch is built with {cuda['torch']}" if cuda["torch"] else "torch is built without it"
+    table.add_row("cuda", f"{built}; driver {cuda['driver'] or 'none'}; {len(cuda['devices'])} devices")
+    for i, d in enumerate(cuda["devices"]):
+        table.add_row(f"cuda:{i}", f"{d['name']}, {d['memory_gib']} GiB, compute capability {d['compute_capability']}")
     for name, reason in found["backends"].items():
         table.add_row(f"backend {name}", "ready" if reason is None else f"not here: {reason}")
     for name, state in found["optional"].items():

@@ -7,7 +7,22 @@ import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
+import torch
 import typer
+
+from .. import checks
+
+DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 or auto (CUDA if it is here).")]
+
+
+def use_device(name: str) -> torch.device:
+    """The device that `--device` names, made the current one of this process; torch's convolutions there are float32
+    proper, not in TF32 as is their default."""
+    device = checks.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False
+    return device
 
 
 def command_from(config: type, body: Callable[..., None], extra: list[inspect.Parameter]) -> Callable[..., None]:

@@ -22,6 +22,7 @@ from ..recovery import recover as solve
 from ..solvers import PGDOptions, Solution
 from ..status import statuses
 from ..weights import load
+from .options import DeviceOption, use_device
 
 
 def recover(  # noqa: PLR0913 - one argument for each option of the command line
@@ -38,11 +39,13 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     acceleration: Annotated[str, typer.Option(help="none (the paper's), fista or anderson.")] = "anderson",
     tolerance: Annotated[float, typer.Option(help="Relative residual at which the recovery has converged.")] = 1e-4,
     max_iterations: Annotated[int, typer.Option(help="Gradients per image.")] = 500,
+    device: DeviceOption = "cpu",
 ) -> None:
     """Recover images and write each as PNG and float32 .npy, with results.json and a figure.
 
     Example: deepreg-fast recover picture.png --weights runs/beta10/weights.safetensors --out recovered
     """
+    place = use_device(device)
     reg, meta = load(weights)
     truth: torch.Tensor | None = None
     A: LinearOperator
@@ -60,13 +63,15 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     if lam is not None and not noise > 0:
         raise InputError("--lam needs noisy measurements (mu = lam sigma^2), but sigma is 0; give --mu instead.")
     options = PGDOptions(max_iterations, tolerance, acceleration, record=True)
+    reg, A, y = reg.to(place), A.to(place), y.to(place)
     sol = solve(y, A, reg, mu, lam=lam, sigma=noise if lam is not None else None, options=options)
+    sol.x = sol.x.cpu()
     stem = source.stem
     for i, image in enumerate(sol.x):
         name = stem if len(sol.x) == 1 else f"{stem}_{i:03d}"
         write_atomically(out / f"{name}.npy", _npy(image))
         save_image(out / f"{name}.png", image.clamp(0, 1))
-    results = _results(sol, truth)
+    results = {**_results(sol, truth), "device": str(place)}
     write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
     write_atomically(out / "figure.png", _figure(sol, truth, A, y))
     for i, row in enumerate(results["images"]):
@@ -107,7 +112,7 @@ def _figure(sol: Solution, truth: torch.Tensor | None, A: LinearOperator, y: tor
 
     from matplotlib.figure import Figure
 
-    panels = [("Aᵀy", A.A_adjoint(y)[0, 0]), ("recovered", sol.x[0, 0])]
+    panels = [("Aᵀy", A.A_adjoint(y)[0, 0].cpu()), ("recovered", sol.x[0, 0])]
     if truth is not None:
         panels += [("truth", truth[0, 0]), ("error × 5", 0.5 + 5 * (sol.x - truth)[0, 0])]
     figure = Figure(figsize=(3.2 * len(panels), 3.5), layout="constrained")

@@ -34,7 +34,7 @@ class Demo:
     report: Path
 
 
-def settings(out: Path, steps: int, seed: int = 0) -> BilevelConfig:
+def settings(out: Path, steps: int, seed: int = 0, device: str = "cpu") -> BilevelConfig:
     """Settings of the demo's training: small crops of the embedded photographs, ratio 1/5."""
     return BilevelConfig(
         out=str(out / "run"),
@@ -52,13 +52,14 @@ def settings(out: Path, steps: int, seed: int = 0) -> BilevelConfig:
         adjoint_iterations=6,
         delta_steps_late=1,
         seed=seed,
+        device=device,
     )
 
 
-def run_demo(out: Path, steps: int = 600, size: int = 96, progress: bool | None = None) -> Demo:
+def run_demo(out: Path, steps: int = 600, size: int = 96, progress: bool | None = None, device: str = "cpu") -> Demo:
     """Train, recover the held-out images at ratio 1/5, compare with tuned TV, write `out/report.html`."""
     began = time.perf_counter()
-    config = settings(out, steps)
+    config = settings(out, steps, device=device)
     # A demo starts anew each time; only its own files of an earlier one are in the way.
     for old in ("last.safetensors", "metrics.jsonl"):
         (out / "run" / old).unlink(missing_ok=True)
@@ -66,9 +67,10 @@ def run_demo(out: Path, steps: int = 600, size: int = 96, progress: bool | None 
     reg = trainer.fit()
     trained = time.perf_counter() - began
     train, test = embedded_images(size)
-    A = SRM((1, size, size), ratio=config.ratio, seed=config.operator_seed)
+    test = ImageSet(test.names, test.x.to(trainer.device))
+    A = SRM((1, size, size), ratio=config.ratio, seed=config.operator_seed).to(trainer.device)
     y = A.A(test.x)
-    tuning = train.x[:: max(1, len(train.x) // 6)][:6]
+    tuning = train.x[:: max(1, len(train.x) // 6)][:6].to(trainer.device)
     tv = tuned_tv(tuning, A.A(tuning), A)
     methods = [Method("adjoint"), Method("minimum norm"), tv, Method("bi-level", reg, trainer.mu)]
     results = evaluate(methods, test.x, y, A)
@@ -157,12 +159,12 @@ def _pictures(report: Report, methods: list[Method], test: ImageSet, y: torch.Te
     for m in methods:
         sol = run(m, y, A)
         if isinstance(sol, Solution):
-            found[m.name] = sol.x
-    back = A.A_adjoint(y)
-    start = initial_point(y, A, methods[-1].reg)  # type: ignore[arg-type]
+            found[m.name] = sol.x.cpu()
+    back = A.A_adjoint(y).cpu()
+    start = initial_point(y, A, methods[-1].reg).cpu()  # type: ignore[arg-type]
     rows = []
     for i in range(0, len(test.x), max(1, len(test.x) // 3)):
-        truth = test.x[i]
+        truth = test.x[i].cpu()
         row = [(truth[0].numpy(), test.names[i], "gray"), (back[i, 0].numpy(), "contrast stretched", "auto")]
         for name, image in (("minimum norm", start), *found.items()):
             row.append((image[i, 0].numpy(), f"{float(psnr(image[i : i + 1], truth[None])[0]):.2f} dB", "gray"))

@@ -14,6 +14,7 @@ from ..regularizers import ICNN, RED, DenoiserField
 from ..regularizers.base import Regularizer
 from .config import TrainConfig, option
 from .loop import Trainer
+from .placement import Rows, read
 
 # The noise of validation: a key that no step has.
 _VALIDATION = 2**32 - 1
@@ -44,7 +45,7 @@ class _Baseline(Trainer):
 
     def _noisy(self, x: torch.Tensor, *key: int) -> torch.Tensor:
         noise = self._rng(*key).standard_normal(tuple(x.shape), dtype=np.float32)
-        return x + self.config.noise_level * torch.from_numpy(noise)
+        return x + self.config.noise_level * self.placement.upload(torch.from_numpy(noise))
 
     def _set(self, loss: torch.Tensor) -> None:
         for p, g in zip(self.params, torch.autograd.grad(loss, self.params), strict=True):
@@ -61,7 +62,7 @@ class DenoiserTrainer(_Baseline):
         c = self.config
         return DenoiserField(c.channels, c.depth, c.norm, gain=c.gain, seed=c.seed)
 
-    def gradients(self, rows: np.ndarray, x: torch.Tensor) -> dict[str, Any]:
+    def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
         """Mean squared error of the denoised images."""
         assert isinstance(self.reg, DenoiserField)
         error = self.reg.denoise(self._noisy(x, self.step_done)) - x
@@ -90,7 +91,7 @@ class GradientStepTrainer(_Baseline):
         c = self.config
         return RED(c.channels, c.depth, c.norm, c.alpha, head=c.head, gain=c.gain, seed=c.seed)
 
-    def gradients(self, rows: np.ndarray, x: torch.Tensor) -> dict[str, Any]:
+    def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
         """`||grad r(x + w) - w||^2`, whose gradient is `param_vjp(2 (grad r - w))`."""
         noisy = self._noisy(x, self.step_done)
         lin = self.reg.linearize(noisy)
@@ -131,17 +132,19 @@ class AdversarialTrainer(_Baseline):
         c = torch.full_like(x, self.reg.center)
         return c + A.A_dagger(A.A(x - c))
 
-    def gradients(self, rows: np.ndarray, x: torch.Tensor) -> dict[str, Any]:
+    def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
         """The critic's loss."""
         naive = self._naive(x)
-        t = torch.from_numpy(self._rng(self.step_done).random((len(x), 1, 1, 1), dtype=np.float32))
+        mixed = self._rng(self.step_done).random((len(x), 1, 1, 1), dtype=np.float32)
+        t = self.placement.upload(torch.from_numpy(mixed))
         mix = (t * x + (1 - t) * naive).requires_grad_()
         (slope,) = torch.autograd.grad(self._critic(mix).sum(), mix, create_graph=True)
         excess = (torch.sqrt(slope.square().sum((1, 2, 3)) + 1e-12) - 1.0).clamp_min(0).square().mean()
         gap = self._critic(x).mean() - self._critic(naive).mean()
         loss = gap + self.config.gradient_penalty * excess
         self._set(loss)
-        return {"loss": float(loss.detach()), "gap": float(gap.detach()), "slope": float(norm(slope.detach()).mean())}
+        told = read({"loss": loss, "gap": gap, "slope": norm(slope.detach()).mean()})
+        return {k: float(v) for k, v in told.items()}
 
     def validate(self) -> dict[str, Any]:
         """How far the critic tells true from naive validation images, per unit of slope."""

@@ -6,23 +6,26 @@ perturbation, add the penalty's gradient where `beta_hat > beta`; Adam.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..fidelity import add_noise
 from ..implicit import AdjointOptions, initial_point, parameter_gradients, solve_adjoint, unrolled_gradients
 from ..linsolve.batch import dot, expand, norm
-from ..lipschitz import beta_hat, spectrum
+from ..lipschitz import TwoPoint, beta_hat, spectrum
 from ..regularizers import RED
 from ..regularizers.base import Regularizer, as_regularizer
 from ..solvers import PGDOptions, Solution, pgd
 from ..status import Status
+from .checkpoint import Array
 from .config import BilevelConfig
 from .guards import InnerAccuracy
 from .loop import Trainer
+from .placement import Rows, read
+from .samples import Noise
 from .store import Store
 
 
@@ -33,7 +36,8 @@ class BilevelTrainer(Trainer):
     ----------
     config : BilevelConfig
     reg : Regularizer or nn.Module, optional
-        One of your own (a module maps images to one energy each); by default the `RED` of the settings.
+        One of your own (a module maps images to one energy each), which is moved to the settings' device; by default
+        the `RED` of the settings.
     progress : bool, optional
         Show a progress bar; by default on a terminal.
     """
@@ -44,7 +48,9 @@ class BilevelTrainer(Trainer):
         self._given = reg
         super().__init__(config, progress)
         self.config: BilevelConfig = config
-        self.store = Store(len(self.samples), (1, *self.samples.size), config.memory_budget_mb, self.folder)
+        count = len(self.samples)
+        self.store = Store(count, (1, *self.samples.size), self.placement, config.memory_budget_mb, self.folder)
+        self.noise = Noise(config.seed, (count, self.A.measurements), self.placement)
         self.accuracy = InnerAccuracy(config.tolerance_start, config.tolerance_end, config.stall_window)
         self.adjoint = AdjointOptions(config.adjoint, config.adjoint_iterations, config.adjoint_tolerance)
 
@@ -60,29 +66,29 @@ class BilevelTrainer(Trainer):
         rate: float = self.config.mu_lr  # type: ignore[attr-defined]
         return [*super().groups(), {"params": [self.log_mu], "lr": rate, "peak": rate}]
 
-    def gradients(self, rows: np.ndarray, x: torch.Tensor) -> dict[str, Any]:
-        """One visit of the samples `rows`."""
+    def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
+        """One visit of the samples `rows`. The host reads the device once, before the penalty's gradient."""
         y = self._measure(rows, x)
-        mu = torch.full((len(x),), self.mu, dtype=x.dtype)
-        sol, sound, start = self._recover(rows, x, y, mu)
+        mu = torch.full((len(x),), self.mu, dtype=x.dtype, device=x.device)
+        sol, sound, seen = self._recover(rows, x, y, mu)
         if self.config.adjoint == "unrolled":
-            theta, log_mu, metrics = self._unrolled_gradient(rows, x, y, sol, sound, mu)
+            theta, log_mu, found = self._unrolled_gradient(x, y, sol, sound, mu)
         else:
-            theta, log_mu, metrics = self._implicit_gradient(rows, x, sol, sound, mu)
-        metrics |= {
-            "inner_gradients": float(sol.gradients.double().mean()),
-            "inner_residual": float(sol.residual[sound].mean()) if bool(sound.any()) else -1.0,
-            "tolerance": self.accuracy.tolerance,
-        }
+            theta, log_mu, found = self._implicit_gradient(rows, x, sol, sound, mu)
         scale = 1e3 / x.numel()
-        penalty, more = self._penalty(rows, x)
+        seen |= found | {"error": dot(sol.x - x, sol.x - x), "log_mu": scale * log_mu}
+        point, ascended = self._ascend(rows, x)
+        told = read(seen | ascended)
+        penalty = self._penalty_gradient(point, told)
         for name, p in self.reg.named_parameters():
             if p.requires_grad:
                 p.grad = scale * theta[name] + penalty[name] if penalty else scale * theta[name]
-        self.log_mu.grad = (scale * log_mu).to(self.log_mu.dtype)
-        loss = scale * float(dot(sol.x - x, sol.x - x)[sound].sum())
+        self.log_mu.grad = told["log_mu"].to(self.log_mu.dtype)
+        self._count(told)
+        loss = scale * float(told["error"][told["sound"] > 0].sum())
+        metrics = self._metrics(told)
         self.accuracy.observe(loss)
-        return {"loss": loss + self.config.xi * more.pop("penalty"), "mse_loss": loss, **metrics, **more}
+        return {"loss": loss + self.config.xi * metrics.pop("penalty_sum"), "mse_loss": loss, **metrics}
 
     def after_update(self) -> None:
         """Keep mu in its bounds."""
@@ -94,44 +100,37 @@ class BilevelTrainer(Trainer):
 
     # -- the pieces of a visit -------------------------------------------------------------------------------------
 
-    def _measure(self, rows: np.ndarray, x: torch.Tensor) -> torch.Tensor:
+    def _measure(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         """`A x` with each sample's own noise, the same at every visit."""
         y = self.A.A(x)
-        if self.config.sigma == 0:
-            return y
-        noisy = [
-            add_noise(y[i : i + 1], self.config.sigma, seed=self.config.seed * 1_000_003 + int(r))
-            for i, r in enumerate(rows)
-        ]
-        return torch.cat(noisy)
+        return y + self.config.sigma * self.noise.batch(rows) if self.config.sigma else y
 
     def _recover(
-        self, rows: np.ndarray, x: torch.Tensor, y: torch.Tensor, mu: torch.Tensor
-    ) -> tuple[Solution, torch.Tensor, torch.Tensor]:
+        self, rows: Rows, x: torch.Tensor, y: torch.Tensor, mu: torch.Tensor
+    ) -> tuple[Solution, torch.Tensor, dict[str, torch.Tensor]]:
         """Recovery from the warm start; an image that ran away starts cold at its next visit."""
         c = self.config
         cold = initial_point(y, self.A, self.reg)
-        seen = torch.from_numpy(self.store.arrays["visits"][rows] > 0) & c.warm_start
+        visits = self.store.get("visits", rows)
+        seen = (visits > 0) & c.warm_start
         x0 = torch.where(expand(seen, cold), self.store.get("x", rows), cold)
-        tau0 = torch.where(seen, torch.from_numpy(self.store.arrays["tau"][rows]), 1.0)
+        tau0 = torch.where(seen, self.store.get("tau", rows), 1.0)
         options = PGDOptions(c.inner_iterations, self.accuracy.tolerance, c.acceleration)
         sol = pgd(y, self.A, self.reg, mu, options, x0, tau0)
         bad = (sol.status == int(Status.NON_FINITE)) | ~torch.isfinite(sol.x).flatten(1).all(1)
         reach = 2.0 * norm(x - self.reg.center) + 0.1 * x[0].numel() ** 0.5
         away = (sol.status == int(Status.RUNAWAY)) | (norm(sol.x - self.reg.center) > reach)
-        self.counters.add("nonfinite_resets", bad.sum())
-        self.counters.add("runaway_resets", (away & ~bad).sum())
-        self.counters.add("inner_unconverged", (sol.status != int(Status.CONVERGED)).sum())
         sound = ~(bad | away)
         sol.x = torch.where(expand(sound, cold), sol.x, cold)
         self.store.put("x", rows, sol.x)
-        self.store.arrays["visits"][rows] = np.where(sound.numpy(), self.store.arrays["visits"][rows] + 1, 0)
+        self.store.put("visits", rows, torch.where(sound, visits + 1, 0))
         self.store.put("tau", rows, torch.where(sound, sol.tau, 1.0))
-        return sol, sound, cold
+        told = {"bad": bad, "away": away & ~bad, "sound": sound, "unconverged": sol.status != int(Status.CONVERGED)}
+        return sol, sound, told | {"gradients": sol.gradients, "residual": sol.residual}
 
     def _implicit_gradient(
-        self, rows: np.ndarray, x: torch.Tensor, sol: Solution, sound: torch.Tensor, mu: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, Any]]:
+        self, rows: Rows, x: torch.Tensor, sol: Solution, sound: torch.Tensor, mu: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
         """gamma from its warm start, then the parameter products."""
         c = self.config
         lin = self.reg.linearize(sol.x)
@@ -143,49 +142,74 @@ class BilevelTrainer(Trainer):
         gamma = torch.where(expand(usable, x), adj.x, 0.0)
         keep = usable & ~negative
         self.store.put("gamma", rows, torch.where(expand(keep, x), gamma, 0.0))
-        self.counters.add("negative_curvature", negative.sum())
-        self.counters.add("adjoint_unconverged", (adj.status != int(Status.CONVERGED)).sum())
         theta, log_mu = parameter_gradients(lin, mu, gamma)
-        return theta, log_mu, {"adjoint_iterations_mean": float(adj.iterations.double().mean())}
+        unconverged = adj.status != int(Status.CONVERGED)
+        told = {"adjoint_iterations": adj.iterations, "negative": negative, "adjoint_unconverged": unconverged}
+        return theta, log_mu, told
 
     def _unrolled_gradient(
-        self,
-        rows: np.ndarray,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        sol: Solution,
-        sound: torch.Tensor,
-        mu: torch.Tensor,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, Any]]:
-        """Back through `adjoint_iterations` further steps of the sound recoveries."""
+        self, x: torch.Tensor, y: torch.Tensor, sol: Solution, sound: torch.Tensor, mu: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
+        """Back through `adjoint_iterations` further steps of the sound recoveries (whose number the host reads)."""
         steps = self.config.adjoint_iterations
         good = sound.nonzero()[:, 0]
         theta, log_mu = unrolled_gradients(
             x[good], y[good], self.A, self.reg, mu[good], sol.x[good], sol.tau[good], steps
         )
-        return theta, log_mu, {"adjoint_iterations_mean": float(steps)}
+        return theta, log_mu, {"adjoint_iterations": torch.full_like(sol.iterations, steps)}
 
-    def _penalty(self, rows: np.ndarray, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Ascend the perturbations; gradient of `xi sum_b relu(beta_hat_b - beta)` where it is active."""
+    def _ascend(self, rows: Rows, x: torch.Tensor) -> tuple[TwoPoint | None, dict[str, torch.Tensor]]:
+        """Ascend the perturbations; `beta_hat` at the last ones."""
         c = self.config
         if c.beta == 0 or c.xi == 0:
-            return {}, {"penalty": 0.0}
-        beta = self._beta()
-        radius = c.delta_radius * norm(x - self.reg.center).clamp_min(1e-6)
+            return None, {}
         grad_x = self.reg.value_and_grad(x)[1]
+        radius = c.delta_radius * norm(x - self.reg.center).clamp_min(1e-6)
         delta = self._perturbation(rows, x, radius)
         point = beta_hat(self.reg, x, delta, grad_x)
+        kept = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         late = 3 * self.step_done >= 2 * c.steps
         for _ in range(c.delta_steps_late if late else c.delta_steps):
-            delta, kept = point.ascend(radius)
-            self.counters.add("delta_kept", kept.sum())
+            delta, still = point.ascend(radius)
+            kept += still
             point = beta_hat(self.reg, x, delta, grad_x)
         self.store.put("delta", rows, delta)
-        active = point.beta > beta
-        grads = point.grad_theta(c.xi * active) if bool(active.any()) else {}
-        penalty = float((point.beta - beta).clamp_min(0).sum())
-        metrics = {"penalty": penalty, "beta_hat": float(point.beta.mean()), "beta_hat_max": float(point.beta.max())}
-        return grads, {**metrics, "beta": beta}
+        return point, {"beta_hat": point.beta, "kept": kept}
+
+    def _penalty_gradient(self, point: TwoPoint | None, told: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Gradient of `xi sum_b relu(beta_hat_b - beta)`; nothing where no image is above the bound."""
+        if point is None or not bool((told["beta_hat"] > self._beta()).any()):
+            return {}
+        return point.grad_theta(self.config.xi * (point.beta > self._beta()))
+
+    def _count(self, told: dict[str, torch.Tensor]) -> None:
+        """Count what each guard did."""
+        for name, counter in (
+            ("bad", "nonfinite_resets"),
+            ("away", "runaway_resets"),
+            ("unconverged", "inner_unconverged"),
+            ("negative", "negative_curvature"),
+            ("adjoint_unconverged", "adjoint_unconverged"),
+            ("kept", "delta_kept"),
+        ):
+            if name in told:
+                self.counters.add(counter, told[name].sum())
+
+    def _metrics(self, told: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """What the log shows of a visit, and the `penalty_sum`."""
+        sound = told["sound"] > 0
+        metrics: dict[str, Any] = {
+            "adjoint_iterations_mean": float(told["adjoint_iterations"].mean()),
+            "inner_gradients": float(told["gradients"].mean()),
+            "inner_residual": float(told["residual"][sound].mean()) if bool(sound.any()) else -1.0,
+            "tolerance": self.accuracy.tolerance,
+            "penalty_sum": 0.0,
+        }
+        if "beta_hat" in told:
+            found, beta = told["beta_hat"], self._beta()
+            metrics["penalty_sum"] = float((found - beta).clamp_min(0).sum())
+            metrics |= {"beta_hat": float(found.mean()), "beta_hat_max": float(found.max()), "beta": beta}
+        return metrics
 
     def _beta(self) -> float:
         """The bound in force: raised linearly from `beta_start` over the first half."""
@@ -194,13 +218,16 @@ class BilevelTrainer(Trainer):
             return c.beta
         return c.beta_start + (c.beta - c.beta_start) * min(1.0, 2.0 * self.step_done / c.steps)
 
-    def _perturbation(self, rows: np.ndarray, x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    def _perturbation(self, rows: Rows, x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
         """Each sample's kept perturbation, or its own random one at the first visit, on the sphere of its radius."""
         delta = self.store.get("delta", rows)
-        fresh = norm(delta) == 0
-        for i in np.flatnonzero(fresh.numpy()):
-            rng = np.random.Generator(np.random.PCG64([self.config.seed, 3, int(rows[i])]))
-            delta[i] = torch.from_numpy(rng.standard_normal(tuple(x.shape[1:]), dtype=np.float32))
+        fresh = np.flatnonzero(self.store.blank[rows.host])
+        if len(fresh):
+            shape = tuple(x.shape[1:])
+            rngs = [np.random.Generator(np.random.PCG64([self.config.seed, 3, int(r)])) for r in rows.host[fresh]]
+            drawn = torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in rngs]))
+            upload = self.placement.upload
+            delta.index_copy_(0, upload(torch.from_numpy(fresh)), upload(drawn))
         return expand(radius / norm(delta).clamp_min(1e-30), delta) * delta
 
     def validate(self) -> dict[str, Any]:
@@ -209,7 +236,7 @@ class BilevelTrainer(Trainer):
         spectral = {"val_lambda_min": float(low.min()), "val_lambda_max": float(high.max())}
         return {**super().validate(), **spectral}
 
-    def extra_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def extra_state(self) -> tuple[Mapping[str, Array], dict[str, Any]]:
         """Warm starts and the inner accuracy."""
         a = self.accuracy
         previous = a.previous if np.isfinite(a.previous) else None

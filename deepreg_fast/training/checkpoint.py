@@ -1,17 +1,18 @@
 """Checkpoints: safetensors with JSON in its header, never pickle, replaced in one step.
 
-The file is written and read piece by piece: the warm starts of a large data set live on disk and must not pass
-through memory whole.
+The file is written and read piece by piece: the warm starts of a large data set live on disk or on a device and must
+not pass through the host's memory whole.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
 from ..errors import CheckpointError
 from ..files import write_atomically
@@ -20,13 +21,15 @@ FORMAT = "deepreg-fast-checkpoint-1"
 _PIECE = 2**24
 _DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64"}
 
+Array: TypeAlias = np.ndarray | torch.Tensor
 
-def save_checkpoint(path: Path, tensors: dict[str, np.ndarray], state: dict[str, Any]) -> None:
-    """Write tensors and a JSON-able state to one file."""
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Array], state: dict[str, Any]) -> None:
+    """Write arrays, and tensors of any device, with a JSON-able state to one file."""
     write_atomically(path, _pieces(tensors, {"format": FORMAT, "state": json.dumps(state)}))
 
 
-def _pieces(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Iterator[bytes]:
+def _pieces(tensors: Mapping[str, Array], metadata: dict[str, str]) -> Iterator[bytes]:
     """The bytes of a safetensors file: length and text of the header, then the arrays."""
     # Wide numbers first: every array then lies at a multiple of its item size.
     order = sorted(tensors, key=lambda k: -tensors[k].itemsize)
@@ -34,7 +37,7 @@ def _pieces(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Iterato
     end = 0
     for name in order:
         a = tensors[name]
-        header[name] = {"dtype": _DTYPES[a.dtype.name], "shape": list(a.shape), "data_offsets": [end, end + a.nbytes]}
+        header[name] = {"dtype": _DTYPES[_type(a)], "shape": list(a.shape), "data_offsets": [end, end + a.nbytes]}
         end += a.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -44,7 +47,12 @@ def _pieces(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> Iterato
         flat = tensors[name].reshape(-1)
         count = _PIECE // flat.itemsize
         for i in range(0, len(flat), count):
-            yield flat[i : i + count].tobytes()
+            piece = flat[i : i + count]
+            yield (piece.detach().cpu().numpy() if isinstance(piece, torch.Tensor) else piece).tobytes()
+
+
+def _type(a: Array) -> str:
+    return str(a.dtype).removeprefix("torch.")
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -87,3 +95,21 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
             begin, end = entry["data_offsets"]
             found[name] = data[start + begin : start + end].view(types[entry["dtype"]]).reshape(entry["shape"])
     return found
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Adam's step numbers and moments, by parameter number and name."""
+    state = optimizer.state_dict()["state"]
+    return {f"adam.{i}.{k}": v.reshape(-1) for i, found in state.items() for k, v in found.items()}
+
+
+def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, np.ndarray]) -> None:
+    """Give an optimizer, on whatever device its parameters are, what `moments` returned."""
+    adam = optimizer.state_dict()
+    for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+        prefix = f"adam.{i}."
+        found = {k.removeprefix(prefix): np.array(v) for k, v in tensors.items() if k.startswith(prefix)}
+        if found:
+            shaped = {k: v.reshape(() if k == "step" else tuple(p.shape)) for k, v in found.items()}
+            adam["state"][i] = {k: torch.from_numpy(v) for k, v in shaped.items()}
+    optimizer.load_state_dict(adam)

@@ -50,6 +50,8 @@ class TrainConfig:
     final_lr: float = option(0.05, "Last learning rate as a fraction of the largest (cosine).")
     clip: float = option(2.0, "Gradient norm limit as a multiple of its running median; 0 for none.")
     seed: int = option(0, "Seed of weights, crops, noise and order.")
+    device: str = option("cpu", "Where to train: cpu, cuda, cuda:1 or auto (CUDA where there is such a device).")
+    device_budget_mb: int = option(0, "Memory of a CUDA device for samples and warm starts; 0 takes half of the free.")
     threads: int = option(0, "Threads of torch; 0 leaves them as they are.")
     checkpoint_seconds: float = option(60.0, "Seconds between two checkpoints.")
     mu0: float = option(1e-2, "Weight mu of the regularizer (its start where it is trained).")
@@ -57,6 +59,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("crop", "validation", "validation_crop", "validate_every", "warmup", "seed", "threads"):
             checks.integer(getattr(self, name), name, 0)
+        checks.integer(self.device_budget_mb, "device_budget_mb", 0)
+        checks.device_name(self.device)
         for name, low in (("steps", 1), ("batch", 1), ("channels", 1), ("depth", 2)):
             checks.integer(getattr(self, name), name, low)
         checks.number(self.lr, "lr", 0.0, open_low=True)
@@ -106,7 +110,7 @@ class BilevelConfig(TrainConfig):
     adjoint_iterations: int = option(8, "Iterations of the adjoint solve per visit.")
     adjoint_tolerance: float = option(0.1, "Relative residual of the adjoint solve.")
     warm_start: bool = option(True, "Start recovery, adjoint and perturbation where the image's last visit ended.")
-    memory_budget_mb: int = option(2048, "Memory for warm starts; beyond it they live in a file of the run's folder.")
+    memory_budget_mb: int = option(2048, "Host memory for warm starts; beyond it they live in files of the run.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

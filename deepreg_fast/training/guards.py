@@ -32,7 +32,10 @@ class Counters:
 
 
 class MedianClip:
-    """Scales a gradient down to `factor` times the running median of its norm over the last `window` steps."""
+    """Scales a gradient down to `factor` times the running median of its norm over the last `window` steps.
+
+    The norm is read on the host, all parameters by one transfer.
+    """
 
     def __init__(self, factor: float, window: int = 100) -> None:
         self.factor = factor
@@ -40,14 +43,15 @@ class MedianClip:
 
     def __call__(self, params: Sequence[torch.Tensor]) -> tuple[float, bool]:
         """Clip `p.grad` in place; the norm before, and whether it was clipped."""
-        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in params if p.grad is not None))
+        grads = [p.grad for p in params if p.grad is not None]
+        squares = torch.stack([g.double().square().sum() for g in grads]) if grads else torch.zeros(0)
+        norm = math.sqrt(sum(squares.cpu().tolist()))
         ordered = sorted(self.norms)
         limit = self.factor * ordered[len(ordered) // 2] if len(ordered) >= 10 else float("inf")
         clipped = self.factor > 0 and norm > limit
         if clipped:
-            for p in params:
-                if p.grad is not None:
-                    p.grad.mul_(limit / norm)
+            for g in grads:
+                g.mul_(limit / norm)
         self.norms.append(min(norm, 2.0 * limit) if clipped else norm)
         return norm, clipped
 

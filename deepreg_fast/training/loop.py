@@ -6,13 +6,14 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from ..errors import CheckpointError, TrainingDiverged
+from ..errors import CheckpointError, OutOfMemory, TrainingDiverged
 from ..fidelity import add_noise
 from ..files import write_atomically
 from ..metrics import psnr
@@ -22,18 +23,20 @@ from ..regularizers.base import Regularizer
 from ..solvers import PGDOptions
 from ..status import counts
 from ..weights import save
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import Array, load_checkpoint, load_moments, moments, save_checkpoint
 from .config import TrainConfig
 from .guards import Counters, MedianClip
 from .log import RunLog
-from .samples import load_samples
+from .placement import Placement, Rows
+from .samples import PlacedSamples, load_samples
 
 
 class Trainer:
     """Base of the trainings: a subclass builds its regularizer and turns a batch into gradients.
 
     `fit()` trains to the end; `resume(path)` takes a run's last checkpoint and goes on from it, to the same bits as
-    if it had never stopped.
+    if it had never stopped. Parameters, their moments and the samples live on `device`; `log_mu` and every decision
+    that takes single numbers (clipping, schedule, guards) stay on the host, which a step reads twice.
     """
 
     method: ClassVar[str] = "train"
@@ -44,9 +47,13 @@ class Trainer:
         self.progress = sys.stderr.isatty() if progress is None else progress
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.samples, self.validation = load_samples(config)
+        self.placement = Placement(config.device, config.device_budget_mb)
+        self.device = self.placement.device
+        self.samples, validation = load_samples(config)
+        self.validation = validation.to(self.device)
+        self.placed = PlacedSamples(self.samples, self.placement)
         self.A = self._operator(self.samples.size)
-        self.reg = self.build()
+        self.reg = self.build().to(self.device)
         self.params = [p for p in self.reg.parameters() if p.requires_grad]
         self.log_mu = torch.tensor(math.log(config.mu0), dtype=torch.float64, requires_grad=True)
         self.optimizer = torch.optim.Adam(self.groups(), betas=(0.9, 0.99))
@@ -62,7 +69,7 @@ class Trainer:
         """The regularizer to be trained."""
         raise NotImplementedError
 
-    def gradients(self, rows: np.ndarray, x: torch.Tensor) -> dict[str, Any]:
+    def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
         """Set `.grad` of the parameters for the samples `rows` with images `x`; return metrics with a `loss`."""
         raise NotImplementedError
 
@@ -70,7 +77,7 @@ class Trainer:
         """Adam's parameter groups, each with the largest rate as `peak`."""
         return [{"params": self.params, "lr": self.config.lr, "peak": self.config.lr}]
 
-    def extra_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def extra_state(self) -> tuple[Mapping[str, Array], dict[str, Any]]:
         """Tensors and JSON values that a subclass adds to the checkpoint."""
         return {}, {}
 
@@ -99,6 +106,8 @@ class Trainer:
         ------
         TrainingDiverged
             If a loss or gradient is not finite; the last good checkpoint is kept and named.
+        OutOfMemory
+            If a step does not fit the device; the last checkpoint is kept and named.
         CheckpointError
             If the folder holds another run.
         """
@@ -112,29 +121,38 @@ class Trainer:
         log = RunLog(self.folder, c.steps, self.step_done, self.progress)
         if self.step_done == 0:
             self.save_checkpoint()
-        saved = time.monotonic()
         try:
-            while self.step_done < c.steps:
-                log.write(self.step_done + 1, self._step())
-                self.step_done += 1
-                last = self.step_done == c.steps
-                if len(self.validation) and c.validate_every and (self.step_done % c.validate_every == 0 or last):
-                    log.write(self.step_done, self._validate())
-                if last or time.monotonic() - saved > c.checkpoint_seconds:
-                    self.save_checkpoint()
-                    saved = time.monotonic()
+            with self.placement.current():
+                self._loop(log)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"A step must fit the memory of {self.device}, but did not with batches of {c.batch} ({error}); the "
+                f"last good checkpoint is {self.checkpoint_path}: start anew with a smaller batch or crop."
+            ) from error
         finally:
             log.close()
         save(self.reg, self.folder / "weights.safetensors", self.meta())
         return self.reg
+
+    def _loop(self, log: RunLog) -> None:
+        c, saved = self.config, time.monotonic()
+        while self.step_done < c.steps:
+            log.write(self.step_done + 1, self._step())
+            self.step_done += 1
+            last = self.step_done == c.steps
+            if len(self.validation) and c.validate_every and (self.step_done % c.validate_every == 0 or last):
+                log.write(self.step_done, self._validate())
+            if last or time.monotonic() - saved > c.checkpoint_seconds:
+                self.save_checkpoint()
+                saved = time.monotonic()
 
     def _step(self) -> dict[str, Any]:
         began = time.perf_counter()
         c = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._schedule(self.step_done)
-        rows = self.samples.indices(self.step_done, min(c.batch, len(self.samples)))
-        metrics = self.gradients(rows, self.samples.batch(rows))
+        rows = self.placement.rows(self.samples.indices(self.step_done, min(c.batch, len(self.samples))))
+        metrics = self.gradients(rows, self.placed.batch(rows))
         norm, clipped = self.clip(self.params)
         if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
             raise TrainingDiverged(
@@ -146,7 +164,8 @@ class Trainer:
         self.after_update()
         epoch = self.samples.epoch(self.step_done + 1, min(c.batch, len(self.samples)))
         seconds = time.perf_counter() - began
-        return {**metrics, "grad_norm": norm, "mu": self.mu, "epoch": epoch, "seconds": seconds, **self.counters.values}
+        more = {"grad_norm": norm, "mu": self.mu, "epoch": epoch, "seconds": seconds, "device": str(self.device)}
+        return {**metrics, **more, **self.counters.values}
 
     def _schedule(self, step: int) -> float:
         """Linear warm-up, then a cosine to `final_lr`."""
@@ -196,21 +215,20 @@ class Trainer:
 
     def _operator(self, size: tuple[int, int]) -> SRM:
         c = self.config
-        return SRM((1, *size), ratio=c.ratio, transform=c.transform, randomizer=c.randomizer, seed=c.operator_seed)
+        A = SRM((1, *size), ratio=c.ratio, transform=c.transform, randomizer=c.randomizer, seed=c.operator_seed)
+        return A.to(self.device)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
-        """Write the whole state to `last.safetensors`."""
-        tensors = {f"theta.{k}": v.detach().numpy() for k, v in self.reg.state_dict().items()}
-        tensors["log_mu"] = self.log_mu.detach().numpy().reshape(1)
-        for i, moments in self.optimizer.state_dict()["state"].items():
-            for k, v in moments.items():
-                tensors[f"adam.{i}.{k}"] = v.numpy().reshape(-1)
+        """Write the whole state to `last.safetensors`, the same file whatever the device."""
+        theta = {f"theta.{k}": v for k, v in self.reg.state_dict().items()}
         more, values = self.extra_state()
+        tensors = {**theta, "log_mu": self.log_mu.reshape(1), **moments(self.optimizer), **more}
         state = {
             "method": self.method,
             "config": json.loads(self.config.to_json()),
+            "device": str(self.device),
             "samples": self.samples.fingerprint,
             "step": self.step_done,
             "best": self.best if math.isfinite(self.best) else None,
@@ -218,7 +236,7 @@ class Trainer:
             "counters": self.counters.values,
             **values,
         }
-        save_checkpoint(self.checkpoint_path, {**tensors, **more}, state)
+        save_checkpoint(self.checkpoint_path, tensors, state)
 
     def resume(self, path: str | Path | None = None) -> Regularizer:
         """Take the state of `path` (a run's folder or checkpoint file; default: this run's) and go on to the end.
@@ -248,17 +266,7 @@ class Trainer:
         )
         with torch.no_grad():
             self.log_mu.fill_(float(tensors["log_mu"][0]))
-        adam = self.optimizer.state_dict()
-        flat = [p for g in self.optimizer.param_groups for p in g["params"]]
-        for i, p in enumerate(flat):
-            found = {
-                k.split(".", 2)[2]: torch.from_numpy(np.array(v))
-                for k, v in tensors.items()
-                if k.startswith(f"adam.{i}.")
-            }
-            if found:
-                adam["state"][i] = {k: v.reshape(()) if k == "step" else v.reshape(p.shape) for k, v in found.items()}
-        self.optimizer.load_state_dict(adam)
+        load_moments(self.optimizer, tensors)
         self.step_done = state["step"]
         self.best = -math.inf if state["best"] is None else state["best"]
         self.clip.norms.clear()
@@ -273,7 +281,7 @@ class Trainer:
             raise CheckpointError(
                 f"{where} must be a {self.method!r} run, but is a {state['method']!r} run; resume that one."
             )
-        free = {"out", "threads", "checkpoint_seconds", "data"}
+        free = {"out", "threads", "checkpoint_seconds", "data", "device", "device_budget_mb", "memory_budget_mb"}
         mine = json.loads(self.config.to_json())
         changed = sorted(k for k in mine if k not in free and mine[k] != state["config"].get(k))
         if changed:

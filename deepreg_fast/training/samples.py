@@ -23,7 +23,9 @@ from ..data import (
     load_split,
 )
 from ..errors import DataError
+from ..fidelity import standard_normal
 from .config import TrainConfig
+from .placement import DeviceTable, Placement, Rows
 
 
 class Samples:
@@ -71,6 +73,60 @@ class Samples:
     def epoch(self, step: int, batch: int) -> float:
         """Epochs done after `step` steps."""
         return step / max(1, len(self) // batch)
+
+
+class PlacedSamples:
+    """The crops on the device: all at once where its budget holds them, else cut on the host batch by batch."""
+
+    def __init__(self, samples: Samples, placement: Placement) -> None:
+        self.samples, self.placement = samples, placement
+
+    @cached_property
+    def table(self) -> DeviceTable | None:
+        """All crops `[N, 1, crop, crop]`, or None; made at the first visit, when warm starts have had their part."""
+        count, shape = len(self.samples), (1, *self.samples.size)
+        if not self.placement.take(4 * count * shape[1] * shape[2]):
+            return None
+        table = DeviceTable((count, *shape), torch.float32, self.placement.device)
+        for piece in np.array_split(np.arange(count), -(-count // 64)):
+            table.put(self.placement.rows(piece), self.placement.upload(self.samples.batch(piece)))
+        return table
+
+    def batch(self, rows: Rows) -> torch.Tensor:
+        """Images `[B, 1, crop, crop]` of these samples."""
+        if self.table is None:
+            return self.placement.upload(self.samples.batch(rows.host))
+        return self.table.get(rows)
+
+
+class Noise:
+    """Standard normal numbers `[m]` of each sample, the same at every visit: made on the host, kept on the device where
+    its budget holds them."""
+
+    def __init__(self, seed: int, shape: tuple[int, int], placement: Placement) -> None:
+        self.seed, self.shape, self.placement = seed, shape, placement
+        self._known = np.zeros(shape[0], bool)
+
+    @cached_property
+    def table(self) -> DeviceTable | None:
+        """The numbers made so far `[N, m]`, or None."""
+        if not self.placement.take(4 * self.shape[0] * self.shape[1]):
+            return None
+        return DeviceTable(self.shape, torch.float32, self.placement.device)
+
+    def _made(self, samples: np.ndarray) -> torch.Tensor:
+        rows = [standard_normal(self.shape[1], self.seed * 1_000_003 + int(r)) for r in samples]
+        return self.placement.upload(torch.stack(rows).float())
+
+    def batch(self, rows: Rows) -> torch.Tensor:
+        """The numbers `[B, m]` of these samples."""
+        if self.table is None:
+            return self._made(rows.host)
+        new = rows.host[~self._known[rows.host]]
+        if len(new):
+            self.table.put(self.placement.rows(new), self._made(new))
+            self._known[new] = True
+        return self.table.get(rows)
 
 
 def load_samples(config: TrainConfig) -> tuple[Samples, torch.Tensor]:

@@ -7,43 +7,51 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..files import make_folder
+from .checkpoint import Array
+from .placement import DeviceTable, FileTable, PinnedTable, Placement, Rows, Table
 
 FIELDS = ("x", "gamma", "delta")
 
 
 class Store:
-    """Arrays `[N, 1, h, w]` in memory up to a budget, in a file of the run's folder beyond it."""
+    """Images `[N, 1, h, w]` on the device where its budget holds them, else in the host's memory up to `host_mb`, else
+    in files of the run's folder; step sizes and visits are on the device.
 
-    def __init__(self, count: int, image: tuple[int, ...], budget_mb: int, folder: Path) -> None:
-        shape = (count, *image)
-        need = len(FIELDS) * 4 * int(np.prod(shape))
-        self.on_disk = need > budget_mb * 2**20
-        self.arrays: dict[str, np.ndarray] = {}
-        if self.on_disk:
-            make_folder(folder)
-        for name in FIELDS:
-            if self.on_disk:
-                path = folder / f"store_{name}.bin"
-                self.arrays[name] = np.memmap(path, np.float32, "w+", shape=shape)
-            else:
-                self.arrays[name] = np.zeros(shape, np.float32)
-        self.arrays["tau"] = np.zeros(count, np.float64)
-        self.arrays["visits"] = np.zeros(count, np.int64)
+    `blank` `[N]` is true, on the host, for the samples that have no perturbation yet.
+    """
 
-    def get(self, name: str, rows: np.ndarray) -> torch.Tensor:
-        """A copy of these samples' values."""
-        return torch.from_numpy(np.array(self.arrays[name][rows]))
+    def __init__(self, count: int, image: tuple[int, ...], placement: Placement, host_mb: int, folder: Path) -> None:
+        shape, device = (count, *image), placement.device
+        self.home = placement.home(len(FIELDS) * 4 * int(np.prod(shape)), host_mb)
 
-    def put(self, name: str, rows: np.ndarray, value: torch.Tensor) -> None:
+        def table(name: str) -> Table:
+            if self.home == "device":
+                return DeviceTable(shape, torch.float32, device)
+            if self.home == "pinned":
+                return PinnedTable(shape, device)
+            return FileTable(folder / f"store_{name}.bin", shape, device)
+
+        self.tables: dict[str, Table] = {name: table(name) for name in FIELDS}
+        self.tables["tau"] = DeviceTable((count,), torch.float64, device)
+        self.tables["visits"] = DeviceTable((count,), torch.int64, device)
+        self.blank = np.ones(count, bool)
+
+    def get(self, name: str, rows: Rows) -> torch.Tensor:
+        """A copy of these samples' values, on the device."""
+        return self.tables[name].get(rows)
+
+    def put(self, name: str, rows: Rows, value: torch.Tensor) -> None:
         """Keep these samples' values."""
-        self.arrays[name][rows] = value.detach().cpu().numpy()
+        self.tables[name].put(rows, value)
+        if name == "delta":
+            self.blank[rows.host] = False
 
-    def state(self) -> dict[str, np.ndarray]:
+    def state(self) -> dict[str, Array]:
         """The arrays by name, for a checkpoint."""
-        return {f"store.{k}": np.asarray(v) for k, v in self.arrays.items()}
+        return {f"store.{k}": t.array() for k, t in self.tables.items()}
 
     def load(self, tensors: dict[str, np.ndarray]) -> None:
         """Take the arrays of a checkpoint."""
-        for k, v in self.arrays.items():
-            v[...] = tensors[f"store.{k}"]
+        for k, t in self.tables.items():
+            t.fill(tensors[f"store.{k}"])
+        self.blank = ~np.any(tensors["store.delta"], axis=(1, 2, 3))

@@ -1,0 +1,207 @@
+"""Where a training computes and keeps its numbers per sample, and the few crossings between host and device.
+
+A step reads the host through `read` alone (and once in `MedianClip`); what goes the other way does not wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from .. import checks
+from ..files import make_folder
+from .checkpoint import Array
+
+# What samples and warm starts may take of the memory that is free when a training begins; the rest is the solvers'.
+DEVICE_SHARE = 0.5
+_PIECE = 256
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sample numbers `[B]`, all different: on the host, and as an index on the device."""
+
+    host: np.ndarray
+    here: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+
+def upload(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on `device`; through pinned memory, so that the host does not wait."""
+    return t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
+
+
+def read(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same numbers on the host in float64, by one transfer, for which the host waits."""
+    flat = torch.cat([t.detach().reshape(-1).double() for t in tensors.values()]).cpu()
+    parts = flat.split([t.numel() for t in tensors.values()])
+    return {k: p.reshape(t.shape) for (k, t), p in zip(tensors.items(), parts, strict=True)}
+
+
+class Placement:
+    """The device of a training, and how much of its memory is left for numbers per sample.
+
+    Parameters
+    ----------
+    name : str
+        "cpu", "cuda", "cuda:1" or "auto".
+    budget_mb : int
+        Memory of the device for samples and warm starts; 0 takes `DEVICE_SHARE` of what is free.
+    """
+
+    def __init__(self, name: str, budget_mb: int = 0) -> None:
+        self.device = checks.device(name)
+        # A device whose memory is not the host's. (A test sets this for the CPU.)
+        self.apart = self.device.type != "cpu"
+        self.left = budget_mb * 2**20
+        if self.apart and not budget_mb:
+            self.left = int(DEVICE_SHARE * torch.cuda.mem_get_info(self.device)[0])
+
+    def take(self, count: int) -> bool:
+        """Set `count` bytes of the device aside, if so much of the budget is left."""
+        if not self.apart or count > self.left:
+            return False
+        self.left -= count
+        return True
+
+    def home(self, count: int, host_mb: int) -> str:
+        """Where `count` bytes go: "device", else "pinned" memory of the host up to `host_mb`, else "disk"."""
+        if self.take(count):
+            return "device"
+        if count > host_mb * 2**20:
+            return "disk"
+        return "pinned" if self.apart else "device"
+
+    def rows(self, host: np.ndarray) -> Rows:
+        """These sample numbers on both sides."""
+        return Rows(host, self.upload(torch.from_numpy(host)))
+
+    def upload(self, t: torch.Tensor) -> torch.Tensor:
+        """A host tensor on the device."""
+        return upload(t, self.device)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Makes the device the current one, where kernels are launched, and torch's convolutions there float32 proper
+        (TF32's rounding, their default, ends tight solves early) and the same at every run."""
+        if self.device.type == "cpu":
+            yield
+            return
+        proper = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with torch.cuda.device(self.device), proper:
+            yield
+
+
+class Table(Protocol):
+    """One array `[N, ...]`, a row for each sample."""
+
+    def get(self, rows: Rows) -> torch.Tensor:
+        """A copy of these rows, on the device."""
+        ...
+
+    def put(self, rows: Rows, value: torch.Tensor) -> None:
+        """Replace these rows."""
+        ...
+
+    def array(self) -> Array:
+        """All rows, where they lie."""
+        ...
+
+    def fill(self, array: np.ndarray) -> None:
+        """Replace all rows."""
+        ...
+
+
+class DeviceTable:
+    """Rows in the device's own memory."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+
+    def get(self, rows: Rows) -> torch.Tensor:
+        """A copy of these rows."""
+        return self.data.index_select(0, rows.here)
+
+    def put(self, rows: Rows, value: torch.Tensor) -> None:
+        """Replace these rows."""
+        self.data.index_copy_(0, rows.here, value.detach())
+
+    def array(self) -> Array:
+        """All rows, on the device."""
+        return self.data
+
+    def fill(self, array: np.ndarray) -> None:
+        """Replace all rows."""
+        for i in range(0, len(array), _PIECE):
+            self.data[i : i + _PIECE].copy_(torch.from_numpy(np.array(array[i : i + _PIECE])))
+
+
+class PinnedTable:
+    """Rows in pinned memory of the host: copied one by one, in the order of the stream, without waiting."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.device = device
+        self.data = self._rows(shape, device)
+
+    @staticmethod
+    def _rows(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        return torch.zeros(shape, pin_memory=device.type == "cuda")
+
+    def get(self, rows: Rows) -> torch.Tensor:
+        """A copy of these rows, on the device."""
+        out = torch.empty((len(rows), *self.data.shape[1:]), device=self.device)
+        for i, row in enumerate(rows.host.tolist()):
+            out[i].copy_(self.data[row], non_blocking=True)
+        return out
+
+    def put(self, rows: Rows, value: torch.Tensor) -> None:
+        """Replace these rows."""
+        for i, row in enumerate(rows.host.tolist()):
+            self.data[row].copy_(value[i].detach(), non_blocking=True)
+
+    def _wait(self) -> np.ndarray:
+        """The rows, when every copy to or from them has ended."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.data.numpy()
+
+    def array(self) -> Array:
+        """All rows."""
+        return self._wait()
+
+    def fill(self, array: np.ndarray) -> None:
+        """Replace all rows."""
+        self._wait()[...] = array
+
+
+class FileTable:
+    """Rows in a file, for what no memory holds."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], device: torch.device) -> None:
+        make_folder(path.parent)
+        self.device = device
+        self.data = np.memmap(path, np.float32, "w+", shape=shape)
+
+    def get(self, rows: Rows) -> torch.Tensor:
+        """A copy of these rows, on the device."""
+        return upload(torch.from_numpy(np.array(self.data[rows.host])), self.device)
+
+    def put(self, rows: Rows, value: torch.Tensor) -> None:
+        """Replace these rows."""
+        self.data[rows.host] = value.detach().cpu().numpy()
+
+    def array(self) -> Array:
+        """All rows, as they lie in the file."""
+        return np.asarray(self.data)
+
+    def fill(self, array: np.ndarray) -> None:
+        """Replace all rows."""
+        self.data[...] = array
