@@ -7,6 +7,8 @@ graph. This was measured as the fastest formulation in eager torch, and it takes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -42,7 +44,7 @@ class ReferenceLinearization:
         self._params = [p for p in energy.parameters() if p.requires_grad]
         self._versions = [p._version for p in self._params]
         self._x = x.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), _float32(x):
             value = energy.energy(self._x)  # type: ignore[operator]
             self._grad = _grad_of(value, self._x, create_graph=True)
         self.x = self._x.detach()
@@ -62,7 +64,8 @@ class ReferenceLinearization:
             )
         if not self._grad.requires_grad or not inputs:
             return [torch.zeros_like(p) for p in inputs]
-        out = torch.autograd.grad(self._grad, inputs, v, retain_graph=True, allow_unused=True)
+        with _float32(v):
+            out = torch.autograd.grad(self._grad, inputs, v, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(out, inputs, strict=True)]
 
     def hvp(self, v: torch.Tensor) -> torch.Tensor:
@@ -82,6 +85,24 @@ def _grad_of(value: torch.Tensor, x: torch.Tensor, create_graph: bool) -> torch.
     return torch.zeros_like(x) if g is None else g
 
 
+@contextmanager
+def _float32(x: torch.Tensor) -> Iterator[None]:
+    """torch's convolutions of float32 tensors round to TF32 on a GPU, to three decimal digits, unless told not to."""
+    before = None
+    if x.is_cuda:
+        # Where a program has chosen by torch's newer fp32_precision, reading the old switch may raise; that stays.
+        with suppress(RuntimeError):
+            before = torch.backends.cudnn.allow_tf32
+    if before is None:
+        yield
+        return
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 class ReferenceBackend:
     """Runs for everything: any energy, device and floating dtype."""
 
@@ -99,7 +120,7 @@ class ReferenceBackend:
     def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r(x_b)` and `grad r(x_b)` by one backward pass."""
         leaf = x.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), _float32(x):
             value = energy.energy(leaf)  # type: ignore[operator]
             grad = _grad_of(value, leaf, create_graph=False)
         return value.detach(), grad
