@@ -43,16 +43,18 @@ _HOME = {
     "AdversarialTrainer": "training",
     "use_backend": "backend",
     "backends": "backend",
+    "gpu_options": "backend",
     "Status": "status",
     "add_noise": "fidelity",
     "psnr": "metrics",
     "ssim": "metrics",
 }
 
-__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", "ops", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from .backend import backends, use_backend
+    from . import ops
+    from .backend import backends, gpu_options, use_backend
     from .fidelity import add_noise
     from .implicit import AdjointOptions, Hypergradient, hypergradient
     from .linsolve import CGOptions, MinresOptions, cg, minres
@@ -75,6 +77,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module(".ops", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'deepreg_fast' has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -6,6 +6,8 @@ The command line prints that message alone and exits with code 2.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class DeepRegError(Exception):
     """Base class of all errors raised on purpose by this package."""
@@ -32,7 +34,15 @@ class BackendUnavailable(DeepRegError, RuntimeError):
 
 
 class OutOfMemory(DeepRegError, RuntimeError):
-    """A device has less free memory than a call needs, with both numbers."""
+    """A device has less free memory than a call needs, with both numbers.
+
+    `partial` holds what a solve had computed until then, or None: a `Solution` with the last accepted iterates, where
+    the status of an image still at work is `MAX_ITERATIONS`.
+    """
+
+    def __init__(self, message: str, partial: Any = None) -> None:
+        super().__init__(message)
+        self.partial = partial
 
 
 class TrainingDiverged(DeepRegError, RuntimeError):

@@ -18,6 +18,7 @@ from .errors import InputError
 from .fidelity import resolve_mu
 from .linsolve import CGOptions, LinearSolution, MinresOptions, cg, minres
 from .linsolve.batch import dot, expand, norm
+from .linsolve.progress import keeping
 from .operators.base import LinearOperator
 from .regularizers.base import Regularizer, as_regularizer
 from .solvers import PGDOptions, Solution, pgd
@@ -91,6 +92,7 @@ def solve_adjoint(  # noqa: PLR0913 - the system is five things
         return A.shifted_inverse(v, mu * curvature)
 
     preconditioner = precondition if A.has_shifted_inverse else None
+    capturable = b.is_cuda and A.capturable(b) and getattr(lin, "capturable", False)
     if options.method == "unrolled":
         raise InputError("method must be 'cg', 'minres' or 'jfb' for an adjoint solve, but is 'unrolled'.")
     if options.method == "jfb":
@@ -105,10 +107,11 @@ def solve_adjoint(  # noqa: PLR0913 - the system is five things
             MinresOptions(options.max_iterations, options.tolerance),
             x0=gamma0,
             preconditioner=preconditioner,
+            capturable=capturable,
         )
     else:
         cg_options = CGOptions(options.max_iterations, options.tolerance, truncated_fallback=True)
-        sol = cg(matvec, b, cg_options, x0=gamma0, preconditioner=preconditioner)
+        sol = cg(matvec, b, cg_options, x0=gamma0, preconditioner=preconditioner, capturable=capturable)
     length = norm(sol.x)
     limit = options.bound * norm(b) / mu.double()
     factor = torch.where(length > limit, limit / length.clamp_min(1e-300), 1.0)
@@ -139,6 +142,11 @@ def hypergradient(  # noqa: PLR0913 - the problem, then the options
     options : of the recovery (default: tolerance 1e-6, Anderson); adjoint : of the linear solve.
 
     Images whose recovery is not finite contribute nothing.
+
+    Raises
+    ------
+    OutOfMemory
+        If the device's memory is too small; its `partial` is the recovery as far as it came.
     """
     reg = as_regularizer(reg)
     checks.finite(checks.images(x_true, "x_true", A.image_shape), "x_true")
@@ -150,11 +158,13 @@ def hypergradient(  # noqa: PLR0913 - the problem, then the options
     sol = pgd(y, A, reg, mu_b, options, x0)
     loss = dot(sol.x - x_true, sol.x - x_true)
     if adjoint.method == "unrolled":
-        theta, log_mu = unrolled_gradients(x_true, y, A, reg, mu_b, x0, sol.tau, adjoint.unrolled_steps)
+        with keeping(lambda: sol):
+            theta, log_mu = unrolled_gradients(x_true, y, A, reg, mu_b, x0, sol.tau, adjoint.unrolled_steps)
         return Hypergradient(theta, log_mu, loss, sol, None)
-    lin = reg.linearize(sol.x)
-    gamma = solve_adjoint(lin, A, mu_b, x_true - sol.x, adjoint, curvature=1.0 + reg.alpha)
-    theta, log_mu = parameter_gradients(lin, mu_b, gamma.x)
+    with keeping(lambda: sol):
+        lin = reg.linearize(sol.x)
+        gamma = solve_adjoint(lin, A, mu_b, x_true - sol.x, adjoint, curvature=1.0 + reg.alpha)
+        theta, log_mu = parameter_gradients(lin, mu_b, gamma.x)
     return Hypergradient(theta, log_mu, loss, sol, gamma)
 
 

@@ -1,6 +1,7 @@
 """Triton kernels, installed as `deepreg_fast.kernels`. They import nothing of the rest of the package.
 
-There are none yet: the `gpu` backend says so when it is asked.
+`tiles`, `conv_chain`, `outer`, `whole`, `whole_tangent`: the conv chain; `vectors`, `steps`, `decide`, `anderson`: the
+solvers. Each module's `variants()` lists what it ships, for compilation without a GPU. `backend/gpu_*.py` launches.
 """
 
 if __name__ != "deepreg_fast.kernels":

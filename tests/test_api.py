@@ -139,3 +139,14 @@ def test_the_readmes_commands() -> None:
             command = command.commands[words.pop(0)]
         with command.make_context(line, words) as context:
             assert not context.args, line
+
+
+@pytest.mark.skipif(dr.backends()["cpu"] is not None, reason="autograd, which the reference asks, is off there")
+def test_what_is_made_in_inference_mode_works():
+    with torch.inference_mode():
+        A, reg = dr.SRM((1, 12, 12), 0.5), dr.RED(channels=4)
+        x = torch.rand(2, 1, 12, 12)
+        y, inside = A.A(x), reg.linearize(x).grad
+    outside = torch.rand(2, 1, 12, 12)
+    assert dr.recover(y.clone(), A, reg, 0.1).x.shape == x.shape
+    assert A.A(outside).shape == y.shape and reg.value_and_grad(outside)[1].shape == inside.shape

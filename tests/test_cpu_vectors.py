@@ -100,7 +100,7 @@ def test_anderson_as_the_reference(n: int) -> None:
             x[idx] = anderson.propose(x[idx], diagonal[:n] * (1.0 - x[idx]), idx)
             found.append(x.clone())
             if k == 5:
-                anderson.reset(torch.tensor([2]))
+                anderson.reset(torch.tensor([2]), torch.tensor([True]))
         return found
 
     with dr.use_backend("reference"):

@@ -18,7 +18,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "status", "checks", "files", "_version", "_cpu", "kernels", "cuda"),
     1: ("definitions",),
     2: ("backend",),
-    3: ("linsolve",),
+    3: ("linsolve", "ops"),
     4: ("regularizers", "operators", "fidelity"),
     5: ("solvers",),
     6: ("implicit", "lipschitz"),

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from ..errors import BackendUnavailable, InputError
 from . import cpu, gpu, reference
+from .gpu import gpu_options
 from .reference import Linearization
 from .work import only, rows_at_work
 
@@ -30,7 +31,11 @@ class Energy(Protocol):
 
 
 class Backend(Protocol):
-    """The three derivatives of one energy, and what the backend can do here."""
+    """The three derivatives of one energy, and what the backend can do here.
+
+    It may have `capturable = True`: `value_and_grad` looks at no number on the host and may be part of a CUDA graph.
+    A `Linearization` says the same of `hvp`, `SrmKernels` of all products.
+    """
 
     name: str
     batch_invariant: bool
@@ -189,6 +194,11 @@ def srm_kernels(A: nn.Module, *tensors: torch.Tensor) -> SrmKernels | None:
     return _kernels("srm", tensors, (A, tensors[0]))
 
 
+def srm_kernels_for(A: nn.Module, like: torch.Tensor) -> SrmKernels | None:
+    """The same kernels whatever follows the tensors: for an operation that says its derivative itself."""
+    return _find("srm", (A, like))
+
+
 def vector_kernels(*tensors: torch.Tensor) -> VectorKernels | None:
     """Kernels for the solvers' vector work on these tensors, or None, as `srm_kernels`.
 
@@ -198,8 +208,13 @@ def vector_kernels(*tensors: torch.Tensor) -> VectorKernels | None:
 
 
 def _kernels(method: str, tensors: tuple[torch.Tensor, ...], arguments: tuple[Any, ...]) -> Any:
+    # In this order: torch.compile asks no further than the first question.
+    return None if any(map(followed, tensors)) else _find(method, arguments)
+
+
+def _find(method: str, arguments: tuple[Any, ...]) -> Any:
     name = _CHOICE.get()
-    if name == "reference" or any(map(_followed, tensors)):
+    if name == "reference":
         return None
     for backend in _TABLE.values() if name == "auto" else (_TABLE[name],):
         find = getattr(backend, method, None)
@@ -212,7 +227,8 @@ def _kernels(method: str, tensors: tuple[torch.Tensor, ...], arguments: tuple[An
 _wrapped = getattr(torch._C, "_functorch").is_functorch_wrapped_tensor  # noqa: B009
 
 
-def _followed(t: torch.Tensor) -> bool:
+def followed(t: torch.Tensor) -> bool:
+    """Whether autograd, `torch.func`, `torch.compile` or another class of tensors watch what is done with `t`."""
     if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, nn.Parameter):
         return True
     if torch.is_grad_enabled() and t.requires_grad:
@@ -227,11 +243,14 @@ __all__ = [
     "SrmKernels",
     "VectorKernels",
     "backends",
+    "followed",
+    "gpu_options",
     "only",
     "register",
     "rows_at_work",
     "select",
     "srm_kernels",
+    "srm_kernels_for",
     "use_backend",
     "vector_kernels",
 ]

@@ -19,7 +19,7 @@ from ..definitions import hadamard
 from ..definitions.conv_chain import HEADS, ChannelNorm, ConvChainForm
 from ..errors import BackendUnavailable, InputError
 from .cpu_vectors import CpuVectors
-from .reference import Linearization
+from .reference import Linearization, changes
 
 if TYPE_CHECKING:
     from .._cpu import ConvChain
@@ -88,7 +88,7 @@ class CpuLinearization:
         self.x = x.detach().contiguous()
         self._form = form
         self._params = [p for p in energy.parameters() if p.requires_grad]
-        self._versions = [p._version for p in self._params]
+        self._versions = [changes(p) for p in self._params]
         self._names = {id(p): n for n, p in energy.named_parameters()}
         self._chain = _chain(form)
         self._memory = _borrow(self._chain.kept(*_size(x)[:3]))
@@ -100,7 +100,7 @@ class CpuLinearization:
             _give_back(memory)
 
     def _check(self, v: torch.Tensor) -> torch.Tensor:
-        if [p._version for p in self._params] != self._versions:
+        if [changes(p) for p in self._params] != self._versions:
             raise InputError(
                 "The regularizer's parameters must stay as they were at linearize(x), but have changed since; "
                 "call linearize(x) again."
@@ -285,7 +285,7 @@ class CpuBackend:
         if like.device.type != "cpu" or like.dtype != torch.float32:
             return None
         isa = instruction_set()
-        key = (isa, *[(t.data_ptr(), t._version) for t in A._buffers.values() if t is not None])
+        key = (isa, *[(t.data_ptr(), changes(t)) for t in A._buffers.values() if t is not None])
         found = _SRMS.get(A)
         if found is None or found[0] != key:
             found = (key, CpuSrm(A, isa))

@@ -36,13 +36,18 @@ class Linearization(Protocol):
         ...
 
 
+def changes(t: torch.Tensor) -> int:
+    """How often a tensor was changed in place, as torch counts it: not at all for one made in inference mode."""
+    return 0 if t.is_inference() else t._version
+
+
 class ReferenceLinearization:
     """The graph of the gradient, kept and reused."""
 
     def __init__(self, energy: nn.Module, x: torch.Tensor) -> None:
         self._names = [n for n, p in energy.named_parameters() if p.requires_grad]
         self._params = [p for p in energy.parameters() if p.requires_grad]
-        self._versions = [p._version for p in self._params]
+        self._versions = [changes(p) for p in self._params]
         self._x = x.detach().requires_grad_()
         with torch.enable_grad(), _float32(x):
             value = energy.energy(self._x)  # type: ignore[operator]
@@ -52,7 +57,7 @@ class ReferenceLinearization:
         self.grad = self._grad.detach()
 
     def _pull_back(self, v: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        if [p._version for p in self._params] != self._versions:
+        if [changes(p) for p in self._params] != self._versions:
             raise InputError(
                 "The regularizer's parameters must stay as they were at linearize(x), but have changed since; "
                 "call linearize(x) again."

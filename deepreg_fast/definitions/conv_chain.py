@@ -7,6 +7,7 @@ zero padding, so that `h` maps images of any size to images of that size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,16 @@ class ChannelNorm(nn.Module):
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """The normalized `u`."""
-        centred = u - u.mean(self.dims, keepdim=True)
-        scale = torch.rsqrt(centred.square().mean(self.dims, keepdim=True) + self.eps)
-        return centred * scale * self.weight[:, None, None] + self.bias[:, None, None]
+        return channel_norm(u, self.weight, self.bias, self.dims, self.eps)
+
+
+def channel_norm(
+    u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dims: tuple[int, ...], eps: float
+) -> torch.Tensor:
+    """`ChannelNorm` as a function of its parameters."""
+    centred = u - u.mean(dims, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    return centred * scale * weight[:, None, None] + bias[:, None, None]
 
 
 class ConvChain(nn.Module):
@@ -100,6 +108,19 @@ class ConvChain(nn.Module):
         return self.convs[-1](a) / self.gain
 
 
+def conv_chain(u: torch.Tensor, params: Sequence[torch.Tensor], norm: str, gain: float, eps: float) -> torch.Tensor:
+    """`ConvChain.forward` as a function of its parameters, weight and bias of each convolution, then of each norm."""
+    layers = list(zip(params[::2], params[1::2], strict=True))
+    depth = len(layers) if norm == "none" else (len(layers) + 1) // 2
+    dims = (1,) if norm == "pixel" else (1, 2, 3)
+    a = gain * u
+    for k, (weight, bias) in enumerate(layers[:depth]):
+        if k > 0:
+            a = F.silu(a if norm == "none" else channel_norm(a, *layers[depth + k - 1], dims, eps))
+        a = F.conv2d(a, weight, bias, padding=weight.shape[-1] // 2)
+    return a / gain
+
+
 @dataclass(frozen=True)
 class ConvChainForm:
     """`r(x) = alpha/2 ||u||^2 + phi(u, net(u))`, `u = x - center`, with `phi` of `head_energy`: what a backend with
@@ -109,6 +130,11 @@ class ConvChainForm:
     head: str
     alpha: float
     center: float
+
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        """`r(x_b)`, `[B]`."""
+        u = x - self.center
+        return 0.5 * self.alpha * per_image(u.square()) + head_energy(self.head, u, self.net(u))
 
 
 def per_image(e: torch.Tensor) -> torch.Tensor:

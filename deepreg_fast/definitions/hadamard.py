@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import numpy as np
 import torch
@@ -76,6 +76,11 @@ def _paley(n: int) -> np.ndarray | None:
     return None
 
 
+def _has_paley(n: int) -> bool:
+    """Whether `_paley` gives a matrix of order n, a multiple of 4."""
+    return bool(_prime_power(n - 1) or ((n // 2 - 1) % 4 == 1 and _prime_power(n // 2 - 1)))
+
+
 @lru_cache(maxsize=512)
 def exists(n: int) -> bool:
     """Whether `_construct` gives a matrix, without building one."""
@@ -83,9 +88,20 @@ def exists(n: int) -> bool:
         return True
     if n % 4:
         return False
-    if n & (n - 1) == 0 or _prime_power(n - 1) or ((n // 2 - 1) % 4 == 1 and _prime_power(n // 2 - 1)):
+    if n & (n - 1) == 0 or _has_paley(n):
         return True
     return any(n % k == 0 and exists(k) and exists(n // k) for k in range(2, math.isqrt(n) + 1))
+
+
+def factors(n: int) -> list[int]:
+    """The orders whose Kronecker product, the first outermost, is the matrix of an order that `exists`.
+
+    Powers of two (Sylvester's matrices) and orders of Paley's constructions.
+    """
+    if n & (n - 1) == 0 or _has_paley(n):
+        return [n]
+    k = next(k for k in range(2, math.isqrt(n) + 1) if n % k == 0 and exists(k) and exists(n // k))
+    return [*factors(k), *factors(n // k)]
 
 
 @lru_cache(maxsize=16)
@@ -98,8 +114,8 @@ def _construct(n: int) -> np.ndarray:
     h = None if n & (n - 1) == 0 else _paley(n)
     if h is not None:
         return h
-    k = next(k for k in range(2, math.isqrt(n) + 1) if n % k == 0 and exists(k) and exists(n // k))
-    return np.kron(_construct(k), _construct(n // k)).astype(np.int8)
+    parts = [2, n // 2] if n & (n - 1) == 0 else factors(n)
+    return reduce(np.kron, [_construct(k) for k in parts]).astype(np.int8)
 
 
 def hadamard(n: int) -> np.ndarray:

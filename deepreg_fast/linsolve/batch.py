@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import backend
+from .progress import masked
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -30,7 +31,9 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def add(x: torch.Tensor, s: torch.Tensor, p: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`x_b + s_b p_b` where `rows` `[B]` is true, `x_b` elsewhere, and the squared norm of that, `[B]`, float64."""
     if len(x) and (kernels := _kernels(x, p)) is not None:
-        return kernels.add(x, s, p, rows)
+        # All images: those where `rows` is false are copied, not skipped.
+        with backend.only(None):
+            return kernels.add(x, s, p, rows)
     out = select(rows, x + expand(s, x) * p, x)
     return out, dot(out, out)
 
@@ -68,8 +71,40 @@ def expand(s: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def select(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor | float) -> torch.Tensor:
-    """`a` for the images where `rows` `[B]` is true, `b` for the others; NaN in the one not taken stays out."""
+    """`a` for the images where `rows` `[B]` is true, `b` for the others; NaN in the one not taken stays out.
+
+    On the CPU, where looking costs nothing, `a` itself where all are true.
+    """
+    if not masked(a) and bool(rows.all()):
+        return a
     return torch.where(expand(rows, a), a, b)
+
+
+def take(t: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+    """The images `idx` of `t`, distinct and in order: so if they are as many, they are all, and `t` itself is given."""
+    return t if len(idx) == len(t) else t[idx]
+
+
+def put(t: torch.Tensor, idx: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`t` with `value` in the images `idx`: `value` itself if they are all, else `t`, changed."""
+    if len(idx) == len(t):
+        return value
+    t[idx] = value
+    return t
+
+
+def eliminate(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`A_b^{-1} b_b` for symmetric positive definite `a` `[B, m, m]` and `b` `[B, m]`, m small, by Gauss and Jordan.
+
+    Without pivots, which such matrices do not need: a fixed list of elementwise operations, so that nothing waits for
+    the device and no system's bits depend on the others.
+    """
+    t = torch.cat([a, b[..., None]], 2)
+    for k in range(a.shape[1]):
+        row = t[:, k : k + 1, 1:] / t[:, k : k + 1, :1]
+        t = t[:, :, 1:] - t[:, :, :1] * row
+        t[:, k : k + 1] = row
+    return t[..., 0]
 
 
 def power_of_two(exponent: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@ import torch
 
 from .. import checks
 from ..status import Status
-from .batch import add, dot, select
-from .system import LinearSolution, Map, System, drive, empty
+from . import passes
+from .batch import dot, select
+from .system import OPEN, LinearSolution, Map, System, drive, empty
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def cg(
     options: CGOptions | None = None,
     x0: torch.Tensor | None = None,
     preconditioner: Map | None = None,
+    capturable: bool = False,
 ) -> LinearSolution:
     """Solve `A_b x_b = b_b` for each image, A symmetric positive definite.
 
@@ -57,6 +59,9 @@ def cg(
         Start. One that is not finite, or worse than zero, is dropped.
     preconditioner : callable, optional
         `v -> M^{-1} v`, symmetric positive definite.
+    capturable : bool
+        On a CUDA device: `matvec` and `preconditioner` may be replayed as parts of a CUDA graph (they look at no
+        number and keep nothing).
 
     Returns
     -------
@@ -78,7 +83,8 @@ def cg(
     fallback = None
     if options.truncated_fallback:
         fallback = preconditioner or torch.clone
-    return drive(system, _ConjugateGradients(system, preconditioner), options.max_iterations, fallback=fallback)
+    method = _ConjugateGradients(system, preconditioner)
+    return drive(system, method, options.max_iterations, fallback=fallback, capturable=capturable)
 
 
 class _ConjugateGradients:
@@ -88,49 +94,99 @@ class _ConjugateGradients:
         self.rz = torch.ones_like(system.b_norm)
         self.fresh = torch.ones_like(system.running)
         self.idle = torch.zeros_like(system.iterations)
+        self.aim = 0.9 * system.tolerance * system.b_norm
+        self.moved = torch.zeros(2, len(self.rz), dtype=torch.float64, device=self.rz.device)
 
     def restart(self) -> None:
-        self.fresh = self.fresh | self.system.running
-        self.idle = torch.where(self.system.running, 0, self.idle)
+        s = self.system
+        self.fresh = self.fresh | s.running
+        self.idle = torch.where(s.running, 0, self.idle)
+        self.moved = passes.dots((s.x, s.x), (s.r, s.r))
 
     def step(self) -> None:
         s = self.system
-        self._direct()
-        rows = s.running
-        product = s.apply(self.p, rows)
-        pp, bend, size = dot(self.p, self.p), dot(self.p, product), dot(product, product)
-        s.end(rows & ~(torch.isfinite(bend) & torch.isfinite(size)), Status.NON_FINITE)
-        s.note_norm(pp, size, rows)
-        # <p, A p> carries the rounding of A p: below it the sign says nothing.
-        noise = 0.5 * s.eps * s.a_norm * pp
-        s.end(s.running & (bend < -noise), Status.NEGATIVE_CURVATURE)
-        s.end(s.running & (bend <= noise), Status.STAGNATED)
-        self._move(product, torch.where(s.running, self.rz / bend, 0.0), pp)
+        # Without a preconditioner <r, z> is the square of r, which is known.
+        z, rz = s.r, self.moved[1]
+        if self.preconditioner:
+            r = select(s.running, s.r, 0.0)
+            z = self.preconditioner(r)
+            rz = dot(r, z)
+        factor = self._turn(rz)
+        self.p = passes.cg_direction(self.p, z, factor, s.running)
+        p = select(s.running, self.p, 0.0)
+        product = s.apply(p, s.running)
+        sums = passes.dots((p, p), (p, product), (product, product))
+        length = self._stride(sums)
+        s.x, s.r, self.moved = passes.cg_move(s.x, s.r, p, product, length, s.running)
+        self._arrive(sums, length)
 
-    def _direct(self) -> None:
-        """Next search direction `p = z + (rz / rz_old) p`, `z = M^{-1} r`."""
+    # Each decision is a single launch where the backend has a kernel for it.
+
+    def _turn(self, rz: torch.Tensor) -> torch.Tensor:
         s = self.system
-        r = s.r if bool(s.running.all()) else select(s.running, s.r, 0.0)
-        z = self.preconditioner(r) if self.preconditioner else r
-        rz = dot(r, z)
-        s.end(s.running & ~torch.isfinite(rz), Status.NON_FINITE)
-        s.end(s.running & ~(rz > 0), Status.NEGATIVE_CURVATURE)
-        factor = torch.where(self.fresh, 0.0, rz / self.rz)
-        p, _ = add(z, factor, self.p, s.running)
-        self.p = p if bool(s.running.all()) else select(s.running, p, self.p)
+        if (kernel := passes.kernel_for("cg_turn", s.b)) is not None:
+            factor, self.rz, self.fresh, s.status, s.running = kernel(rz, self.rz, self.fresh, s.status, s.running)
+            return factor
+        factor, status = turn(rz, self.rz, self.fresh)
+        s.end_as(status)
         self.rz = torch.where(s.running, rz, self.rz)
         self.fresh = self.fresh & ~s.running
+        return factor
 
-    def _move(self, product: torch.Tensor, length: torch.Tensor, pp: torch.Tensor) -> None:
+    def _stride(self, sums: torch.Tensor) -> torch.Tensor:
         s = self.system
-        x, xx = add(s.x, length, self.p, s.running)
-        r, rr = add(s.r, -length, product, s.running)
-        bad = s.running & ~(torch.isfinite(xx) & torch.isfinite(rr))
-        if bool(bad.any()):
-            x, r = select(bad, s.x, x), select(bad, s.r, r)
-            s.end(bad, Status.NON_FINITE)
-        s.x, s.r = x, r
-        still = length * torch.sqrt(pp) <= 0.25 * s.eps * torch.sqrt(xx)
-        self.idle = torch.where(still, self.idle + 1, 0)
-        done = (torch.sqrt(rr) <= 0.9 * s.tolerance * s.b_norm) | (rr == 0) | (self.idle >= 3)
+        if (kernel := passes.kernel_for("cg_stride", s.b)) is not None:
+            length, s.a_norm, s.status, s.running = kernel(
+                sums, self.moved, self.rz, s.a_norm, s.status, s.running, s.eps, s.longest
+            )
+            return length
+        s.note_norm(sums[0], sums[2], s.running)
+        length, status = stride(sums, self.rz, s.a_norm, s.eps)
+        s.end_as(status)
+        length = torch.where(s.running, length, 0.0)
+        s.end_as(overflow(self.moved, sums, length, s.longest))
+        return torch.where(s.running, length, 0.0)
+
+    def _arrive(self, sums: torch.Tensor, length: torch.Tensor) -> None:
+        s = self.system
+        if (kernel := passes.kernel_for("cg_arrived", s.b)) is not None:
+            self.idle, s.running = kernel(self.moved, sums, length, self.idle, self.aim, s.running, s.eps)
+            return
+        self.idle, done = arrived(self.moved, length * torch.sqrt(sums[0]), self.idle, self.aim, s.eps)
         s.running = s.running & ~done
+
+
+# The decisions of a step, on numbers [B]. A status of OPEN means go on.
+
+
+def turn(rz: torch.Tensor, rz_old: torch.Tensor, fresh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factor of the old direction, from `<r, M^{-1} r>` and the one before; and the status."""
+    status = torch.where(torch.isfinite(rz), int(Status.NEGATIVE_CURVATURE), int(Status.NON_FINITE))
+    return torch.where(fresh, 0.0, rz / rz_old), torch.where(torch.isfinite(rz) & (rz > 0), OPEN, status)
+
+
+def stride(sums: torch.Tensor, rz: torch.Tensor, a_norm: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The length of the step from `<p, p>, <p, A p>, <A p, A p>`, `[3, B]`; and the status."""
+    pp, bend, size = sums
+    # <p, A p> carries the rounding of A p: below it the sign says nothing.
+    noise = 0.5 * eps * a_norm * pp
+    status = torch.where(bend < -noise, int(Status.NEGATIVE_CURVATURE), int(Status.STAGNATED))
+    status = torch.where(bend > noise, OPEN, status)
+    finite = torch.isfinite(bend) & torch.isfinite(size)
+    return rz / bend, torch.where(finite, status, int(Status.NON_FINITE))
+
+
+def overflow(moved: torch.Tensor, sums: torch.Tensor, length: torch.Tensor, longest: float) -> torch.Tensor:
+    """The status: whether x or r could leave the number range with this step, from `<x, x>, <r, r>` before it."""
+    x = torch.sqrt(moved[0]) + length * torch.sqrt(sums[0])
+    r = torch.sqrt(moved[1]) + length * torch.sqrt(sums[2])
+    return torch.where((x <= longest) & (r <= longest), OPEN, int(Status.NON_FINITE))
+
+
+def arrived(
+    moved: torch.Tensor, step: torch.Tensor, idle: torch.Tensor, aim: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often in a row a step of this length has left x unchanged, and whether the recurrence is done."""
+    xx, rr = moved
+    idle = torch.where(step <= 0.25 * eps * torch.sqrt(xx), idle + 1, 0)
+    return idle, (torch.sqrt(rr) <= aim) | (rr == 0) | (idle >= 3)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import checks
+from .. import backend, checks
 from .batch import dot, expand, norm, select
+from .progress import Poll
 from .system import Map
 
 
@@ -45,9 +46,11 @@ def extreme_eigenvalues(matvec: Map, v0: torch.Tensor, steps: int = 20) -> tuple
     basis: list[torch.Tensor] = []
     matrix = torch.zeros(len(v0), steps, steps, dtype=torch.float64, device=v0.device)
     size = torch.zeros(len(v0), dtype=torch.float64, device=v0.device)
+    look = Poll()
     for k in range(steps):
         basis.append(v)
-        w = matvec(v)
+        with backend.only(alive):
+            w = matvec(v)
         a = dot(v, w)
         good = good & (~alive | torch.isfinite(a))
         alive = alive & good
@@ -56,7 +59,7 @@ def extreme_eigenvalues(matvec: Map, v0: torch.Tensor, steps: int = 20) -> tuple
         size = torch.maximum(size, norm(w))
         # An image that has ended repeats its first Rayleigh quotient, which lies between its Ritz values.
         matrix[:, k, k] = torch.where(alive, a, matrix[:, 0, 0])
-        if k + 1 == steps or not bool(alive.any()):
+        if k + 1 == steps or not look(alive):
             matrix[:, k + 1 :, k + 1 :] = torch.diag_embed(matrix[:, :1, 0].expand(-1, steps - k - 1))
             break
         for q in basis * 2:

@@ -8,7 +8,8 @@ import torch
 
 from .. import checks
 from ..status import Status
-from .batch import dot, expand, norm, select
+from . import passes
+from .batch import dot, expand, select
 from .system import LinearSolution, Map, System, drive, empty
 
 
@@ -39,6 +40,7 @@ def minres(
     options: MinresOptions | None = None,
     x0: torch.Tensor | None = None,
     preconditioner: Map | None = None,
+    capturable: bool = False,
 ) -> LinearSolution:
     """Solve `A_b x_b = b_b` for each image, A symmetric.
 
@@ -53,6 +55,9 @@ def minres(
     preconditioner : callable, optional
         `v -> M^{-1} v`, symmetric positive definite; then `||b - A x||` in the norm of `M^{-1}` is what falls
         monotonically, while the end is judged, as ever, by the plain norm.
+    capturable : bool
+        On a CUDA device: `matvec` and `preconditioner` may be replayed as parts of a CUDA graph (they look at no
+        number and keep nothing).
 
     Returns
     -------
@@ -70,45 +75,54 @@ def minres(
         return empty(b)
     system = System(matvec, b, x0, options.tolerance)
     system.begin(by_energy=False)
-    return drive(system, _Minres(system, preconditioner), options.max_iterations, monotone=True)
+    method = _Minres(system, preconditioner)
+    return drive(system, method, options.max_iterations, monotone=True, capturable=capturable)
 
 
 class _Minres:
     """Names as in Paige & Saunders: `r1, r2, y` the Lanczos vectors times their betas, `w` the search directions,
-    `(cs, sn)` the last rotation, `phibar` the residual in the norm of `M^{-1}`."""
+    `(cs, sn)` the last rotation, `phibar` the residual in the norm of `M^{-1}`; `moved` the squares of x, r, w and of
+    the w before."""
 
     def __init__(self, system: System, preconditioner: Map | None) -> None:
         self.system, self.preconditioner = system, preconditioner
-        zero, none = torch.zeros_like(system.b), torch.zeros_like(system.b_norm)
-        self.r1, self.r2, self.y, self.w, self.w_old = zero, zero, zero, zero, zero
+        self.r1, self.r2, self.y, self.w, self.w_old = (torch.zeros_like(system.b) for _ in range(5))
+        none = torch.zeros_like(system.b_norm)
         self.beta, self.beta_old, self.dbar, self.epsln = none, none, none, none
         self.phibar, self.cs, self.sn, self.a_est = none, none, none, none
+        self.moved = torch.zeros(4, len(none), dtype=torch.float64, device=none.device)
 
-    def _solve(self, r: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`M^{-1} r` and `sqrt(<r, M^{-1} r>)`; images where that is not a positive square end here."""
+    def _solve(self, r: torch.Tensor, rr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`M^{-1} r` and `sqrt(<r, M^{-1} r>)`; images where that is not a positive square end here. `rr = <r, r>`."""
         s = self.system
-        r = select(rows, r, 0.0)
-        y = self.preconditioner(r) if self.preconditioner else r
-        square = dot(r, y)
+        rows = s.running
+        y, square, yy = r, rr, rr
+        if self.preconditioner:
+            y = self.preconditioner(select(rows, r, 0.0))
+            square, yy = dot(r, y), dot(y, y)
         s.end(rows & ~torch.isfinite(square), Status.NON_FINITE)
-        s.end(rows & (square < -10.0 * s.eps * norm(r) * norm(y)), Status.NEGATIVE_CURVATURE)
+        s.end(rows & (square < -10.0 * s.eps * torch.sqrt(rr) * torch.sqrt(yy)), Status.NEGATIVE_CURVATURE)
         return y, torch.sqrt(square.clamp_min(0.0))
 
     def restart(self) -> None:
         s = self.system
         rows = s.running
-        y, beta = self._solve(s.r, rows)
+        r = select(rows, s.r, 0.0)
+        rr = dot(r, r)
+        y, beta = self._solve(r, rr)
         self.r1, self.w, self.w_old = (select(~rows, v, 0.0) for v in (self.r1, self.w, self.w_old))
-        self.r2, self.y = select(rows, s.r, self.r2), select(rows, y, self.y)
+        # The Lanczos vector goes on in memory of its own.
+        self.r2, self.y = torch.where(expand(rows, r), r, self.r2), select(rows, y, self.y)
         none = torch.zeros_like(beta)
         self._keep(rows, beta_old=none + 1.0, beta=beta, phibar=beta, cs=none - 1.0, sn=none)
         self._keep(rows, dbar=none, epsln=none, a_est=none)
+        self.moved = torch.stack([dot(s.x, s.x), rr, none, none])
         s.end(s.running & ~(beta > 0), Status.STAGNATED)
 
     def step(self) -> None:
         s = self.system
-        v, alfa, r2 = self._lanczos()
-        y, beta = self._solve(r2, s.running)
+        v, vv, alfa, r2r2 = self._lanczos()
+        y, beta = self._solve(self.r2, r2r2)
         rows = s.running
         oldeps, delta = self.epsln, self.cs * self.dbar + self.sn * alfa
         gbar, epsln, dbar = self.sn * self.dbar - self.cs * alfa, self.sn * beta, -self.cs * beta
@@ -120,32 +134,40 @@ class _Minres:
         gamma = torch.where(gamma > 0, gamma, 1.0)
         cs, sn = gbar / gamma, beta / gamma
         phi, phibar = cs * self.phibar, sn * self.phibar
-        w = (v - expand(oldeps, v) * self.w_old - expand(delta, v) * self.w) / expand(gamma, v)
-        x = s.x + expand(phi, w) * w
         tail = torch.where(beta > 0, phibar * cs / torch.where(beta > 0, beta, 1.0), 0.0)
-        r = expand(sn**2, x) * s.r - expand(tail, x) * r2
-        xx, rr, ww = dot(x, x), dot(r, r), dot(w, w)
-        s.end(s.running & ~(torch.isfinite(xx) & torch.isfinite(rr) & torch.isfinite(ww)), Status.NON_FINITE)
+        numbers = (oldeps, delta, gamma, phi, sn**2, tail)
+        s.end(s.running & ~self._fits(vv, r2r2, numbers), Status.NON_FINITE)
         rows = s.running
-        s.x, s.r = select(rows, x, s.x), select(rows, r, s.r)
-        self.w_old, self.w = select(rows, self.w, self.w_old), select(rows, w, self.w)
-        self.r1, self.r2, self.y = select(rows, self.r2, self.r1), select(rows, r2, self.r2), select(rows, y, self.y)
+        state = (s.x, s.r, self.w, self.w_old)
+        (s.x, s.r, self.w, self.w_old), moved = passes.minres_move(state, v, self.r2, numbers, rows)
+        self.y = select(rows, y, self.y)
+        self.moved = torch.stack([*moved, self.moved[2]])
         self._keep(rows, beta_old=self.beta, beta=beta, dbar=dbar, epsln=epsln, phibar=phibar, cs=cs, sn=sn)
+        xx, rr, ww, _ = self.moved
         still = phi.abs() * torch.sqrt(ww) <= 0.01 * s.eps * torch.sqrt(xx)
         done = (torch.sqrt(rr) <= 0.9 * s.tolerance * s.b_norm) | (beta <= tiny) | (still & (phi != 0))
         s.running = s.running & ~done
 
-    def _lanczos(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`v`, `<v, A v>` and the next Lanczos vector times its beta."""
+    def _fits(self, vv: torch.Tensor, r2r2: torch.Tensor, numbers: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Whether x, r and w stay in the number range: the bound of each by the triangle inequality."""
+        oldeps, delta, gamma, phi, a, b = (t.abs() for t in numbers)
+        x, r, w, w_old = torch.sqrt(self.moved)
+        w = (torch.sqrt(vv) + oldeps * w_old + delta * w) / gamma
+        x, r = x + phi * w, a * r + b * torch.sqrt(r2r2)
+        return (x <= self.system.longest) & (r <= self.system.longest) & (w <= self.system.longest)
+
+    def _lanczos(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`v`, `<v, v>`, `<v, A v>`, and the square of the next Lanczos vector times its beta, which is now `r2`."""
         s = self.system
         v = select(s.running, self.y / expand(torch.where(s.running, self.beta, 1.0), self.y), 0.0)
         u = s.apply(v, s.running)
-        s.note_norm(dot(v, v), dot(u, u), s.running)
-        u = u - expand(self.beta / self.beta_old, u) * self.r1
-        alfa = dot(v, u)
+        u, sums = passes.lanczos_first(u, self.beta / self.beta_old, self.r1, v, s.running)
+        vv, uu, alfa = sums
+        s.note_norm(vv, uu, s.running)
         s.end(s.running & ~torch.isfinite(alfa), Status.NON_FINITE)
-        u = u - expand(torch.where(s.running, alfa / self.beta, 0.0), u) * self.r2
-        return v, alfa, u
+        factor = torch.where(s.running, alfa / self.beta, 0.0)
+        self.r1, self.r2, r2r2 = passes.lanczos_second(u, factor, self.r1, self.r2, s.running)
+        return v, vv, alfa, r2r2
 
     def _keep(self, rows: torch.Tensor, **values: torch.Tensor) -> None:
         for name, value in values.items():

@@ -1,7 +1,9 @@
 """What CG and MINRES share: the scaled system, the true residual, and the loop that judges it (docs/math.md, M14).
 
 Every image has its own state. A product with the matrix is taken for all images at once, with zeros in the
-place of those that have ended, and its result is read only where it was asked for.
+place of those that have ended, and its result is read only where it was asked for. Kernels skip those that have ended.
+
+Memory: some ten images for each image of the batch, whatever the number of iterations, and what `matvec` takes.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from typing import Protocol
 
 import torch
 
-from .. import checks
+from .. import backend, checks
 from ..status import Status
 from .batch import dot, expand, norm, power_of_two, select
+from .progress import WARM_UP, Poll, Replay, keeping
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,10 +54,18 @@ class Method(Protocol):
 
 
 class System:
-    """`A x = b` with each right-hand side scaled by a power of two, so that no bit depends on its size."""
+    """`A x = b` with each right-hand side scaled by a power of two, so that no bit depends on its size.
+
+    Images of the batch that are not at work where this begins (`backend.only`) have `b = 0` here, which ends them.
+    """
 
     def __init__(self, matvec: Map, b: torch.Tensor, x0: torch.Tensor | None, tolerance: float) -> None:
         _check(b, x0)
+        at_work = backend.rows_at_work(b)
+        with backend.only(None):
+            self._begin(matvec, b if at_work is None else select(at_work, b, 0.0), x0, tolerance)
+
+    def _begin(self, matvec: Map, b: torch.Tensor, x0: torch.Tensor | None, tolerance: float) -> None:
         self.matvec, self.tolerance = matvec, tolerance
         flat = b.flatten(1)
         finite = torch.isfinite(flat).all(1)
@@ -70,7 +81,10 @@ class System:
             usable = torch.isfinite(start).flatten(1).all(1) & ~(zero & finite)
             self.x = select(usable, start, 0.0)
         self.r = self.b.clone()
+        self.cold = x0 is None
         self.eps = torch.finfo(b.dtype).eps
+        # Vectors this long are about to leave the number range, or their squares that of float64.
+        self.longest = 1e38 if b.dtype == torch.float32 else 1e150
         self.a_norm = torch.zeros_like(self.b_norm)
         self.residual = torch.where(finite, torch.where(zero, 0.0, 1.0), torch.inf).to(torch.float64)
         self.status = torch.full_like(zero, OPEN, dtype=torch.int64)
@@ -87,9 +101,15 @@ class System:
         self.status = torch.where(rows, int(status), self.status)
         self.running = self.running & ~rows
 
+    def end_as(self, status: torch.Tensor) -> None:
+        """Give the running images this status `[B]`; those where it is not `OPEN` stop running."""
+        self.status = torch.where(self.running, status, self.status)
+        self.running = self.running & (status == OPEN)
+
     def apply(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`A v` for `rows`, with zeros elsewhere."""
-        out = self.matvec(select(rows, v, 0.0))
+        """`A v` for `rows`, undefined elsewhere. `v` must be zero there."""
+        with backend.only(rows):
+            out = self.matvec(v)
         if out.shape != v.shape or out.dtype != v.dtype:
             raise checks.InputError(
                 f"matvec must return a {v.dtype} tensor of shape {list(v.shape)} like its argument, "
@@ -105,7 +125,7 @@ class System:
 
     def measure(self, rows: torch.Tensor) -> None:
         """The true residual of `rows` at `x`, plus the rounding `eps ||A|| ||x||` that its evaluation may hide."""
-        product = self.apply(self.x, rows)
+        product = self.apply(select(rows, self.x, 0.0), rows)
         size = dot(self.x, self.x)
         self.note_norm(size, dot(product, product), rows)
         self.r = select(rows, self.b - product, self.r)
@@ -117,7 +137,7 @@ class System:
 
         Worse is a residual above `||b||` and, `by_energy`, no less energy `1/2 <x, Ax> - <b, x>` either.
         """
-        if not bool((self.running & (self.x != 0).flatten(1).any(1)).any()):
+        if self.cold or not bool((self.running & (self.x != 0).flatten(1).any(1)).any()):
             return
         rows = self.running
         self.measure(rows)
@@ -129,6 +149,11 @@ class System:
         self.r = select(drop, self.b, self.r)
         self.residual = torch.where(drop, 1.0, self.residual)
         self.end(rows & (self.residual <= self.tolerance), Status.CONVERGED)
+
+    def so_far(self) -> LinearSolution:
+        """The iterates, with the residual of the last start."""
+        status = torch.where(self.status == OPEN, int(Status.MAX_ITERATIONS), self.status)
+        return LinearSolution(self.x * expand(self.scale, self.x), status, self.iterations, self.residual)
 
     def finish(self) -> LinearSolution:
         """The answer in the caller's scale; where that costs bits (underflow) the residual is taken once more."""
@@ -153,43 +178,59 @@ def empty(b: torch.Tensor) -> LinearSolution:
 
 
 def drive(
-    system: System, method: Method, max_iterations: int, *, monotone: bool = False, fallback: Map | None = None
+    system: System,
+    method: Method,
+    max_iterations: int,
+    *,
+    monotone: bool = False,
+    fallback: Map | None = None,
+    capturable: bool = False,
 ) -> LinearSolution:
     """Run `method` until every image has ended, and let only true residuals say "converged".
 
     When the recurrence of an image says that it is done, its true residual is taken; if that disagrees, the method
     restarts from it (at most `REPLACEMENTS` times, each of which must halve it, else the image has stagnated).
     `monotone`: the method minimizes the residual, so the start is kept where rounding made the end worse than it.
-    `fallback(b)` replaces an iterate that is still zero where the method gave up.
+    `fallback(b)` replaces an iterate that is still zero where the method gave up. `capturable`: a step may be replayed
+    as a CUDA graph.
     """
     s = system
-    best_x, best_r = s.x, s.r
-    best = s.residual if monotone else torch.full_like(s.residual, torch.inf)
-    for _ in range(REPLACEMENTS + 1):
-        s.running = (s.status == OPEN) & (s.iterations < max_iterations)
-        rows = s.running
-        if not bool(rows.any()):
-            break
-        before = s.residual
-        method.restart()
-        while bool(s.running.any()):
-            s.iterations = s.iterations + s.running
+
+    def step() -> None:
+        s.iterations = s.iterations + s.running
+        with backend.only(s.running):
             method.step()
-            s.running = s.running & (s.iterations < max_iterations)
-        if fallback is not None:
-            _fall_back(s, rows, fallback)
-        s.measure(rows)
-        worse = rows & (s.residual > best) & (s.status != int(Status.NON_FINITE))
-        s.x, s.r = select(worse, best_x, s.x), select(worse, best_r, s.r)
-        s.residual = torch.where(worse, best, s.residual)
-        best_x, best_r, best = s.x, s.r, torch.where(rows, s.residual, best)
-        good = rows & (s.residual <= s.tolerance) & (s.status != int(Status.NON_FINITE))
-        s.end(good, Status.CONVERGED)
-        out = (s.status == OPEN) & (s.iterations >= max_iterations)
-        s.end(out, Status.MAX_ITERATIONS)
-        s.end(rows & (s.status == OPEN) & ~(s.residual <= 0.5 * before), Status.STAGNATED)
-    s.end(s.status == OPEN, Status.STAGNATED)
-    return s.finish()
+        s.running = s.running & (s.iterations < max_iterations)
+
+    worth_it = capturable and s.b.is_cuda and max_iterations >= 2 * WARM_UP
+    device = s.b.device if worth_it else None
+    with backend.only(None), keeping(s.so_far), Replay(step, (s, method), device) as advance:
+        best = s.residual if monotone else torch.full_like(s.residual, torch.inf)
+        for _ in range(REPLACEMENTS + 1):
+            s.running = (s.status == OPEN) & (s.iterations < max_iterations)
+            rows = s.running
+            if not bool(rows.any()):
+                break
+            # A step may change x and r in place.
+            best_x, best_r, before = s.x.clone(), s.r.clone(), s.residual
+            method.restart()
+            look = Poll()
+            while look(s.running):
+                advance()
+            if fallback is not None:
+                _fall_back(s, rows, fallback)
+            s.measure(rows)
+            worse = rows & (s.residual > best) & (s.status != int(Status.NON_FINITE))
+            s.x, s.r = select(~worse, s.x, best_x), select(~worse, s.r, best_r)
+            s.residual = torch.where(worse, best, s.residual)
+            best = torch.where(rows, s.residual, best)
+            good = rows & (s.residual <= s.tolerance) & (s.status != int(Status.NON_FINITE))
+            s.end(good, Status.CONVERGED)
+            out = (s.status == OPEN) & (s.iterations >= max_iterations)
+            s.end(out, Status.MAX_ITERATIONS)
+            s.end(rows & (s.status == OPEN) & ~(s.residual <= 0.5 * before), Status.STAGNATED)
+        s.end(s.status == OPEN, Status.STAGNATED)
+        return s.finish()
 
 
 def _fall_back(s: System, rows: torch.Tensor, fallback: Map) -> None:
@@ -197,7 +238,8 @@ def _fall_back(s: System, rows: torch.Tensor, fallback: Map) -> None:
     empty = rows & gave_up & (s.x == 0).flatten(1).all(1)
     if not bool(empty.any()):
         return
-    x = fallback(select(empty, s.b, 0.0))
+    with backend.only(empty):
+        x = fallback(select(empty, s.b, 0.0))
     usable = empty & torch.isfinite(x).flatten(1).all(1)
     s.x = select(usable, x, s.x)
 

@@ -127,12 +127,18 @@ class LinearOperator(nn.Module):
 
         tolerance = 1e-10 if z.dtype == torch.float64 else 1e-6
         sol = cg(lambda p: p + g * self.normal(p), z + g * self._adjoint(y), CGOptions(500, tolerance), x0=z)
-        if bool((sol.residual > 1e-3).any()) and not bool((sol.status == int(Status.NON_FINITE)).any()):
+        failed = (sol.residual > 1e-3).any() & ~(sol.status == int(Status.NON_FINITE)).any()
+        if bool(failed):
             raise InputError(
                 f"The proximal map of {type(self).__name__} must be solved to 1e-3, but CG stopped at residual "
                 f"{float(sol.residual.max()):.1e}; scale the operator to norm one or define prox_l2."
             )
         return sol.x
+
+    def capturable(self, like: torch.Tensor) -> bool:
+        """Whether the products and closed forms, for images like these, may be part of a CUDA graph: they look at no
+        number on the host and were warmed up by a first call. Not known of an operator that does not say so."""
+        return False
 
     def describe(self) -> dict[str, Any]:
         """What rebuilds this operator, as JSON values with its registered name under `kind`."""
@@ -157,7 +163,7 @@ def _per_image(value: Gamma, like: torch.Tensor, name: str, *, zero: bool = True
             )
         return expand(value.to(dtype=like.dtype, device=like.device).reshape(-1), like)
     checks.number(value, name, 0.0, open_low=not zero)
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def register(kind: str, cls: type[LinearOperator]) -> None:

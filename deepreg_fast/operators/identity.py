@@ -25,6 +25,10 @@ class Identity(LinearOperator):
     def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
         return y.reshape(-1, *self.image_shape)
 
+    def capturable(self, like: torch.Tensor) -> bool:
+        """Nothing but shapes changes."""
+        return True
+
     def describe(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {"kind": "identity", "image_shape": list(self.image_shape)}

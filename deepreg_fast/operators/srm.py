@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from .. import backend, checks
-from ..definitions import dct, hadamard, walsh
+from ..definitions import hadamard, walsh
+from ..definitions import srm as definition
 from ..errors import InputError, OperatorMismatch
+from ..ops import products as srm_ops
 from .base import Gamma, LinearOperator, register
 
 TRANSFORMS = ("dct", "hadamard", "walsh")
@@ -85,56 +87,35 @@ class SRM(LinearOperator):
             "perm": torch.from_numpy(perm) if self.randomizer != "sign" else None,
         }
 
-    def _transform(self, v: torch.Tensor) -> torch.Tensor:
-        """`F v`, `[B, d] -> [B, d]`."""
-        if self.transform == "walsh":
-            assert self.block is not None
-            return walsh.walsh_blocks(v, self.block)
-        x = v.reshape(-1, *self.image_shape)
-        return (dct.dct2(x) if self.transform == "dct" else hadamard.hadamard2(x)).flatten(1)
-
-    def _inverse(self, v: torch.Tensor) -> torch.Tensor:
-        """`F^T v`; the Walsh-Hadamard blocks are symmetric."""
-        if self.transform == "walsh":
-            assert self.block is not None
-            return walsh.walsh_blocks(v, self.block)
-        x = v.reshape(-1, *self.image_shape)
-        return (dct.idct2(x) if self.transform == "dct" else hadamard.ihadamard2(x)).flatten(1)
-
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         kernels = backend.srm_kernels(self, x)
         if kernels is not None:
             return kernels.forward(x)
-        v = x.flatten(1)
-        if self.perm is not None:
-            v = v[:, self.perm]
-        if self.signs is not None:
-            v = v * self.signs.to(v.dtype)
-        return self._transform(v)[:, self.rows]
+        return srm_ops.product("forward", self, x) if srm_ops.serve(self, x) else definition.forward(self, x)
 
     def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
         kernels = backend.srm_kernels(self, y)
         if kernels is not None:
             return kernels.adjoint(y)
-        d = int(np.prod(self.image_shape))
-        full = y.new_zeros(len(y), d).index_copy(1, self.rows, y)
-        v = self._inverse(full)
-        if self.signs is not None:
-            v = v * self.signs.to(v.dtype)
-        if self.perm is not None:
-            v = torch.zeros_like(v).index_copy(1, self.perm, v)
-        return v.reshape(-1, *self.image_shape)
+        return srm_ops.product("adjoint", self, y) if srm_ops.serve(self, y) else definition.adjoint(self, y)
 
     def _normal(self, x: torch.Tensor) -> torch.Tensor:
         kernels = backend.srm_kernels(self, x)
-        return super()._normal(x) if kernels is None else kernels.normal(x)
+        if kernels is not None:
+            return kernels.normal(x)
+        return srm_ops.product("normal", self, x) if srm_ops.serve(self, x) else super()._normal(x)
 
     def _correct(self, z: torch.Tensor, y: torch.Tensor, weight: Gamma) -> torch.Tensor:
-        followed = (z, y, weight) if isinstance(weight, torch.Tensor) else (z, y)
-        kernels = backend.srm_kernels(self, *followed)
-        if kernels is None:
-            return super()._correct(z, y, weight)
-        return kernels.correct(z, y, weight.reshape(-1).expand(len(z)) if isinstance(weight, torch.Tensor) else weight)
+        tensors = (z, y, weight) if isinstance(weight, torch.Tensor) else (z, y)
+        kernels = backend.srm_kernels(self, *tensors)
+        weights = weight.reshape(-1).expand(len(z)) if isinstance(weight, torch.Tensor) else weight
+        if kernels is not None:
+            return kernels.correct(z, y, weights)
+        return srm_ops.correct(self, z, y, weights) if srm_ops.serve(self, *tensors) else super()._correct(z, y, weight)
+
+    def capturable(self, like: torch.Tensor) -> bool:
+        """What the kernels for such images say of themselves."""
+        return getattr(backend.srm_kernels(self, like), "capturable", False)
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments."""

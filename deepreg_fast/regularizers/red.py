@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..definitions.conv_chain import HEADS, NORMS, ConvChain, ConvChainForm, head_energy, per_image
+from ..definitions.conv_chain import HEADS, NORMS, ConvChain, ConvChainForm
 from .base import Regularizer, register
 
 
@@ -93,8 +93,7 @@ class RED(Regularizer):
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`r(x_b)`, `[B]`."""
-        u = x - self.center
-        return 0.5 * self.alpha * per_image(u.square()) + head_energy(self.head, u, self.net(u))
+        return ConvChainForm(self.net, self.head, self.alpha, self.center).energy(x)
 
     def conv_chain_form(self) -> ConvChainForm | None:
         """What kernels for this energy need; None for a subclass that computes something else."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .acceleration import ACCELERATIONS
-from .pgd import PGDOptions, Solution, pgd
+from .options import PGDOptions, Solution
+from .pgd import pgd
 
 __all__ = ["ACCELERATIONS", "PGDOptions", "Solution", "pgd"]

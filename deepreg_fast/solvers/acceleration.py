@@ -1,15 +1,19 @@
 """Where the next gradient is taken: at the proximal step, or at a point extrapolated from it.
 
 Each accelerator keeps one state per image, proposes a point from the proximal step `T = x + f`, and is
-reset for the images whose last proposal was refused or whose step size changed.
+reset for the images whose last proposal was refused or whose step size changed. `idx` `[b]` are the places of the
+images that it gets among all, distinct and in order; what it keeps for images that have ended is never used again.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..backend import vector_kernels
-from ..linsolve.batch import dot, expand, norm
+from ..linsolve.batch import dot, eliminate, expand, norm, put, take
+from ..linsolve.progress import masked
 
 ACCELERATIONS = ("none", "fista", "anderson")
 
@@ -21,7 +25,7 @@ class Plain:
         """`T = x + f`."""
         return x + f
 
-    def reset(self, rows: torch.Tensor) -> None:
+    def reset(self, idx: torch.Tensor, forget: torch.Tensor) -> None:
         """Nothing is kept."""
 
 
@@ -36,19 +40,19 @@ class Fista:
     def propose(self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
         """The extrapolated point of the images `idx`."""
         step = x + f
-        move = step - self.prev[idx]
-        t = self.t[idx]
+        move = step - take(self.prev, idx)
+        t = take(self.t, idx)
         restart = (t < 1.0) | (dot(f, move) < 0.0)
         t = torch.where(restart, 1.0, t)
         t_next = 0.5 * (1.0 + torch.sqrt(1.0 + 4.0 * t * t))
         weight = torch.where(restart, 0.0, (t - 1.0) / t_next)
-        self.prev[idx] = step
-        self.t[idx] = t_next
+        self.prev = put(self.prev, idx, step)
+        self.t = put(self.t, idx, t_next)
         return step + expand(weight, f) * move
 
-    def reset(self, rows: torch.Tensor) -> None:
-        """Drop the momentum of these images."""
-        self.t[rows] = 0.0
+    def reset(self, idx: torch.Tensor, forget: torch.Tensor) -> None:
+        """Drop the momentum of the images of `idx` where `forget` `[b]`."""
+        self.t = put(self.t, idx, torch.where(forget, 0.0, take(self.t, idx)))
 
 
 class Anderson:
@@ -72,21 +76,33 @@ class Anderson:
 
     def propose(self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
         """The accelerated point of the images `idx`."""
+        if hasattr(kernels := vector_kernels(x, f), "anderson_solve"):
+            return self._propose_by(kernels, x, f, idx)
         length = norm(f)
-        count = torch.where(length > 2.0 * self.length[idx], 0, self.count[idx])
-        self.length[idx] = length
+        count = torch.where(length > 2.0 * take(self.length, idx), 0, take(self.count, idx))
+        self.length = put(self.length, idx, length)
         slot = torch.where(count > 0, (count - 1) % self.memory, 0)
         row, rhs = self._remember(x, f, idx, slot, count > 0)
         self.gram[idx, slot, :] = row
         self.gram[idx, :, slot] = row
-        self.count[idx] = count + 1
+        self.count = put(self.count, idx, count + 1)
         valid = torch.arange(self.memory, device=x.device) < count.clamp(max=self.memory)[:, None]
-        gram = torch.where(valid[:, None, :] & valid[:, :, None], self.gram[idx], 0.0)
+        gram = torch.where(valid[:, None, :] & valid[:, :, None], take(self.gram, idx), 0.0)
         scale = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
         eye = torch.eye(self.memory, dtype=torch.float64, device=x.device)
         damped = gram + eye * torch.where(valid, self.ridge * scale[:, None], scale[:, None])[:, None, :]
-        c = torch.linalg.solve(damped, torch.where(valid, rhs, 0.0)[..., None])[..., 0].to(x.dtype)
+        c = _solve(damped, torch.where(valid, rhs, 0.0)).to(x.dtype)
         return self._combine(x, f, idx, torch.where(valid, c, 0.0), self.reach * length)
+
+    def _propose_by(self, kernels: Any, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+        """The same, by kernels that make the numbers, too."""
+        state = (self.dx, self.df, self.x, self.f)
+        numbers = (take(self.length, idx), take(self.count, idx), self.memory, self.reach)
+        length, count, slot, fresh, limit = kernels.anderson_turn(kernels.dot(f, f), *numbers)
+        row, rhs = kernels.remember(idx, state, slot, fresh, x, f)
+        count, c = kernels.anderson_solve(idx, row, rhs, slot, count, self.gram, self.ridge)
+        self.length, self.count = put(self.length, idx, length), put(self.count, idx, count)
+        return kernels.combine(idx, state, c, limit, x, f)
 
     def _remember(
         self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor, slot: torch.Tensor, fresh: torch.Tensor
@@ -94,11 +110,11 @@ class Anderson:
         """Put the newest differences (zeros unless `fresh`) into `slot`; their products with all others, and f's."""
         if len(idx) and (kernels := vector_kernels(x, f)) is not None:
             return kernels.remember(idx, (self.dx, self.df, self.x, self.f), slot, fresh, x, f)
-        new_df = torch.where(fresh[:, None], (f - self.f[idx]).flatten(1), 0.0)
-        self.dx[idx, slot] = torch.where(fresh[:, None], (x - self.x[idx]).flatten(1), 0.0)
+        new_df = torch.where(fresh[:, None], (f - take(self.f, idx)).flatten(1), 0.0)
+        self.dx[idx, slot] = torch.where(fresh[:, None], (x - take(self.x, idx)).flatten(1), 0.0)
         self.df[idx, slot] = new_df
         self.x[idx], self.f[idx] = x, f
-        df = self.df[idx].double()
+        df = take(self.df, idx).double()
         return (df * new_df.double()[:, None]).sum(-1), (df * f.flatten(1).double()[:, None]).sum(-1)
 
     def _combine(
@@ -108,15 +124,20 @@ class Anderson:
         if len(idx) and (kernels := vector_kernels(x, f)) is not None:
             return kernels.combine(idx, (self.dx, self.df, self.x, self.f), c, limit, x, f)
         used = (c != 0)[..., None]
-        differences = torch.where(used, self.dx[idx] + self.df[idx], 0.0)
+        differences = torch.where(used, take(self.dx, idx) + take(self.df, idx), 0.0)
         shift = (c[..., None] * differences).sum(1).reshape(x.shape)
         length = norm(shift)
         factor = torch.where(length > limit, limit / length.clamp_min(1e-300), 1.0)
         return x + f - expand(factor, shift) * shift
 
-    def reset(self, rows: torch.Tensor) -> None:
-        """Drop the memory of these images."""
-        self.count[rows] = 0
+    def reset(self, idx: torch.Tensor, forget: torch.Tensor) -> None:
+        """Drop the memory of the images of `idx` where `forget` `[b]`."""
+        self.count = put(self.count, idx, torch.where(forget, 0, take(self.count, idx)))
+
+
+def _solve(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`A_b^{-1} b_b`: on the CPU by LAPACK, which is faster there; elsewhere by what no device waits for."""
+    return eliminate(a, b) if masked(a) else torch.linalg.solve(a, b[..., None])[..., 0]
 
 
 Accelerator = Plain | Fista | Anderson

@@ -1,0 +1,339 @@
+"""The sweeps of the conv chain on a GPU, without a LayerNorm or with one over the channels of a pixel: the launches of
+`kernels/conv_chain.py` in their order, and what is kept between them (docs/kernels.md).
+
+Tensors may be on any device: Triton's interpreter takes those of the CPU. Nothing here asks the device anything, so
+that all of it can be captured in a CUDA graph. Hidden layers are 1..K, the last convolution is K + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..definitions.conv_chain import HEADS, ChannelNorm, ConvChainForm
+from .gpu_memory import needing
+from .work import rows_at_work
+
+Planes = dict[int, Tensor]
+"""`[B, H, W, CP]` by the layer's number."""
+
+
+@dataclass(frozen=True)
+class ChainOptions:
+    """How the sweeps run.
+
+    `precision` of the convolutions: `"tf32x3"`, as exact as float32 on tensor cores; `"ieee"`, float32 without them;
+    `"tf32"`, three digits: tight solves stagnate, and a LayerNorm's filters are no longer centred.
+    `storage` of the planes between kernels: `"float32"`, or `"bfloat16"`, half the bytes and three digits: solves
+    stagnate where they do with tf32 (docs/kernels.md).
+    `plane_bytes`: the batch is worked on in parts, so that a plane of all channels takes at most this (one image at
+    least); small ones stay in the L2 cache. No bit of an image depends on it. `tile`: height, width and warps of a
+    program; None takes those of the kernels.
+    """
+
+    precision: str = "tf32x3"
+    plane_bytes: int = 512 << 20
+    tile: tuple[int, int, int] | None = None
+    storage: str = "float32"
+
+    def __post_init__(self) -> None:
+        checks.choice(self.precision, "precision", ("tf32x3", "ieee", "tf32"))
+        checks.choice(self.storage, "storage", ("float32", "bfloat16"))
+        checks.integer(self.plane_bytes, "plane_bytes", 1)
+
+
+DEFAULT = ChainOptions()
+
+
+def convs_of(form: ConvChainForm) -> list[nn.Conv2d]:
+    """The convolutions."""
+    return cast("list[nn.Conv2d]", list(form.net.convs))
+
+
+def norms_of(form: ConvChainForm) -> list[ChannelNorm]:
+    """The LayerNorms, if there are any."""
+    return cast("list[ChannelNorm]", list(form.net.norms)) if form.net.norm != "none" else []
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the products need of the gradient's sweep: `z[l]`, l = 2..K, `g[l]`, l = 1..K - 1, and the image c
+    `[B, H, W]`, which is u for the head red (there the kernels take its half)."""
+
+    z: Planes
+    g: Planes
+    c: Tensor
+
+    def of(self, part: slice) -> Kept:
+        """The same for a part of the batch."""
+        z, g = ({layer: t[part] for layer, t in planes.items()} for planes in (self.z, self.g))
+        return Kept(z, g, self.c[part])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some images of a batch, and memory for what lives during their sweep.
+
+    `pair`: the planes of neighbouring layers, that of layer l being `pair[l % 2]`; `own`: planes of one layer each.
+    """
+
+    where: slice
+    rows: Tensor | None
+    u: Tensor
+    kept: Kept
+    pair: list[Tensor]
+    own: list[Tensor]
+    h_taps: Tensor
+    g_taps: Tensor
+    image: Tensor
+
+
+class Sweeps:
+    """A network with its parameters packed, a batch of images x, and the sweeps over it."""
+
+    def __init__(self, form: ConvChainForm, x: Tensor, options: ChainOptions = DEFAULT) -> None:
+        from ..kernels import conv_chain, tiles  # pyright: ignore[reportMissingImports] - elsewhere in the tree
+
+        self._kernels, self._form, self._options = conv_chain, form, options
+        self._storage: torch.dtype = getattr(torch, options.storage)
+        self._shape = x.shape
+        self._count, _, self._height, self._width = x.shape
+        self._K = len(form.net.convs) - 1
+        self._C = convs_of(form)[0].out_channels
+        self._CP = tiles.padded(self._C)
+        self._red = form.head == "red"
+        # With the head red the last hidden layer goes both ways at once.
+        self._way_out = range(1, self._K + (not self._red))
+        self._norm = form.net.norm == "pixel"
+        self._alpha = float(form.alpha)
+        self._eps = float(norms_of(form)[0].eps) if self._norm else 0.0
+        self._u = (x.detach() - form.center).contiguous().view(self._count, self._height, self._width)
+        th, tw, self._warps = options.tile or conv_chain.TILES[self._CP]
+        self._tile = {"TH": th, "TW": tw, "HEAD": HEADS.index(form.head)}
+        self._tiles = -(-self._height // th) * -(-self._width // tw)
+        packed = [self._pack(i) for i in range(self._K + 1)]
+        self._filters, self._vectors = [p[0] for p in packed], [p[1] for p in packed]
+
+    # What is kept, and what is used meanwhile.
+
+    def room_to_keep(self) -> Kept:
+        """Uninitialized, for the whole batch."""
+        needed = self._bytes(self._count, 2 * (self._K - 1), not self._red)
+        with needing(needed, self._u.device, f"Linearizing at {self._count} images"):
+            return Kept(
+                {layer: self._plane(self._count) for layer in range(2, self._K + 1)},
+                {layer: self._plane(self._count) for layer in range(1, self._K)},
+                self._u if self._red else torch.empty_like(self._u),
+            )
+
+    def _parts(self, own: int, kept: Kept | None) -> Iterator[_Part]:
+        """The parts of the batch, with memory that they share, `own` planes of it."""
+        most, rows = self._most(), rows_at_work(self._u)
+        with needing(self._bytes(most, 2 + own, 19), self._u.device, f"A sweep over {most} images at a time"):
+            planes = [self._plane(most) for _ in range(2 + own)]
+            taps = [self._u.new_empty(most, 9, self._height, self._width) for _ in range(2)]
+            image = self._u.new_empty(most, self._height, self._width)
+        for i in range(0, self._count, most):
+            part = slice(i, min(i + most, self._count))
+            u, n = self._u[part], part.stop - part.start
+            few = [p[:n] for p in planes]
+            here = Kept({}, {}, u if self._red else image[:n]) if kept is None else kept.of(part)
+            work = None if rows is None else rows[part]
+            yield _Part(part, work, u, here, few[:2], few[2:], taps[0][:n], taps[1][:n], image[:n])
+
+    def _most(self) -> int:
+        """Images of a part: if many, a multiple of 16, so that every part begins at a multiple of 16 bytes. Elsewhere
+        Triton has other kernels, whose sums could have other bits."""
+        most = max(1, min(self._count, self._options.plane_bytes // max(1, self._bytes(1, 1, 0))))
+        return most if most == self._count or most < 16 else most // 16 * 16
+
+    def _bytes(self, images: int, planes: int, floats: int) -> int:
+        return images * self._height * self._width * (self._storage.itemsize * self._CP * planes + 4 * floats)
+
+    def _plane(self, images: int) -> Tensor:
+        return self._u.new_empty(images, self._height, self._width, self._CP, dtype=self._storage)
+
+    # Launches.
+
+    def _pack(self, i: int) -> tuple[Tensor, Tensor]:
+        """Filters and vectors of convolution i = 0..K."""
+        conv, norms, hidden = convs_of(self._form)[i], norms_of(self._form), i < self._K
+        after = (norms[i].weight, norms[i].bias) if norms and hidden else (None, None)
+        filters = self._u.new_empty((9, self._CP, self._CP) if 0 < i < self._K else (16, self._CP))
+        vectors = self._u.new_empty(3, self._CP)
+        given = [None if p is None else p.detach().contiguous() for p in (conv.weight, conv.bias, *after)]
+        self._kernels.pack[16,](
+            *given, filters, vectors, float(self._form.net.gain), C=self._C, CP=self._CP, FIRST=i == 0,
+            LAST=i == self._K, CENTRED=self._norm and hidden,
+        )  # fmt: skip
+        return filters, vectors
+
+    def _launch(self, kernel: Any, rows: Tensor | None, count: int, given: dict[str, Any], constants: Any) -> None:
+        """One program for each tile of `count` images; arguments that are not given are None."""
+        names = [n for n in kernel.arg_names if not n.isupper()]
+        size = {"height": self._height, "width": self._width, "alpha": self._alpha, "eps": self._eps}
+        # Bytes are read alike on every device.
+        given = {**size, **given, "rows": None if rows is None else rows.contiguous().view(torch.uint8)}
+        kernel[count * self._tiles,](
+            **{n: given.get(n) for n in names},
+            **constants,
+            **self._tile,
+            num_warps=self._warps,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+
+    def _layer(self, kernel: Any, layer: int, ways: str, part: _Part, given: dict[str, Any]) -> None:
+        """`primal` or `tangent` of hidden layer `layer`, forward ("f"), back ("b") or both."""
+        parameters = {
+            "w": self._filters[layer - 1], "w_after": self._filters[layer], "vectors": self._vectors[layer - 1],
+            "last": self._vectors[-1], "u": part.u, "c": part.kept.c,
+        }  # fmt: skip
+        constants = {
+            "C": self._C, "CP": self._CP, "FIRST": layer == 1, "LAST": layer == self._K, "FORWARD": "f" in ways,
+            "BACKWARD": "b" in ways, "NORM": self._norm, "PRECISION": self._options.precision,
+        }  # fmt: skip
+        self._launch(kernel, part.rows, len(part.u), {**parameters, **given}, constants)
+
+    def _ways_back(self) -> Iterator[tuple[int, str]]:
+        for layer in range(self._K, 0, -1):
+            yield layer, "fb" if self._red and layer == self._K else "b"
+
+    # The gradient.
+
+    def gradient(self, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
+        """`r` `[B]` and its gradient; what the products need goes into `kept`."""
+        value, grad = self._u.new_empty(self._count), torch.empty_like(self._u)
+        partial = self._u.new_empty(self._count, self._tiles, dtype=torch.float64)
+        # What a layer leaves for its way back.
+        waiting = [layer for layer in self._way_out if layer > 1] if kept is None else []
+        for part in self._parts(len(waiting), kept):
+            if kept is None:
+                part = replace(part, kept=replace(part.kept, z=dict(zip(waiting, part.own, strict=True))))
+            self._gradient(part, partial[part.where], grad[part.where])
+        if self._count:
+            rows, block = rows_at_work(self._u), self._kernels.BLOCK
+            self._kernels.total[self._count,](
+                partial, None if rows is None else rows.contiguous().view(torch.uint8), value, self._tiles,
+                BLOCK=block, BLOCKS=-(-self._tiles // block),
+            )  # fmt: skip
+        return value, grad.view(self._shape)
+
+    def _gradient(self, part: _Part, partial: Tensor, grad: Tensor) -> None:
+        pair, z, g = part.pair, part.kept.z, part.kept.g
+        bias = {"bias": self._vectors[-1]}
+        for layer in self._way_out:
+            to = {"h_taps": part.h_taps} if layer == self._K else {"a_out": pair[layer % 2]}
+            given = {"before": pair[(layer - 1) % 2], "z": z.get(layer), **to}
+            self._layer(self._kernels.primal, layer, "f", part, given)
+        if not self._red:
+            given = {"image_in": part.u, "h_taps": part.h_taps, "c": part.kept.c, "value": partial, **bias}
+            self._launch(self._kernels.head, part.rows, len(part.u), given, {})
+        for layer, ways in self._ways_back():
+            given = {"before": pair[(layer - 1) % 2], "after": pair[(layer + 1) % 2]}
+            given |= {"z": z.get(layer), "g": g.get(layer)}
+            given |= {"h_taps": part.h_taps, "value": partial} if ways == "fb" else {}
+            given |= {"g_taps": part.g_taps} if layer == 1 else {"gu_out": pair[layer % 2]}
+            self._layer(self._kernels.primal, layer, ways, part, given)
+        self._join(part, part.u, part.kept.c, grad, bias)
+
+    def _join(self, part: _Part, image: Tensor, c: Tensor, out: Tensor, bias: dict[str, Tensor]) -> None:
+        given = {"image_in": image, "c": c, "h_taps": part.h_taps, "g_taps": part.g_taps, "out": out, **bias}
+        self._launch(self._kernels.join, part.rows, len(image), given, {})
+
+    # The products.
+
+    def product(self, kept: Kept, v: Tensor) -> Tensor:
+        """`hess r v`."""
+        out, v = torch.empty_like(self._u), v.view(self._u.shape)
+        waiting = self._waiting()
+        for part in self._parts(len(waiting), kept):
+            raw1 = dict(zip(waiting, part.own, strict=True))
+            v_here, pair = v[part.where], part.pair
+            c1 = self._forth(part, v_here, raw1, [pair[layer % 2] for layer in range(self._K)], {})
+            for layer, ways in self._ways_back():
+                given = {"before1": pair[(layer - 1) % 2], "after1": pair[(layer + 1) % 2]}
+                given |= {"h_taps": part.h_taps} if ways == "fb" else {}
+                given |= {"g_taps": part.g_taps} if layer == 1 else {"gu1_out": pair[layer % 2]}
+                self._back(part, v_here, c1, raw1, layer, ways, given)
+            self._join(part, v_here, c1, out[part.where], {})
+        return out.view(self._shape)
+
+    def _waiting(self) -> list[int]:
+        """The layers whose u' waits for the way back."""
+        return [layer for layer in self._way_out if layer > 1]
+
+    def _forth(self, part: _Part, v: Tensor, raw1: Planes, a1: list[Tensor], a: Planes) -> Tensor:
+        """Forward tangents a' into `a1` (of layers 0..K - 1, and of K if it is there), a into `a`; returns c', or v for
+        the head red."""
+        for layer in self._way_out:
+            given = {"v": v, "before1": a1[layer - 1], "z": part.kept.z.get(layer), "raw1_out": raw1.get(layer)}
+            given |= {"a_out": a.get(layer), "a1_out": a1[layer] if layer < len(a1) else None}
+            given |= {"h_taps": part.h_taps} if layer == self._K else {}
+            self._layer(self._kernels.tangent, layer, "f", part, given)
+        if self._red:
+            return v
+        given = {"image_in": v, "h_taps": part.h_taps, "c": part.image}
+        self._launch(self._kernels.head, part.rows, len(v), given, {})
+        return part.image
+
+    def _back(  # noqa: PLR0913 - a layer on the way back
+        self, part: _Part, v: Tensor, c1: Tensor, raw1: Planes, layer: int, ways: str, given: dict[str, Any]
+    ) -> None:
+        kept = {"z": part.kept.z.get(layer), "g": part.kept.g.get(layer), "raw1_in": raw1.get(layer)}
+        self._layer(self._kernels.tangent, layer, ways, part, {"v": v, "c1": c1, **kept, **given})
+
+    def parameters(self, kept: Kept, v: Tensor) -> list[Tensor]:
+        """`sum_b d/dtheta <grad r, v>`, float64: weight and bias of each convolution, then of each LayerNorm."""
+        from ..kernels import outer  # pyright: ignore[reportMissingImports] - elsewhere in the tree
+
+        K, CP, v = self._K, self._CP, v.view(self._u.shape)
+        new = {"dtype": torch.float64, "device": v.device}
+        filters = [torch.zeros((9, CP, CP) if 0 < i < K else (9, CP), **new) for i in range(K + 1)]
+        sums = [torch.zeros(3, CP, **new) for _ in range(K)]
+        last_bias = torch.zeros((), **new)
+        waiting = self._waiting()
+        for part in self._parts(len(waiting) + 2 * K + 1, kept):
+            raw1 = dict(zip(waiting, part.own, strict=False))
+            gu, *rest = part.own[len(waiting) :]
+            a, a1 = dict(enumerate(rest[:K], 1)), [gu, *rest[K:]]
+            v_here, rows = v[part.where], part.rows
+            c1 = self._forth(part, v_here, raw1, a1, a)
+            for layer, ways in self._ways_back():
+                gu1 = part.pair[layer % 2]
+                tile_sums = gu.new_empty(len(gu), self._tiles, 3, CP, dtype=torch.float64)
+                given = {"before1": a1[layer - 1], "after1": part.pair[(layer + 1) % 2], "gu_out": gu, "gu1_out": gu1}
+                given |= {"a_out": a[layer], "a1_out": a1[layer]} if ways == "fb" else {}
+                self._back(part, v_here, c1, raw1, layer, ways, {**given, "sums": tile_sums})
+                sums[layer - 1] += _over_rows(tile_sums, rows).sum((0, 1))
+                if layer > 1:
+                    filters[layer - 1] += outer.filters(a[layer - 1], gu1, rows, (a1[layer - 1], gu))
+                else:
+                    filters[0] += outer.image_filters(part.u, gu1, rows, (v_here, gu))
+            half = -0.5 if self._red else 1.0
+            filters[K] += half * outer.image_filters(c1, a[K], rows, (part.kept.c, a1[K])).flip(0)
+            last_bias += half * _over_rows(c1, rows).sum(dtype=torch.float64)
+        return self._as_parameters(filters, sums, last_bias)
+
+    def _as_parameters(self, filters: list[Tensor], sums: list[Tensor], last_bias: Tensor) -> list[Tensor]:
+        """From the packed filters' gradients to the network's: padding, input gain and centring."""
+        gain, C, K = self._form.net.gain, self._C, self._K
+        inner = [f[:, :C, :C].permute(2, 1, 0) for f in filters[1:K]]
+        first, last = filters[0][:, :C].T[:, None] * gain, filters[K][:, :C].T[None] / gain
+        weights = [w.reshape(*w.shape[:2], 3, 3) for w in (first, *inner, last)]
+        biases = [s[0, :C] for s in sums]
+        if self._norm:
+            weights[:K] = [w - w.mean(0, keepdim=True) for w in weights[:K]]
+            biases = [b - b.mean() for b in biases]
+        found = [p for pair in zip(weights, [*biases, last_bias[None] / gain], strict=True) for p in pair]
+        return found + [s[i, :C] for s in sums for i in (1, 2) if self._norm]
+
+
+def _over_rows(t: Tensor, rows: Tensor | None) -> Tensor:
+    """Zeros for the images that are not at work, whatever lies there."""
+    return t if rows is None else torch.where(rows.view(-1, *[1] * (t.dim() - 1)), t, 0.0)

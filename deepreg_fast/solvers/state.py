@@ -1,0 +1,82 @@
+"""The state of all images of a PGD run, and which of them are still at work."""
+
+from __future__ import annotations
+
+import torch
+
+from ..linsolve import passes
+from ..linsolve.batch import expand, put, take
+from ..linsolve.progress import masked
+from ..status import Status
+from .decide import Numbers
+from .options import PGDOptions, Solution
+
+
+class State:
+    """Iterates and gradients `[B, ...]`, the `Numbers` of all images, and the places `idx` `[b]` of those in the batch
+    that the next round works on: on the CPU those at work, on a device all of them, whatever `running` says."""
+
+    def __init__(self, x0: torch.Tensor, tau0: torch.Tensor | None, options: PGDOptions, center: float) -> None:
+        batch, device = x0.shape[0], x0.device
+        finite = torch.isfinite(x0)
+        self.x = torch.where(finite, x0, center).contiguous()
+        self.grad = torch.zeros_like(self.x)
+        self.tau = torch.full((batch,), options.tau, dtype=torch.float64, device=device)
+        if tau0 is not None:
+            self.tau = torch.where(torch.isfinite(tau0) & (tau0 > 0), tau0.double(), options.tau)
+        self.curvature = torch.zeros_like(self.tau)
+        self.residual = torch.full_like(self.tau, torch.inf)
+        self.cautious = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.gradients = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.iterations = torch.zeros_like(self.gradients)
+        self.status = torch.full_like(self.gradients, int(Status.MAX_ITERATIONS))
+        self.running = torch.ones_like(self.cautious)
+        self.idx = torch.arange(batch, device=device)
+        self.end(~finite.flatten(1).all(1))
+
+    def end(self, rows: torch.Tensor) -> None:
+        """The images where `rows` `[B]` end as not finite."""
+        self.status = torch.where(rows & self.running, int(Status.NON_FINITE), self.status)
+        self.running = self.running & ~rows
+
+    def numbers(self) -> Numbers:
+        """Those of the images `idx`."""
+        return Numbers(*(take(getattr(self, name), self.idx) for name in Numbers._fields))
+
+    def keep(self, numbers: Numbers) -> None:
+        """Put the numbers of the images `idx` back."""
+        for name, value in numbers._asdict().items():
+            setattr(self, name, put(getattr(self, name), self.idx, value))
+
+    def drop(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """On the CPU take the images that have ended out of `idx` and of these tensors, which belong to it."""
+        running = take(self.running, self.idx)
+        if masked(running) or bool(running.all()):
+            return tensors
+        self.idx = self.idx[running]
+        return tuple(t[running] for t in tensors)
+
+    def accept(self, good: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> None:
+        """Make x and its gradient those of the images of `idx` where `good`."""
+        if masked(x):
+            self.x, self.grad = passes.take(good, (self.x, x), (self.grad, grad))
+            return
+        everyone = bool(good.all())
+        rows = self.idx if everyone else self.idx[good]
+        for mine, new in ((self.x, x), (self.grad, grad)):
+            mine[rows] = new if everyone else new[good]
+
+    def solution(self, rounds: list[torch.Tensor]) -> Solution:
+        """What there is so far."""
+        history = {"residual": torch.stack(rounds)} if rounds else {}
+        return Solution(self.x, self.status, self.iterations, self.gradients, self.residual, self.tau, history)
+
+
+def first_gradient(state: State, grad: torch.Tensor) -> None:
+    """Take the first gradient of the images `idx`; those where it is not finite end."""
+    good = torch.isfinite(grad).flatten(1).all(1)
+    good_or_ended = put(torch.ones_like(state.running), state.idx, good)
+    state.gradients = state.gradients + state.running
+    running = take(state.running, state.idx)
+    state.grad = put(state.grad, state.idx, torch.where(expand(running & good, grad), grad, 0.0))
+    state.end(~good_or_ended)

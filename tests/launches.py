@@ -1,0 +1,129 @@
+"""The package's own launches sent through Triton's real launcher, up to machine code for sm_90, without a GPU.
+
+The interpreter knows nothing of what a launcher makes of its arguments (integers that are 1, alignment, None, names),
+and `tests/aot.py` compiles what modules list, not what is launched. Prints a JSON line for each launch that fails,
+then one with the kernels that were launched. Like `tests/aot.py` it needs a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import deepreg_fast as dr
+from deepreg_fast.backend import gpu_chain, gpu_vectors
+from deepreg_fast.backend.gpu_sweeps import ChainOptions
+from deepreg_fast.backend.work import only
+
+
+class Driver:
+    """What Triton asks of a GPU before it launches."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+FAILED: set[str] = set()
+LAUNCHED: set[str] = set()
+_RUN = JITFunction.run
+
+
+def _run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    name = self.fn.__name__
+    LAUNCHED.add(name)
+    try:
+        return _RUN(self, *args, grid=grid, warmup=True, **kwargs)
+    except Exception as error:  # of whatever type: the test shows it
+        FAILED.add(json.dumps({"kernel": name, "error": f"{type(error).__name__}: {error}"[:500]}))
+
+
+def vectors(B: int, n: int) -> None:
+    """Everything that `GpuVectors` launches, for B images of n entries."""
+    G, memory = gpu_vectors.GpuVectors(), 5
+    x = [torch.randn(B, 1, 1, n) for _ in range(8)]
+    on, none = torch.ones(B, dtype=torch.bool), torch.zeros(B, dtype=torch.int64)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.rand(*(shape or (B,)), dtype=torch.float64)
+
+    G.dots((x[0], x[0]), (x[0], x[1]), (x[1], x[1]))
+    G.add(x[0], numbers(), x[1], on)
+    for idx in (None, torch.arange(B)):
+        G.secant(idx, x[0], x[1], x[2], x[3])
+        state = (torch.zeros(B, memory, n), torch.zeros(B, memory, n), x[4], x[5])
+        row, rhs = G.remember(idx, state, none, on, x[0], x[1])
+        G.anderson_solve(idx, row, rhs, none, none, numbers(B, memory, memory), 1e-8)
+        G.combine(idx, state, torch.rand(B, memory), numbers(), x[0], x[1])
+    for rows in (None, on):
+        G.judge(x[0], x[1], x[2], x[3], rows)
+        G.cg_direction(x[0], x[1], numbers(), rows)
+        G.cg_move(x[0], x[1], x[2], x[3], numbers(), rows)
+        G.lanczos_first(x[0], numbers(), x[1], x[2], rows)
+        G.lanczos_second(x[0], numbers(), x[1], x[2], rows)
+        G.minres_move((x[0], x[1], x[2], x[3]), x[4], x[5], tuple(numbers() for _ in range(6)), rows)
+        G.descend(x[0], numbers(), x[1], rows)
+        G.pgd_step(x[0], x[1], x[2], rows)
+        G.take(rows, (x[0], x[1]), (x[2], x[3]))
+        G.take(rows, (x[0], x[1]))
+    sums, eps = numbers(3, B), 2.0**-23
+    state_of = (numbers(), numbers(), numbers(), on, none, none, none, on)
+    G.pgd_residual(state_of, sums, numbers(), (1e-3, 1.0, 1.2, 0.5, 300), eps)
+    for plain in (True, False):
+        settings = (1e-3, 1.0, 1.2, 0.5, 300)
+        G.pgd_candidate(state_of, numbers(6, B)[:5], torch.rand(B), numbers(), settings, eps, plain)
+    G.anderson_turn(numbers(), numbers(), none, memory, 20.0)
+    G.cg_turn(numbers(2, B)[1], numbers(), on, none, on)
+    G.cg_stride(sums, numbers(2, B), numbers(), numbers(), none, on, eps, 1e38)
+    G.cg_arrived(numbers(2, B), sums, numbers(), none, numbers(), on, eps)
+
+
+def chain(norm: str, head: str, channels: int, depth: int, size: tuple[int, int], storage: str = "float32") -> None:
+    """A gradient, a linearization and both of its products, of `size` images by pixels a side."""
+    batch, side = size
+    reg, x = dr.RED(channels, depth, norm, head=head), torch.rand(batch, 1, side, side)
+    form, options = reg.conv_chain_form(), ChainOptions(storage=storage)
+    assert form is not None
+    for rows in (None, torch.ones(batch, dtype=torch.bool)):
+        with only(rows):
+            gpu_chain.value_and_grad(form, x, options)
+            lin = gpu_chain.GpuLinearization(reg, form, x, options)
+            lin.hvp(x)
+            lin.param_vjp(x)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    driver.set_active(Driver())
+    JITFunction.run = _run  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        vectors(1, 7)
+        vectors(3, 6144)
+        chain("pixel", "red", 16, 3, (1, 6))
+        chain("none", "residual", 5, 2, (3, 33))
+        chain("image", "norm", 16, 3, (2, 16))
+        chain("pixel", "red", 16, 3, (2, 16), "bfloat16")
+    print(*sorted(FAILED), sep="\n", end="\n" if FAILED else "")
+    print(json.dumps({"launched": sorted(LAUNCHED)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The solvers' decisions in Triton: bit for bit those of torch, special numbers included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from deepreg_fast import Status
+from deepreg_fast.backend.gpu_vectors import GpuVectors
+from deepreg_fast.kernels import decide
+from deepreg_fast.linsolve.batch import eliminate
+from deepreg_fast.linsolve.system import OPEN
+from deepreg_fast.solvers.decide import Numbers, judge_candidate, judge_residual
+from deepreg_fast.solvers.options import PGDOptions
+
+from .test_triton_vectors import DEVICE
+
+# numpy warns where the interpreter makes an infinity.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+VECTORS = GpuVectors()
+cg: Any = import_module("deepreg_fast.linsolve.cg")  # the package's name `cg` is the function
+EPS = torch.finfo(torch.float32).eps
+SPECIAL = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -1.0, 5e-324, 1e-300, 1e300, -1e300, EPS, 1e-12]
+BATCHES = st.sampled_from([0, 1, 31, 77])
+SEEDS = st.integers(0, 10000)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _roots() -> Iterator[None]:
+    """Square roots as IEEE 754 has them, and a GPU: torch takes the CPU's from a library that may be off by one bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(torch, "sqrt", lambda t: torch.from_numpy(np.sqrt(t.numpy())))
+        yield
+
+
+class Draw:
+    """Tensors `[B]` of ordinary numbers of all sizes, with special ones strewn in."""
+
+    def __init__(self, images: int, seed: int) -> None:
+        self.images, self.g = images, torch.Generator().manual_seed(seed)
+
+    def numbers(self, *shape: int, positive: bool = False) -> torch.Tensor:
+        shape = (*shape, self.images)
+        value = torch.randn(shape, generator=self.g, dtype=torch.float64)
+        value *= 10.0 ** torch.randint(-3, 4, shape, generator=self.g)
+        special = torch.tensor(SPECIAL, dtype=torch.float64)[torch.randint(len(SPECIAL), shape, generator=self.g)]
+        value = value.abs() if positive else value
+        return torch.where(torch.rand(shape, generator=self.g) < 0.15, special, value).to(DEVICE)
+
+    def flags(self, share: float = 0.8) -> torch.Tensor:
+        return (torch.rand(self.images, generator=self.g) < share).to(DEVICE)
+
+    def counts(self, most: int) -> torch.Tensor:
+        return torch.randint(most, (self.images,), generator=self.g).to(DEVICE)
+
+    def status(self) -> torch.Tensor:
+        return torch.full((self.images,), int(Status.MAX_ITERATIONS), device=DEVICE)
+
+
+def alike(found: torch.Tensor, wanted: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+    rows = torch.ones_like(found, dtype=torch.bool) if rows is None else rows
+    a, b = found[rows], wanted[rows]
+    assert a.dtype == b.dtype
+    # Either zero may be the larger one of two, also in torch.
+    same = (a == b) | (a != a) & (b != b)
+    assert same.all(), (a[~same], b[~same])
+
+
+def state(d: Draw) -> Numbers:
+    return Numbers(
+        d.numbers(positive=True),
+        d.numbers(),
+        d.numbers(),
+        d.flags(0.5),
+        d.counts(4),
+        d.counts(9),
+        d.status(),
+        d.flags(),
+    )
+
+
+def chosen(seed: int) -> PGDOptions:
+    return PGDOptions(
+        3, [0.0, 1e-4, 1.0][seed % 3], ["none", "anderson"][seed % 2], [1.0, 1e9][seed // 2 % 2], 1.2, 0.9
+    )
+
+
+def settings_of(o: PGDOptions) -> tuple[float, ...]:
+    return o.tolerance, o.tau, o.grow, o.shrink, o.max_iterations
+
+
+@settings(max_examples=40)
+@given(BATCHES, SEEDS)
+def test_pgd_residual(images: int, seed: int) -> None:
+    d, options = Draw(images, seed), chosen(seed)
+    n, sums, scale = state(d), d.numbers(3), d.numbers(positive=True)
+    wanted = judge_residual(n, sums, scale, options, EPS)
+    found = VECTORS.pgd_residual(n, sums, scale, settings_of(options), EPS)
+    for a, b in zip(found, (wanted.residual, wanted.status, wanted.running), strict=True):
+        alike(a, b)
+
+
+@settings(max_examples=60)
+@given(BATCHES, SEEDS)
+def test_pgd_candidate(images: int, seed: int) -> None:
+    d, options = Draw(images, seed), chosen(seed)
+    n, sums, value, limit = state(d), d.numbers(5), d.numbers().float(), d.numbers(positive=True)
+    # Some about the limits.
+    dx2, dg2, bend, old2, _ = sums
+    dg2.copy_(
+        torch.where(d.flags(0.3), 1e2 * EPS**2 * old2 * (0.5 + torch.rand(images, generator=d.g).to(DEVICE)), dg2)
+    )
+    bend.copy_(torch.where(d.flags(0.3), dx2 / n.tau + 4.0 * EPS * torch.sqrt(old2 * dx2), bend))
+    wanted, good, forget = judge_candidate(n, sums, value, limit, options, EPS)
+    plain = options.acceleration == "none"
+    found, accept, forgets = VECTORS.pgd_candidate(n, sums, value, limit, settings_of(options), EPS, plain)
+    for a, b in zip((*found, accept), (*wanted, good), strict=True):
+        alike(a, b)
+    alike(forgets[n.running], forget[n.running])
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 3), st.integers(1, 7), SEEDS)
+def test_anderson(images: int, memory: int, seed: int) -> None:
+    """As `Anderson.propose` has it."""
+    d, ridge, reach = Draw(images, seed), 1e-8, 20.0
+    count, length, square = d.counts(2 * memory + 2), d.numbers(positive=True), d.numbers(positive=True)
+    size = torch.sqrt(square)
+    kept = torch.where(size > 2.0 * length, 0, count)
+    slot = torch.where(kept > 0, (kept - 1) % memory, 0)
+    found = VECTORS.anderson_turn(square, length, count, memory, reach)
+    for a, b in zip(found, (size, kept, slot, kept > 0, reach * size), strict=True):
+        alike(a, b)
+
+    df = torch.randn(images + 1, memory, 40, generator=d.g, dtype=torch.float64).to(DEVICE)
+    rhs, row = (
+        df[:images, :, 0].clone(),
+        torch.einsum("bkn,bn->bk", df[:images], df[torch.arange(images, device=DEVICE), slot]),
+    )
+    if seed % 4 == 0:
+        row[:1], rhs[1:2] = torch.nan, torch.inf
+    idx, gram = torch.arange(images).flip(0).to(DEVICE) + 1, df @ df.mT
+    wanted_gram = gram.clone()
+    wanted_gram[idx, slot, :] = row
+    wanted_gram[idx, :, slot] = row
+    valid = torch.arange(memory, device=DEVICE) < kept.clamp(max=memory)[:, None]
+    g = torch.where(valid[:, None, :] & valid[:, :, None], wanted_gram[idx], 0.0)
+    scale = g.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
+    eye = torch.eye(memory, dtype=torch.float64, device=DEVICE)
+    damped = g + eye * torch.where(valid, ridge * scale[:, None], scale[:, None])[:, None, :]
+    c = torch.where(valid, eliminate(damped, torch.where(valid, rhs, 0.0)).float(), 0.0)
+    found_count, found = VECTORS.anderson_solve(idx, row, rhs, slot, kept, gram, ridge)
+    alike(found, c)
+    alike(gram, wanted_gram)
+    assert torch.equal(found_count, kept + 1)
+
+
+@settings(max_examples=40)
+@given(BATCHES, SEEDS)
+def test_cg_turn(images: int, seed: int) -> None:
+    d = Draw(images, seed)
+    new_rz, rz, fresh, running, status = d.numbers(), d.numbers(positive=True), d.flags(0.3), d.flags(), d.status()
+    wanted_factor, end = cg.turn(new_rz, rz, fresh)
+    go = running & (end == OPEN)
+    factor, next_rz, next_fresh, next_status, next_running = VECTORS.cg_turn(new_rz, rz, fresh, status, running)
+    alike(factor, wanted_factor)
+    alike(next_rz, torch.where(go, new_rz, rz))
+    alike(next_status, torch.where(running, end, status))
+    assert torch.equal(next_running, go) and torch.equal(next_fresh, fresh & ~go)
+
+
+@settings(max_examples=60)
+@given(BATCHES, SEEDS)
+def test_cg_stride(images: int, seed: int) -> None:
+    d = Draw(images, seed)
+    sums, moved, rz, a_norm = d.numbers(3), d.numbers(2, positive=True), d.numbers(positive=True), d.numbers()
+    running, status = d.flags(), d.status()
+    # Some at the very limit, and on either side of it.
+    limit = 0.5 * EPS * torch.maximum(a_norm, torch.sqrt(sums[2] / sums[0])) * sums[0]
+    sums[1] = torch.where(d.flags(0.5), torch.where(d.flags(0.5), limit, -limit), sums[1])
+    ratio = torch.sqrt(sums[2] / sums[0])
+    norm = torch.where(running & torch.isfinite(ratio), torch.maximum(a_norm, ratio), a_norm)
+    length, end = cg.stride(sums, rz, norm, EPS)
+    ends, go = torch.where(running, end, status), running & (end == OPEN)
+    length = torch.where(go, length, 0.0)
+    end = cg.overflow(moved, sums, length, 1e38)
+    ends, go = torch.where(go, end, ends), go & (end == OPEN)
+    found = VECTORS.cg_stride(sums, moved, rz, a_norm, status, running, EPS, 1e38)
+    for a, b in zip(found, (torch.where(go, length, 0.0), norm, ends, go), strict=True):
+        alike(a, b)
+
+
+@settings(max_examples=40)
+@given(BATCHES, SEEDS)
+def test_cg_arrived(images: int, seed: int) -> None:
+    d = Draw(images, seed)
+    moved, sums = d.numbers(2, positive=True), d.numbers(3, positive=True)
+    length, idle, running, aim = d.numbers(positive=True), d.counts(4), d.flags(), d.numbers(positive=True)
+    count, done = cg.arrived(moved, length * torch.sqrt(sums[0]), idle, aim, EPS)
+    found = VECTORS.cg_arrived(moved, sums, length, idle, aim, running, EPS)
+    for a, b in zip(found, (count, running & ~done), strict=True):
+        alike(a, b)
+
+
+def test_the_kernels_know_the_statuses() -> None:
+    assert {s.name: int(s) for s in Status} == {s.name: getattr(decide, s.name).value for s in Status}

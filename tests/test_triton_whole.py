@@ -1,0 +1,160 @@
+"""The Triton sweeps with a LayerNorm over the image, against float64: at most twice torch's own float32 error.
+
+In Triton's interpreter, or on the GPU that is there.
+"""
+
+from __future__ import annotations
+
+import copy
+from statistics import median
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import deepreg_fast as dr
+from deepreg_fast.backend import only
+
+from .helpers import images, normal, random_red, relative
+
+pytest.importorskip("triton")
+
+from deepreg_fast.backend import gpu_chain
+from deepreg_fast.backend.gpu_sweeps import ChainOptions
+from deepreg_fast.backend.gpu_whole import WholeSweeps
+from deepreg_fast.kernels import outer, whole
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 2.0**-23
+# The interpreter's time follows the number of programs.
+ONE_TILE, SEVERAL = ChainOptions(tile=(16, 32, 4)), ChainOptions(tile=(8, 16, 4))
+
+
+@pytest.fixture(autouse=True)
+def _large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setattr(outer, "PIXELS", 512)
+
+
+def _answers(reg: dr.RED, x: Tensor, v: Tensor, options: ChainOptions = ONE_TILE) -> dict[str, Tensor]:
+    """Everything that the sweeps compute, by name."""
+    form = copy.deepcopy(reg).to(DEVICE).conv_chain_form()
+    assert form is not None
+    sweeps = WholeSweeps(form, x.to(DEVICE), options)
+    kept = sweeps.room_to_keep()
+    value, grad = sweeps.gradient(kept)
+    theta = torch.cat([p.flatten() for p in sweeps.parameters(kept, v.to(DEVICE))])[None]
+    found = {"value": value, "grad": grad, "hvp": sweeps.product(kept, v.to(DEVICE)), "theta": theta}
+    return {name: t.cpu() for name, t in found.items()}
+
+
+def _reference(reg: dr.RED, x: Tensor, v: Tensor) -> dict[str, Tensor]:
+    with dr.use_backend("reference"):
+        value, grad = reg.value_and_grad(x)
+        lin = reg.linearize(x)
+        found = lin.param_vjp(v)
+        # Convolutions before LayerNorms, as they lie in the network.
+        theta = torch.cat([found[name].flatten() for name, _ in reg.named_parameters()])[None]
+        return {"value": value, "grad": grad, "hvp": lin.hvp(v), "theta": theta}
+
+
+def _compare(reg: dr.RED, x: Tensor, v: Tensor, options: ChainOptions = ONE_TILE) -> None:
+    exact = _reference(copy.deepcopy(reg).double(), x.double(), v.double())
+    theirs = _reference(reg, x, v)
+    ours = _answers(reg, x, v, options)
+
+    def error(found: Tensor, wanted: Tensor) -> float:
+        return median(relative(f.double(), w) for f, w in zip(found, wanted, strict=True))
+
+    for name, wanted in exact.items():
+        # Where torch is exact by luck, an answer is still allowed its own rounding.
+        assert error(ours[name], wanted) <= max(2.0 * error(theirs[name], wanted), 2.0 * EPS), name
+
+
+@settings(max_examples=4)
+@given(
+    channels=st.sampled_from((1, 3, 16, 17)),
+    depth=st.integers(2, 3),
+    head=st.sampled_from(("red", "residual", "norm")),
+    # A ratio of two rounding errors needs many of them.
+    size=st.tuples(st.integers(3, 16), st.integers(20, 32)),
+    seed=st.integers(0, 1000),
+)
+def test_against_float64(channels: int, depth: int, head: str, size: tuple[int, int], seed: int) -> None:
+    scale = 0.15 * min(1.0, (16 / channels) ** 0.5)
+    options = {"channels": channels, "depth": depth, "head": head, "norm": "image", "alpha": 0.1}
+    reg = random_red(seed, scale, double=False, **options)
+    _compare(reg, images(2, 1, *size, seed=seed, dtype=torch.float32), normal(2, 1, *size, seed=seed).float())
+
+
+def test_several_tiles_and_a_far_mean() -> None:
+    """The mean of u is large against its deviation: a difference of sums of squares would lose the variance."""
+    reg = random_red(3, double=False, channels=16, norm="image")
+    with torch.no_grad():
+        for conv in list(reg.net.convs)[:-1]:
+            conv.bias.add_(30.0)  # type: ignore[operator,union-attr]
+    _compare(reg, images(2, 1, 10, 20, dtype=torch.float32), normal(2, 1, 10, 20).float(), SEVERAL)
+
+
+def test_64_channels() -> None:
+    reg = random_red(2, 0.07, double=False, channels=40, norm="image")
+    _compare(reg, images(1, 1, 12, 20, dtype=torch.float32), normal(1, 1, 12, 20).float())
+
+
+def test_neither_neighbours_nor_ended_images_change_the_bits() -> None:
+    reg = random_red(1, double=False, channels=8, norm="image")
+    x, v = images(3, 1, 9, 14, dtype=torch.float32), normal(3, 1, 9, 14).float()
+    x[1, 0, 4, 5] = torch.nan
+    together, without = _answers(reg, x, v), _answers(reg, x[[0, 2]], v[[0, 2]])
+    with only(torch.tensor([True, False, True], device=DEVICE)):
+        ended = _answers_in_poisoned_memory(reg, x, v)
+    for name in ("value", "grad", "hvp"):
+        assert torch.equal(together[name][[0, 2]], without[name]), name
+        assert torch.equal(ended[name][[0, 2]], without[name]), name
+    assert bool(torch.isnan(together["value"][1])) and bool(torch.isnan(together["theta"]).any())
+    assert bool(torch.isnan(ended["grad"][1]).all()), "what is not at work is left as it was"
+    assert relative(ended["theta"], without["theta"]) <= 1e-6
+
+
+def test_parts_of_the_batch_change_no_bit() -> None:
+    reg = random_red(1, double=False, channels=8, depth=2, norm="image")
+    x, v = images(2, 1, 9, 14, dtype=torch.float32), normal(2, 1, 9, 14).float()
+    whole_batch, one_by_one = _answers(reg, x, v), _answers(reg, x, v, ChainOptions(plane_bytes=1, tile=ONE_TILE.tile))
+    assert all(torch.equal(whole_batch[name], one_by_one[name]) for name in ("value", "grad", "hvp"))
+    assert relative(one_by_one["theta"], whole_batch["theta"]) <= 1e-6
+
+
+def _poisoned(t: Tensor) -> Tensor:
+    return t.fill_(torch.nan) if t.is_floating_point() else t
+
+
+def _answers_in_poisoned_memory(reg: dr.RED, x: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """Where new memory holds NaN, so that what is left undefined shows if it is read."""
+    fresh = torch.Tensor.new_empty
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poisoned(fresh(*a, **k)))
+        patch.setattr(torch, "empty_like", lambda t: _poisoned(torch.zeros_like(t)))
+        return _answers(reg, x, v)
+
+
+def test_the_linearization_is_made_of_these_sweeps() -> None:
+    reg = random_red(1, double=False, channels=3, depth=2, norm="image").to(DEVICE)
+    x, v = images(1, 1, 6, 7, dtype=torch.float32).to(DEVICE), normal(1, 1, 6, 7).float().to(DEVICE)
+    form = reg.conv_chain_form()
+    assert form is not None and gpu_chain.why_not(form, x) is None
+    lin = gpu_chain.GpuLinearization(reg, form, x)
+    with dr.use_backend("reference"):
+        wanted = reg.linearize(x)
+    assert relative(lin.hvp(v), wanted.hvp(v)) <= 1e-5 and relative(lin.grad, wanted.grad) <= 1e-5
+    found, theirs = lin.param_vjp(v), wanted.param_vjp(v)
+    assert list(found) == list(theirs)
+    assert all(relative(found[name], theirs[name]) <= 1e-5 for name in theirs)
+    assert torch.equal(gpu_chain.value_and_grad(form, x)[1], lin.grad)
+
+
+def test_tiles_are_those_that_are_compiled() -> None:
+    """What the launches use without options is what `variants()` lists."""
+    compiled = {tuple(v.constexprs[n] for n in ("CP", "TH", "TW")) for v in whole.variants() if "TH" in v.constexprs}
+    assert compiled == {(cp, th, tw) for cp, (th, tw, _) in whole.TILES.items()}
