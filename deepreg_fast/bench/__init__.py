@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from .cases import CASES
+from .ceilings import Ceilings
 from .machine import Bounds, bounds, describe
 from .peers_learned import check as check_learned_regularizers
 from .problem import Problem
-from .runner import Result, run
+from .runner import Result, cases_of, measure, run
+from .target import TARGETS, Target
 from .timing import Ratio, Timing, interleave, ratio
 
 __all__ = [
     "CASES",
     "Bounds",
+    "Ceilings",
     "Problem",
+    "TARGETS",
     "Ratio",
     "Result",
+    "Target",
     "Timing",
     "bounds",
+    "cases_of",
     "check_learned_regularizers",
     "describe",
     "interleave",
+    "measure",
     "ratio",
     "run",
 ]

@@ -14,7 +14,7 @@ import torch
 from .._version import __version__
 from ..backend import backends, cpu
 from .peers_learned import commit
-from .timing import _clock
+from .timing import HOST, Timed
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,28 @@ class Bounds:
     copy: float
     """GB/s read plus GB/s written, of 128 MB."""
 
+    def __str__(self) -> str:
+        fma = f"{self.fma:.0f}" if self.fma else "?"
+        return f"Multiply-adds {fma} GFLOP/s, matrix product {self.gemm:.0f} GFLOP/s, copy {self.copy:.0f} GB/s."
+
+    @property
+    def rate(self) -> float:
+        """GFLOP/s that no kernel exceeds."""
+        return self.fma or self.gemm
+
+    def share(self, flops: float, moved: float, milliseconds: float) -> str:
+        """Which part of the bound that matters a kernel reaches, in words."""
+        if flops and self.fma:
+            return f"{flops / milliseconds / 1e6 / self.fma:.0%} of multiply-adds"
+        if moved and not flops:
+            return f"{moved / milliseconds / 1e6 / self.copy:.0%} of the copy"
+        return ""
+
+    def roofline(self, flops: float, moved: float, milliseconds: float) -> float | None:
+        """`max(flops / rate, bytes / bandwidth) / time`; None where nothing was counted."""
+        floor = 1e-6 * max(flops / self.rate, moved / self.copy)
+        return floor / milliseconds or None
+
 
 def bounds(rounds: int = 15) -> Bounds:
     """Measure them: the best of `rounds`."""
@@ -36,13 +58,17 @@ def bounds(rounds: int = 15) -> Bounds:
     if extension is not None:
         multiply, isa, threads = extension.multiply_adds, cpu.instruction_set(), torch.get_num_threads()
         flops = multiply(isa, threads, 1)
-        fma = flops / min(_clock(lambda _: multiply(isa, threads, 1), 0) for _ in range(rounds)) / 1e9
+        fma = flops / _best(lambda _: multiply(isa, threads, 1), rounds) / 1e9
     a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
-    gemm = 2 * 1024**3 / min(_clock(lambda _: a @ b, 0) for _ in range(rounds)) / 1e9
+    gemm = 2 * 1024**3 / _best(lambda _: a @ b, rounds) / 1e9
     source = torch.rand(32 << 20)
     target = torch.empty_like(source)
-    copy = 2 * 4 * (32 << 20) / min(_clock(lambda _: target.copy_(source), 0) for _ in range(rounds)) / 1e9
+    copy = 2 * 4 * (32 << 20) / _best(lambda _: target.copy_(source), rounds) / 1e9
     return Bounds(fma, gemm, copy)
+
+
+def _best(f: Timed, rounds: int) -> float:
+    return min(HOST.measure(f, 0, 1) for _ in range(rounds))
 
 
 def describe(learned_regularizers: Path | None = None) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -48,11 +49,15 @@ class BestTorch(torch.nn.Module):
         x = x.detach().requires_grad_()
         return torch.autograd.grad(self.energy(x).sum(), x)[0]
 
-    def products(self, x: Images) -> tuple[Callable[[Images], Images], Callable[[Images], list[Images]]]:
-        """Hessian-vector and parameter products from one graph of the gradient."""
+    def graph(self, x: Images) -> tuple[Images, Images]:
+        """The point and `grad r` there, joined by a graph."""
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            grad = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+            return x, torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+    def products(self, x: Images) -> tuple[Callable[[Images], Images], Callable[[Images], list[Images]]]:
+        """Hessian-vector and parameter products from one graph of the gradient."""
+        x, grad = self.graph(x)
         params = [p for p in self.reg.parameters() if p.requires_grad]
 
         def hvp(v: Images) -> Images:
@@ -87,24 +92,37 @@ def compiled_grad(reg: RED) -> Callable[[Images], Images]:
     return grad
 
 
-def jax_available() -> bool:
-    """Whether JAX can be imported."""
-    return importlib.util.find_spec("jax") is not None
+def why_no_jax(device: torch.device) -> str | None:
+    """None if JAX is here and computes on a device of that kind, else how to get it."""
+    if importlib.util.find_spec("jax") is None:
+        return "pip install 'deepreg-fast[bench]'"
+    if device.type == "cuda":
+        # The rest of the memory is for the others.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        try:
+            cast(Any, importlib.import_module("jax")).devices("gpu")
+        except Exception as error:  # a plugin of another CUDA fails in many ways
+            lines = str(error).splitlines() or [""]
+            return f"JAX finds no GPU ({lines[0][:80]}); pip install 'jax[cuda13]'"
+    return None
 
 
 class Jax:
-    """The same energy in JAX on the CPU, under jit."""
+    """The same energy in JAX under jit, on JAX's first device, in float32 proper (on a GPU its default is TF32).
+
+    Each call waits for its answer, as the clock of a device would not.
+    """
 
     def __init__(self, reg: RED) -> None:
         jax = cast(Any, importlib.import_module("jax"))
         jnp = jax.numpy
         net = reg.net
         convs = [
-            (jnp.asarray(c.weight.detach().numpy()), jnp.asarray(cast(torch.Tensor, c.bias).detach().numpy()))
+            (_array(jnp, c.weight), _array(jnp, cast(torch.Tensor, c.bias)))
             for c in cast("list[torch.nn.Conv2d]", list(net.convs))
         ]
         norms = [
-            (jnp.asarray(n.weight.detach().numpy()), jnp.asarray(n.bias.detach().numpy()))
+            (_array(jnp, n.weight), _array(jnp, n.bias))
             for n in cast("list[Any]", list(net.norms))
             if net.norm == "pixel"
         ]
@@ -112,7 +130,12 @@ class Jax:
         def conv(a: Any, w: Any, b: Any) -> Any:
             return (
                 jax.lax.conv_general_dilated(
-                    a, w.transpose(2, 3, 1, 0), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                    a,
+                    w.transpose(2, 3, 1, 0),
+                    (1, 1),
+                    "SAME",
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                    precision=jax.lax.Precision.HIGHEST,
                 )
                 + b
             )
@@ -134,7 +157,7 @@ class Jax:
         self._grad = jax.jit(jax.grad(energy))
 
     def _in(self, x: Images) -> Any:
-        return self._jnp.asarray(x[:, 0, :, :, None].numpy())
+        return _array(self._jnp, x[:, 0, :, :, None])
 
     @staticmethod
     def out(y: Any) -> Images:
@@ -153,3 +176,7 @@ class Jax:
         _, linear = self._jax.linearize(self._grad, self._in(x))
         product, given = self._jax.jit(linear), [self._in(v) for v in vs]
         return lambda k: product(given[k % len(given)]).block_until_ready()
+
+
+def _array(jnp: Any, t: torch.Tensor) -> Any:
+    return jnp.asarray(t.detach().cpu().numpy())

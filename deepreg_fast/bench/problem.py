@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +13,13 @@ import torch
 
 from ..backend import use_backend
 from ..lipschitz import spectrum
+from ..operators import SRM
 from ..regularizers import RED
+from .target import CPU, Target
 from .timing import Timed
 
 INPUTS = 3
-"""Inputs that take turns, so that none stays in the caches by being the only one."""
+"""Inputs that take turns, so that none stays in the caches by being the only one; more of a device's, see `Target`."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Problem:
     seed: int = 0
     learned_regularizers: Path | None = None
     """A checkout of LearnedRegularizers, a peer of the case `step`."""
+    target: Target = CPU
 
     def regularizer(self) -> RED:
         """A regularizer with all weights random. Its Hessian has eigenvalues of both signs."""
@@ -40,7 +43,7 @@ class Problem:
         with torch.no_grad():
             for p in reg.parameters():
                 p.add_(0.05 * torch.randn(p.shape, generator=g))
-        return reg
+        return reg.to(self.target.device)
 
     def solvable(self, images: list[torch.Tensor], reach: float) -> RED:
         """The same with its last convolution scaled so that `||hess s||` is `reach` at the first of `images`.
@@ -57,24 +60,41 @@ class Problem:
         return reg
 
     def images(self, stream: int) -> list[torch.Tensor]:
-        """`INPUTS` batches of smooth images with a little noise."""
+        """`inputs` batches of smooth images with a little noise, drawn on the CPU."""
         g = torch.Generator().manual_seed(1000 * self.seed + stream)
         found = []
-        for _ in range(INPUTS):
+        for _ in range(self.inputs):
             coarse = torch.rand(self.batch, 1, 6, 6, generator=g)
             x = torch.nn.functional.interpolate(coarse, self.size, mode="bicubic")
-            found.append((x + 0.02 * torch.randn(x.shape, generator=g)).contiguous())
+            found.append((x + 0.02 * torch.randn(x.shape, generator=g)).contiguous().to(self.target.device))
         return found
+
+    def operator(self, transform: str = "dct") -> SRM:
+        """The SRM of these images."""
+        return SRM((1, self.size, self.size), transform=transform).to(self.target.device)
+
+    def turns(self, f: Callable[..., Any], *inputs: Sequence[Any]) -> Timed:
+        """`f` of the inputs whose turn it is."""
+        return lambda k: f(*(xs[k % len(xs)] for xs in inputs))
+
+    def exactly(self, f: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        """`f` of the tensors in float64, a few images at a time where the target's memory is short."""
+        n = self.batch
+        if self.target.memory:
+            # A graph of the gradient holds about 40 hidden planes.
+            n = max(1, min(n, self.target.memory // (40 * 8 * self.channels * self.size**2)))
+        parts = [f(*(t[i : i + n].double() for t in tensors)) for i in range(0, self.batch, n)]
+        return torch.cat(parts)
+
+    @property
+    def inputs(self) -> int:
+        """Batches that take turns: twice the target's cache, at least `INPUTS`."""
+        return max(INPUTS, min(32, -(-2 * self.target.cache // (4 * self.pixels))))
 
     @property
     def pixels(self) -> int:
         """Of the batch."""
         return self.batch * self.size**2
-
-    def sweep_flops(self) -> int:
-        """Multiply-adds (two flops) of a forward and a backward pass of the convolutions, as direct sums."""
-        c = self.channels
-        return 2 * 2 * self.pixels * 9 * (2 * c + (self.depth - 2) * c * c)
 
 
 @dataclass
@@ -97,6 +117,14 @@ class Case:
     """What is held to the tolerance in the place of the relative error: of a flat float64 answer, to input k."""
     notes: dict[str, str] = field(default_factory=dict)
     """How a peer was set, by its name."""
+    allowed: dict[str, float] = field(default_factory=dict)
+    """Peers that may have a larger error than others, as they compute in a narrower format."""
+    least: float = 0.0
+    """Bytes that any implementation must move, where `bytes` counts what ours does."""
+
+    def release(self) -> None:
+        """Let go of the candidates and the answers, whose tensors the next case needs the memory of."""
+        self.candidates, self.exact, self.others, self.measure = {}, [], {}, None
 
 
 def under(name: str, f: Callable[[], Any]) -> Any:

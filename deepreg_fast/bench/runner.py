@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from .cases import CASES
+from .cases import CASES, told
+from .ceilings import Ceilings
+from .cuda_cases import CUDA_CASES
 from .machine import Bounds
-from .problem import INPUTS, Case, Problem, flat
-from .timing import CONTROL, PLANTED, Ratio, Timing, interleave
+from .problem import Case, Problem, flat
+from .target import Target
+from .timing import CONTROL, PLANTED, Ratio, Timing, cold, interleave
 
 EPS = 2.0**-23
+Table = Mapping[str, Callable[[Problem], Iterator[Case]]]
 
 
 @dataclass
@@ -29,6 +33,10 @@ class Row:
     """How many times longer than ours."""
     error: float
     """Against float64: relative, or what the case measures (`cg`: the residual)."""
+    cold: float | None = None
+    """Milliseconds with a cold L2 cache, where the target's clock measures them."""
+    peak: int | None = None
+    """Bytes that a call held at most, where the target's allocator tells."""
 
 
 @dataclass
@@ -47,14 +55,14 @@ def _errors(case: Case) -> dict[str, float]:
     found = {}
     for name, f in case.candidates.items():
         errors = []
-        for k in range(INPUTS):
+        for k in range(len(case.exact)):
             exact = case.others.get(name, case.exact)[k].flatten()
-            poison = [torch.full((exact.numel(),), torch.nan) for _ in range(2)]
+            poison = [torch.full((exact.numel(),), torch.nan, device=exact.device) for _ in range(2)]
             del poison
-            answer = flat(f(k)).reshape(-1)
+            answer = flat(f(k)).reshape(-1).to(exact.device)
             if answer.numel() != exact.numel():
                 errors.append(float("inf"))
-            elif case.measure is not None:
+            elif case.measure is not None and name not in case.others:
                 errors.append(case.measure(answer, k))
             else:
                 errors.append(float((answer - exact).norm() / exact.norm()))
@@ -67,51 +75,91 @@ def _judge(case: Case, errors: dict[str, float]) -> str | None:
     limit = case.tolerance if case.tolerance is not None else max(2.0 * errors[case.judge], 4 * EPS)
     if not errors["ours"] <= limit:
         return f"ours has an error of {errors['ours']:.1e} against float64, more than {limit:.1e}"
-    bad = [n for n, e in errors.items() if not e <= (case.tolerance or 1e-3)]
+    bad = [n for n, e in errors.items() if not e <= case.allowed.get(n, case.tolerance or 1e-3)]
     return f"{bad[0]} has an error of {errors[bad[0]]:.1e} against float64" if bad else None
 
 
+def cases_of(target: Target) -> Table:
+    """What is timed on it."""
+    return CUDA_CASES if target.device.type == "cuda" else CASES
+
+
 def run(
-    problem: Problem, names: Iterable[str] = tuple(CASES), rounds: int = 21, say: Callable[[str], None] = lambda _: None
+    problem: Problem,
+    names: Iterable[str] | None = None,
+    rounds: int = 21,
+    say: Callable[[str], None] = lambda _: None,
+    table: Table | None = None,
 ) -> list[Result]:
-    """Each case: check every candidate, time them in turns, check them again."""
+    """Each case of the target's table: check every candidate, time them in turns, check them again."""
+    table = table or cases_of(problem.target)
     results = []
-    for name in names:
-        for case in CASES[name](problem):
+    for name in table if names is None else names:
+        for case in table[name](problem):
             say(case.name)
-            result = Result(case)
-            results.append(result)
-            errors = _errors(case)
-            result.wrong = _judge(case, errors)
-            if result.wrong:
-                continue
-            result.timing = timing = interleave(case.candidates, rounds)
-            result.void, result.wrong = timing.void, _judge(case, _errors(case))
-            for n in (*case.candidates, CONTROL, PLANTED):
-                row = Row(case.name, n, 1e3 * timing.median(n), timing.spread(n), timing.ratio(n), errors.get(n, 0.0))
-                result.rows.append(row)
+            results.append(measure(case, problem.target, rounds))
+            case.release()
     return results
+
+
+def measure(case: Case, target: Target, rounds: int) -> Result:
+    """One case: checked, timed, and checked again."""
+    result = Result(case)
+    _drop_broken(case)
+    errors = _errors(case)
+    result.wrong = _judge(case, errors)
+    if result.wrong:
+        return result
+    result.timing = timing = interleave(case.candidates, rounds, clock=target.clock)
+    chilled = cold(case.candidates, min(rounds, 9), target.clock)
+    peaks = {n: target.peak(f) for n, f in case.candidates.items()}
+    result.void, result.wrong = timing.void, _judge(case, _errors(case))
+    for n in (*case.candidates, CONTROL, PLANTED):
+        row = Row(case.name, n, 1e3 * timing.median(n), timing.spread(n), timing.ratio(n), errors.get(n, 0.0))
+        row.cold = 1e3 * chilled[n] if n in chilled else None
+        row.peak = peaks.get(n)
+        result.rows.append(row)
+    return result
+
+
+def _drop_broken(case: Case) -> None:
+    """A peer that cannot run here is reported, not raised."""
+    for name, f in list(case.candidates.items()):
+        if name not in ("ours", case.judge):
+            try:
+                f(0)
+            except Exception as error:
+                del case.candidates[name]
+                case.missing[name] = told(error)
 
 
 def to_csv(results: Iterable[Result]) -> str:
     """One line a candidate."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("case", "candidate", "milliseconds", "spread", "ratio", "low", "high", "error", "void"))
+    head = ("case", "candidate", "milliseconds", "spread", "ratio", "low", "high", "error", "void", "cold", "peak")
+    writer.writerow(head)
     for result in results:
         for r in result.rows:
             numbers = (r.milliseconds, r.spread, r.ratio.median, r.ratio.low, r.ratio.high, r.error)
-            writer.writerow((r.case, r.name, *(f"{v:.4g}" for v in numbers), result.void or ""))
+            writer.writerow(
+                (r.case, r.name, *(f"{v:.4g}" for v in numbers), result.void or "", *_blank(r.cold, r.peak))
+            )
     return out.getvalue()
 
 
+def _blank(*values: float | None) -> list[str]:
+    return ["" if v is None else f"{v:.4g}" for v in values]
+
+
 def to_json(
-    results: Iterable[Result], problem: Problem, bounds: Bounds, machine: dict[str, object]
+    results: Iterable[Result], problem: Problem, bounds: Bounds | Ceilings, machine: dict[str, object]
 ) -> dict[str, object]:
     """Everything, as JSON values."""
     return {
         "machine": machine,
-        "problem": {n: v for n, v in vars(problem).items() if n != "learned_regularizers"},
+        "problem": {n: v for n, v in vars(problem).items() if n not in ("learned_regularizers", "target")},
+        "device": problem.target.device.type,
         "bounds": vars(bounds),
         "cases": {
             r.case.name: {
@@ -121,6 +169,8 @@ def to_json(
                 "notes": r.case.notes,
                 "flops": r.case.flops,
                 "bytes": r.case.bytes,
+                "least_bytes": r.case.least or r.case.bytes,
+                "roofline": bounds.roofline(r.case.flops, r.case.bytes, r.rows[0].milliseconds) if r.rows else None,
                 "gflops": r.case.flops / r.rows[0].milliseconds / 1e6 if r.rows else None,
                 "candidates": {
                     row.name: {
@@ -128,6 +178,8 @@ def to_json(
                         "spread": row.spread,
                         "ratio": [row.ratio.median, row.ratio.low, row.ratio.high],
                         "error": row.error,
+                        "cold_milliseconds": row.cold,
+                        "peak_bytes": row.peak,
                     }
                     for row in r.rows
                 },

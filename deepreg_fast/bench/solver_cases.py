@@ -18,7 +18,7 @@ from ..regularizers.base import Regularizer, as_regularizer
 from ..solvers import PGDOptions
 from . import peers, peers_deepinv, peers_learned
 from .calibrate import Setting, loosest
-from .problem import INPUTS, Case, Problem, double, flat, timed_under, under
+from .problem import Case, Problem, double, flat, timed_under, under
 from .timing import Timed
 
 MU = 0.1
@@ -31,19 +31,19 @@ def cg(p: Problem) -> Case:
     """The adjoint system to a true residual of 1e-4, which is what every answer is checked for, in float64."""
     xs, bs = p.images(1), [0.1 * b for b in p.images(2)]
     reg, x = p.solvable(xs, 0.9), xs[0]
-    A, mu, options = SRM((1, p.size, p.size)), torch.full((p.batch,), MU), AdjointOptions("cg", 200, 1e-4)
+    A, mu, options = p.operator(), xs[0].new_full((p.batch,), MU), AdjointOptions("cg", 200, 1e-4)
     best = peers.BestTorch(reg)
-    hvps: dict[str, Any] = {n: under(b, lambda: reg.linearize(x)) for n, b in _BACKENDS}
+    hvps: dict[str, Any] = {n: under(b, lambda: reg.linearize(x)) for n, b in backends(p)}
 
     class _Best:
         hvp = staticmethod(best.products(x)[0])
 
     def solver(lin: Any, name: str) -> Timed:
-        return timed_under(name, lambda k: solve_adjoint(lin, A, mu, bs[k % INPUTS], options).x)
+        return timed_under(name, p.turns(lambda b: solve_adjoint(lin, A, mu, b, options).x, bs))
 
-    found = {n: solver(hvps[n], b) for n, b in _BACKENDS}
+    found = {n: solver(hvps[n], b) for n, b in backends(p)}
     found["torch, best"] = solver(_Best(), "reference")
-    residual = _true_residual(reg, A, x, bs)
+    residual = true_residual(p, reg, A, x, bs)
     # The residual needs no exact answer, only its shape. Slack for the float32 products that solvers see it through.
     case = Case("cg", found, bs, tolerance=1.02e-4, measure=residual)
     reason = peers_deepinv.why_not()
@@ -51,37 +51,38 @@ def cg(p: Problem) -> Case:
         case.missing["deepinv"] = reason
         return case
     system = peers_deepinv.DeepinvSystem(reg, A, MU, x)
-    _add(case, "deepinv, CG", lambda k, t: system.cg(bs[k % INPUTS], t), 1e-4, residual)
-    _add(case, "deepinv, MINRES", lambda k, t: system.minres(bs[k % INPUTS], t), 1e-4, residual)
+    _add(case, "deepinv, CG", lambda k, t: system.cg(bs[k % len(bs)], t), 1e-4, residual)
+    _add(case, "deepinv, MINRES", lambda k, t: system.minres(bs[k % len(bs)], t), 1e-4, residual)
     return case
 
 
-def _true_residual(reg: RED, A: SRM, x: torch.Tensor, bs: list[torch.Tensor]) -> Callable[[torch.Tensor, int], float]:
+def true_residual(
+    p: Problem, reg: RED, A: SRM, x: torch.Tensor, bs: list[torch.Tensor]
+) -> Callable[[torch.Tensor, int], float]:
     """`||b - H gamma|| / ||b||` of the worst image, by products in float64."""
-    lin, wide = double(reg).linearize(x.double()), copy.deepcopy(A).double()
+    wide, A64 = double(reg), copy.deepcopy(A).double()
 
-    def residual(answer: torch.Tensor, k: int) -> float:
-        gamma, b = answer.reshape(x.shape), bs[k].double()
-        r = b - wide.normal(gamma) - MU * lin.hvp(gamma)
-        return float((r.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)).max())
+    def relative(x: torch.Tensor, gamma: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        r = b - A64.normal(gamma) - MU * wide.linearize(x).hvp(gamma)
+        return r.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)
 
-    return residual
+    return lambda answer, k: float(p.exactly(relative, x, answer.reshape(x.shape), bs[k]).max())
 
 
 def recovery(p: Problem) -> Case:
     """`recover` from cold by the paper's method, plain proximal gradient descent, to a tolerance of 1e-3."""
     xs = p.images(5)
-    reg, A, options = p.solvable(xs, 1.2), SRM((1, p.size, p.size)), PGDOptions(500, 1e-3)
+    reg, A, options = p.solvable(xs, 1.2), p.operator(), PGDOptions(500, 1e-3)
     best, ys = as_regularizer(peers.BestTorch(reg)), [A.A(x) for x in xs]
 
     def solver(name: str, r: Regularizer, o: PGDOptions = options) -> Timed:
-        return timed_under(name, lambda k: recover(ys[k % INPUTS], A, r, MU, options=o).x)
+        return timed_under(name, p.turns(lambda y: recover(y, A, r, MU, options=o).x, ys))
 
-    found = {n: solver(b, reg) for n, b in _BACKENDS}
+    found = {n: solver(b, reg) for n, b in backends(p)}
     found["torch, best"] = solver("reference", best)
-    found["ours, Anderson"] = solver("cpu", reg, PGDOptions(500, 1e-3, "anderson"))
+    found["ours, Anderson"] = solver(p.target.ours, reg, PGDOptions(500, 1e-3, "anderson"))
     wide, A64 = double(reg), copy.deepcopy(A).double()
-    exact = [recover(y.double(), A64, wide, MU, options=TIGHT).x for y in ys]
+    exact = [p.exactly(lambda y: recover(y, A64, wide, MU, options=TIGHT).x, y) for y in ys]
     case = Case("recover", found, exact, tolerance=2e-3)
     reason = peers_deepinv.why_not()
     if reason is not None:
@@ -89,8 +90,8 @@ def recovery(p: Problem) -> Case:
         return case
     peer = peers_deepinv.DeepinvPGD(reg, A, MU)
     distance = _relative(exact)
-    target = max(distance(flat(found["ours"](k)), k) for k in range(INPUTS))
-    _add(case, "deepinv, PGD", lambda k, t: peer.solve(ys[k % INPUTS], t), target, distance)
+    target = max(distance(flat(found["ours"](k)), k) for k in range(len(ys)))
+    _add(case, "deepinv, PGD", lambda k, t: peer.solve(ys[k % len(ys)], t), target, distance)
     return case
 
 
@@ -101,36 +102,45 @@ def step(p: Problem) -> Case:
     penalty, against the hypergradient alone.
     """
     xs = p.images(5)
-    reg, A = p.solvable(xs, 1.2), SRM((1, p.size, p.size))
+    reg, A = p.solvable(xs, 1.2), p.operator()
     pgd, adjoint = PGDOptions(100, 1e-3, "anderson"), AdjointOptions("cg", 30, 1e-2)
-    deltas = [0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(6)) for x in xs]
+    deltas = [0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(6)).to(x) for x in xs]
 
     def implicit(k: int, r: Regularizer = reg) -> list[torch.Tensor]:
         return list(hypergradient(xs[k], A.A(xs[k]), A, r, MU, options=pgd, adjoint=adjoint).theta.values())
 
-    def pushed(k: int, r: Regularizer, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        x, delta = xs[k].to(dtype), deltas[k].to(dtype)
+    def pushed(x: torch.Tensor, delta: torch.Tensor, r: Regularizer = reg) -> list[torch.Tensor]:
         delta, _ = beta_hat(r, x, delta).ascend(delta.flatten(1).norm(dim=1))
-        return list(beta_hat(r, x, delta).grad_theta(torch.ones(len(x), dtype=dtype)).values())
+        return list(beta_hat(r, x, delta).grad_theta(x.new_ones(len(x))).values())
 
     def visit(r: Regularizer) -> Timed:
-        return lambda k: [a + b for a, b in zip(implicit(k % INPUTS, r), pushed(k % INPUTS, r), strict=True)]
+        def both(k: int) -> list[torch.Tensor]:
+            k %= len(xs)
+            return [a + b for a, b in zip(implicit(k, r), pushed(xs[k], deltas[k], r), strict=True)]
+
+        return both
 
     best = as_regularizer(peers.BestTorch(reg))
-    found: dict[str, Timed] = {n: timed_under(b, visit(reg)) for n, b in _BACKENDS}
+    found: dict[str, Timed] = {n: timed_under(b, visit(reg)) for n, b in backends(p)}
     found["torch, best"] = timed_under("reference", visit(best))
     wide, A64, exact, alone = double(reg), copy.deepcopy(A).double(), [], []
-    for k, x in enumerate(x.double() for x in xs):
+
+    def tight(x: torch.Tensor) -> torch.Tensor:
         hg = hypergradient(x, A64.A(x), A64, wide, MU, options=TIGHT, adjoint=TIGHT_ADJOINT)
-        alone.append(flat(list(hg.theta.values())))
-        exact.append(alone[-1] + flat(pushed(k, wide, torch.float64)))
+        return flat(list(hg.theta.values()))[None]
+
+    for x, delta in zip(xs, deltas, strict=True):
+        alone.append(p.exactly(tight, x).sum(0))
+        exact.append(alone[-1] + p.exactly(lambda x, d: flat(pushed(x, d, wide))[None], x, delta).sum(0))
     case = Case("step", found, exact, tolerance=5e-2)
-    ours = max(_relative(alone)(flat(under("cpu", lambda k=k: implicit(k))), k) for k in range(INPUTS))
+    ours = max(_relative(alone)(flat(under(p.target.ours, lambda k=k: implicit(k))), k) for k in range(len(xs)))
     _add_learned(case, p, reg, A, xs, alone, ours)
     return case
 
 
-_BACKENDS = (("ours", "cpu"), ("torch, reference", "reference"))
+def backends(p: Problem) -> tuple[tuple[str, str], ...]:
+    """The candidates that are backends of the package."""
+    return ("ours", p.target.ours), ("torch, reference", "reference")
 
 
 def _relative(exact: list[torch.Tensor]) -> Callable[[torch.Tensor, int], float]:
@@ -149,7 +159,7 @@ def _add(
 
     def error(t: float) -> float:
         worst = 0.0
-        for k in range(INPUTS):
+        for k in range(len(case.exact)):
             with use_backend("reference"):
                 e = measure(flat(run(k, t)), k)
             # A NaN is the worst of all; the rest of the inputs cannot make good a miss.
@@ -194,7 +204,7 @@ def _add_learned(  # noqa: PLR0913 - the problem in its parts
     inner = loosest(lambda t: error(t, 1e-4), target, last=1e-6)
     outer = loosest(lambda t: error(inner.tolerance, t), max(target, inner.error), start=1e-1, last=1e-4)
     if _reached(case, name, outer):
-        run = timed_under("reference", lambda k: peer.step(xs[k % INPUTS], inner.tolerance, outer.tolerance))
+        run = timed_under("reference", p.turns(lambda x: peer.step(x, inner.tolerance, outer.tolerance), xs))
         case.candidates[name], case.others[name] = run, exact
         told = f"recovery {inner.tolerance:.1e}, MINRES {outer.tolerance:.1e}"
         case.notes[name] = f"tolerances: {told}; error {outer.error:.1e}, ours {target:.1e}"

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -57,7 +58,47 @@ def ratio(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Ratio:
     return Ratio(float(np.median(r)), float(low), float(high))
 
 
-def interleave(candidates: Mapping[str, Timed], rounds: int, seed: int = 0) -> Timing:
+class Clock(Protocol):
+    """What measures: the host's clock, or a device's."""
+
+    def measure(self, f: Timed, first: int, repeats: int) -> float:
+        """Seconds of one of `repeats` calls `f(first)`, `f(first + 1)`, ... in a row."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Waste that much of what is measured."""
+        ...
+
+    def cold(self, f: Timed, k: int) -> float | None:
+        """Seconds of `f(k)` with nothing of its inputs in the last cache; None where the clock cannot say."""
+        ...
+
+
+class HostClock:
+    """The host's clock: a call has ended when it returns."""
+
+    def measure(self, f: Timed, first: int, repeats: int) -> float:
+        """Seconds of one of `repeats` calls in a row."""
+        began = time.perf_counter()
+        for j in range(repeats):
+            f(first + j)
+        return (time.perf_counter() - began) / repeats
+
+    def wait(self, seconds: float) -> None:
+        """Keep the processor busy."""
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            pass
+
+    def cold(self, f: Timed, k: int) -> float | None:
+        """Not measured: the inputs that take turns are what is known of the caches."""
+        return None
+
+
+HOST = HostClock()
+
+
+def interleave(candidates: Mapping[str, Timed], rounds: int, seed: int = 0, clock: Clock = HOST) -> Timing:
     """Time every candidate once a round, in an order drawn anew for each; `"ours"` must be among them.
 
     Two more take part: the same code again, whose ratio must be 1 +- 0.03, and the same code with a planted slowdown of
@@ -66,23 +107,35 @@ def interleave(candidates: Mapping[str, Timed], rounds: int, seed: int = 0) -> T
     ours = candidates["ours"]
     for f in candidates.values():
         f(0)
-    pilot = sorted(_clock(ours, k) for k in range(3))[1]
+    pilot = sorted(clock.measure(ours, k, 1) for k in range(3))[1]
     # Short calls are repeated within a measurement, so that neither the clock nor a single interruption matters.
-    repeats = {n: max(1, min(1000, round(2e-2 / max(_clock(f, 1), 1e-9)))) for n, f in candidates.items()}
-    everyone: dict[str, Timed] = {**candidates, CONTROL: ours, PLANTED: lambda k: (ours(k), _wait(0.1 * pilot))}
+    repeats = {n: max(1, min(1000, round(2e-2 / max(clock.measure(f, 1, 1), 1e-9)))) for n, f in candidates.items()}
+    if repeats["ours"] > 1:
+        # Among its like a short call takes less than alone, and the planted slowdown is a tenth of that.
+        pilot = clock.measure(ours, 0, repeats["ours"])
+    everyone: dict[str, Timed] = {**candidates, CONTROL: ours, PLANTED: lambda k: (clock.wait(0.1 * pilot), ours(k))}
     repeats |= {CONTROL: repeats["ours"], PLANTED: repeats["ours"]}
     order, rng = list(everyone), random.Random(seed)
     seconds: dict[str, list[float]] = {n: [] for n in everyone}
     for k in range(rounds):
         rng.shuffle(order)
         for name in order:
-            f, n = everyone[name], repeats[name]
-            began = time.perf_counter()
-            for j in range(n):
-                f(k + j)
-            seconds[name].append((time.perf_counter() - began) / n)
+            seconds[name].append(clock.measure(everyone[name], k, repeats[name]))
     arrays = {n: np.asarray(s) for n, s in seconds.items()}
     return Timing(arrays, _void(arrays))
+
+
+def cold(candidates: Mapping[str, Timed], rounds: int, clock: Clock, seed: int = 1) -> dict[str, float]:
+    """Median seconds of each candidate with the caches cold, in turns; empty where the clock cannot say."""
+    order, rng = list(candidates), random.Random(seed)
+    seconds: dict[str, list[float]] = {}
+    for k in range(rounds):
+        rng.shuffle(order)
+        for name in order:
+            found = clock.cold(candidates[name], k)
+            if found is not None:
+                seconds.setdefault(name, []).append(found)
+    return {name: float(np.median(s)) for name, s in seconds.items()}
 
 
 def _void(seconds: Mapping[str, np.ndarray]) -> str | None:
@@ -92,15 +145,3 @@ def _void(seconds: Mapping[str, np.ndarray]) -> str | None:
     if not (slower.low > 1.0 and slower.median > 1.05):
         return f"a planted slowdown of 10 % was not seen: {slower}"
     return None
-
-
-def _clock(f: Timed, k: int) -> float:
-    began = time.perf_counter()
-    f(k)
-    return time.perf_counter() - began
-
-
-def _wait(seconds: float) -> None:
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        pass

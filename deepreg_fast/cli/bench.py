@@ -11,7 +11,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..bench import Bounds, Result
+    from ..bench import Bounds, Ceilings, Result
+    from ..bench.runner import Row
 
 
 def bench(  # noqa: PLR0913 - one argument an option
@@ -22,6 +23,7 @@ def bench(  # noqa: PLR0913 - one argument an option
     channels: Annotated[int, typer.Option(help="Width of the network.")] = 16,
     depth: Annotated[int, typer.Option(help="Number of convolutions.")] = 3,
     norm: Annotated[str, typer.Option(help="none or pixel.")] = "pixel",
+    device: Annotated[str, typer.Option(help="cpu, or cuda: the current NVIDIA GPU.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads; 0 leaves torch's number.")] = 0,
     learned_regularizers: Annotated[
         Path | None,
@@ -37,6 +39,9 @@ def bench(  # noqa: PLR0913 - one argument an option
     float64 first. Solvers of others run at the loosest tolerance of theirs that answers as well as ours; a peer that is
     not here is listed as missing, with how to get it.
 
+    With --device cuda the GPU kernels, by CUDA events, beside torch in eager mode, torch.func, torch.compile, JAX,
+    cuFFT and fast_hadamard_transform; the bounds are the device's own matrix products and copy.
+
     A case is void (and says so) when the same code timed twice differs by more than 3 %, or a planted slowdown of 10 %
     is not seen: then the machine was too busy, and the times mean little.
 
@@ -46,17 +51,14 @@ def bench(  # noqa: PLR0913 - one argument an option
     from rich.console import Console
 
     from .. import checks
-    from ..backend import backends
-    from ..bench import CASES, Problem, bounds, check_learned_regularizers, describe, run
+    from ..bench import Problem, cases_of, check_learned_regularizers, run
     from ..bench.runner import to_csv, to_json
-    from ..errors import BackendUnavailable, InputError
+    from ..bench.target import TARGETS
+    from ..errors import InputError
     from ..files import write_atomically
     from ..report import roofline_figure
 
-    names = [n.strip() for n in cases.split(",") if n.strip()] or list(CASES)
-    for n in names:
-        if n not in CASES:
-            raise InputError(f"--cases must be among {', '.join(CASES)}, but has {n!r}.")
+    checks.choice(device, "--device", tuple(TARGETS))
     checks.integer(rounds, "rounds", 3)
     checks.integer(batch, "batch", 1)
     checks.integer(size, "size", 8)
@@ -64,13 +66,16 @@ def bench(  # noqa: PLR0913 - one argument an option
     learned = None if learned_regularizers is None else check_learned_regularizers(learned_regularizers)
     if checks.integer(threads, "threads", 0):
         torch.set_num_threads(threads)
-    reason = backends()["cpu"]
-    if reason is not None:
-        raise BackendUnavailable(f"The C++ kernels are what is timed: {reason}")
-    problem = Problem(batch, size, channels, depth, norm, learned_regularizers=learned)
+    target = TARGETS[device]()
+    table = cases_of(target)
+    names = [n.strip() for n in cases.split(",") if n.strip()] or list(table)
+    for n in names:
+        if n not in table:
+            raise InputError(f"--cases must be among {', '.join(table)}, but has {n!r}.")
+    problem = Problem(batch, size, channels, depth, norm, learned_regularizers=learned, target=target)
     console = Console()
-    with console.status("bounds of the machine") as status:
-        machine, found = describe(learned), bounds()
+    with console.status("bounds of the machine") as status, target.fair():
+        machine, found = target.describe(learned), target.bounds()
         results = run(problem, names, rounds, lambda name: status.update(name))
     _print(console, results, found)
     if out is not None:
@@ -81,31 +86,25 @@ def bench(  # noqa: PLR0913 - one argument an option
         points = {r.case.name: (r.case.flops, r.case.bytes, 1e-3 * r.rows[0].milliseconds) for r in results if r.rows}
         points = {n: v for n, v in points.items() if v[0]}
         if points:
-            figure = roofline_figure(points, found.fma or found.gemm, found.copy)
+            figure = roofline_figure(points, found.rate, found.copy)
             write_atomically(out / "roofline.svg", figure.encode())
     if any(r.wrong for r in results):
         raise typer.Exit(1)
 
 
-def _print(console: Console, results: list[Result], bounds: Bounds) -> None:
+def _print(console: Console, results: list[Result], bounds: Bounds | Ceilings) -> None:
     from rich.table import Table
 
-    fma = f"{bounds.fma:.0f}" if bounds.fma else "?"
-    console.print(
-        f"Multiply-adds {fma} GFLOP/s, matrix product {bounds.gemm:.0f} GFLOP/s, copy {bounds.copy:.0f} GB/s.",
-        highlight=False,
-    )
-    table = Table("case", "candidate", "ms", "spread", "times ours [95 %]", "error", "of the bound")
+    console.print(str(bounds), highlight=False)
+    on_device = any(row.cold is not None for r in results for row in r.rows)
+    more = ("cold ms", "peak MB") if on_device else ()
+    table = Table("case", "candidate", "ms", "spread", "times ours [95 %]", "error", "of the bound", *more)
     for result in results:
         if result.wrong:
             table.add_row(result.case.name, f"wrong: {result.wrong}")
             continue
         for i, row in enumerate(result.rows):
-            share = ""
-            if i == 0 and result.case.flops and bounds.fma:
-                share = f"{result.case.flops / row.milliseconds / 1e6 / bounds.fma:.0%} of multiply-adds"
-            elif i == 0 and result.case.bytes and not result.case.flops:
-                share = f"{result.case.bytes / row.milliseconds / 1e6 / bounds.copy:.0%} of the copy"
+            share = bounds.share(result.case.flops, result.case.bytes, row.milliseconds) if i == 0 else ""
             table.add_row(
                 row.case if i == 0 else "",
                 row.name,
@@ -114,6 +113,7 @@ def _print(console: Console, results: list[Result], bounds: Bounds) -> None:
                 str(row.ratio),
                 f"{row.error:.0e}" if row.error else "",
                 share,
+                *(_more(row) if on_device else ()),
                 end_section=i == len(result.rows) - 1 and not result.void,
             )
         if result.void:
@@ -124,3 +124,10 @@ def _print(console: Console, results: list[Result], bounds: Bounds) -> None:
     for result in results:
         for name, note in result.case.notes.items():
             console.print(f"{result.case.name}: {name}: {note}.", highlight=False, markup=False)
+
+
+def _more(row: Row) -> tuple[str, str]:
+    return (
+        "" if row.cold is None else f"{row.cold:.3g}",
+        "" if row.peak is None else f"{row.peak / 1e6:.0f}",
+    )

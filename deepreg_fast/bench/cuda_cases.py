@@ -1,0 +1,191 @@
+"""What is timed on a CUDA device: the cases of the CPU with a GPU's peers and counts, and some more."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..definitions.dct import dct2
+from ..definitions.walsh import walsh_blocks
+from ..implicit import AdjointOptions, solve_adjoint
+from ..linsolve.batch import expand
+from . import cases, counts, peers, peers_cuda
+from .ceilings import tf32
+from .problem import Case, Problem, double, timed_under, under
+from .solver_cases import MU, cg, recovery, step, true_residual
+from .timing import Timed
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+GRAPH, TF32 = "ours, replayed graph", "torch, best in TF32"
+
+
+def gradient(p: Problem) -> Case:
+    """`grad r(x)`."""
+    case = cases.gradient(p)
+    _in_tf32(case)
+    return _finished(p, case, counts.gradient(p))
+
+
+def linearize(p: Problem) -> Case:
+    """`grad r(x)` and what later products need of it."""
+    reg, xs = p.regularizer(), p.images(1)
+    best, wide = peers.BestTorch(reg), double(reg)
+    found: dict[str, Timed] = {
+        n: timed_under(b, p.turns(lambda x: reg.linearize(x).grad, xs))
+        for n, b in (("ours", p.target.ours), ("torch, reference", "reference"))
+    }
+    found["torch, best"] = p.turns(lambda x: best.graph(x)[1].detach(), xs)
+    exact = [p.exactly(lambda x: wide.value_and_grad(x)[1], x) for x in xs]
+    return _finished(p, Case("linearize", found, exact), counts.linearize(p))
+
+
+def hvp(p: Problem) -> Case:
+    """`hess r(x) v` at a fixed point."""
+    case, reg, x, vs = cases.hvp(p), p.regularizer(), p.images(1)[0], p.images(2)
+    _in_tf32(case)
+    compiled, told = peers_cuda.fastest(
+        peers_cuda.compiled_products(reg, x), vs[0], lambda f: p.target.clock.measure(lambda _: f(vs[0]), 0, 5)
+    )
+    if compiled is None:
+        case.missing["torch.compile"] = told
+    else:
+        case.candidates["torch.compile"], case.notes["torch.compile"] = p.turns(compiled, vs), told
+    return _finished(p, case, counts.hvp(p))
+
+
+def theta(p: Problem) -> Case:
+    """`d/dtheta <grad r(x), v>`."""
+    return _finished(p, cases.theta(p), counts.theta(p))
+
+
+def _srm(transform: str) -> Callable[[Problem], Iterator[Case]]:
+    products: dict[str, tuple[cases.Product, int]] = {
+        **cases.PRODUCTS,
+        "normal": (lambda op, x, y: op.normal(x), 2),
+    }
+
+    def found(p: Problem) -> Iterator[Case]:
+        A = p.operator(transform)
+        for name, (product, transforms) in products.items():
+            case = cases.srm_case(p, transform, name, product)
+            if transform == "dct":
+                _alone(case, p, "cuFFT", peers_cuda.fft_dct2, dct2, transforms)
+            elif transform == "walsh":
+                _fast_walsh(case, p, A.block or 1, transforms)
+            yield _finished(p, case, counts.srm(p, A, name, transforms))
+
+    return found
+
+
+def _fast_walsh(case: Case, p: Problem, block: int, times: int) -> None:
+    name, reason = "fast_hadamard_transform", peers_cuda.why_no_fast_walsh(block)
+    if reason is not None:
+        case.missing[name] = reason
+        return
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        return walsh_blocks(x.flatten(1), block).reshape(x.shape)
+
+    _alone(case, p, name, lambda x: peers_cuda.fast_walsh(x, block), exact, times)
+
+
+def _alone(case: Case, p: Problem, name: str, transform: Transform, exact: Transform, times: int) -> None:
+    """A peer that has the transform and nothing else of the product; it is applied once or twice."""
+    xs = p.images(3)
+
+    def repeated(x: torch.Tensor, f: Transform = transform) -> torch.Tensor:
+        for _ in range(times):
+            x = f(x)
+        return x
+
+    name = f"{name}, {'two transforms' if times == 2 else 'the transform'} alone"
+    case.candidates[name], case.others[name] = p.turns(repeated, xs), [repeated(x.double(), exact) for x in xs]
+
+
+def cg_iteration(p: Problem, steps: int = 16) -> Case:
+    """CG for a fixed number of iterations, beside its products and the operator's alone: what the rest costs.
+
+    In float32 no image has stagnated by then, so that all of them are at work to the end.
+    """
+    xs, bs = p.images(1), [0.1 * b for b in p.images(2)]
+    reg, x, A = p.solvable(xs, 0.9), xs[0], p.operator()
+    mu, options = x.new_full((p.batch,), MU), AdjointOptions("cg", steps, 0.0)
+    lin = under(p.target.ours, lambda: reg.linearize(x))
+    count: Any = _Counted(lin)
+    with_counts = timed_under(p.target.ours, lambda k: solve_adjoint(count, A, mu, bs[0], options))
+    with_counts(0)
+    products = count.products
+
+    def alone(v: torch.Tensor) -> torch.Tensor:
+        out = v
+        for _ in range(products):
+            out = A.normal(v) + expand(mu, v) * lin.hvp(v)
+        return out
+
+    def solved(b: torch.Tensor) -> torch.Tensor:
+        return solve_adjoint(lin, A, mu, b, options).x
+
+    name = f"{products} products and operators alone"
+    found: dict[str, Timed] = {
+        n: timed_under(p.target.ours, p.turns(f, bs)) for n, f in (("ours", solved), (name, alone))
+    }
+    wide, A64 = double(reg), copy.deepcopy(A).double()
+    exact = [p.exactly(lambda x, v: A64.normal(v) + MU * wide.linearize(x).hvp(v), x, b) for b in bs]
+    # The residual needs no exact answer, only its shape; what so many iterations reach is far below the tolerance.
+    case = Case("cg iteration", found, bs, others={name: exact}, tolerance=1e-2)
+    case.measure = true_residual(p, reg, A, x, bs)
+    case.notes[name] = f"{steps} iterations of CG took {products} products; the target is 1.15 times these"
+    return case
+
+
+class _Counted:
+    """A linearization that counts its products."""
+
+    def __init__(self, lin: Any) -> None:
+        self.lin, self.products = lin, 0
+
+    def hvp(self, v: torch.Tensor) -> torch.Tensor:
+        """Counted."""
+        self.products += 1
+        return self.lin.hvp(v)
+
+
+def _in_tf32(case: Case) -> None:
+    """The best formulation as torch's convolutions compute it unless told not to."""
+    f = case.candidates["torch, best"]
+
+    def timed(k: int) -> object:
+        with tf32(True):
+            return f(k)
+
+    case.candidates[TF32], case.allowed[TF32] = timed, 1e-2
+    case.notes[TF32] = "torch's default for convolutions; the others compute in float32"
+
+
+def _finished(p: Problem, case: Case, count: counts.Count) -> Case:
+    """With the counts and with graphs of ours."""
+    case.flops, case.bytes, case.least = count.flops, count.moved, count.least
+    try:
+        case.candidates[GRAPH] = peers_cuda.replayed(case.candidates["ours"], p.inputs)
+    except Exception as error:  # what cannot be captured is reported, not raised
+        case.missing[GRAPH] = cases.told(error)
+    return case
+
+
+CUDA_CASES: dict[str, Callable[[Problem], Iterator[Case]]] = {
+    "gradient": cases.one(gradient),
+    "linearize": cases.one(linearize),
+    "hvp": cases.one(hvp),
+    "theta": cases.one(theta),
+    "dct": _srm("dct"),
+    "hadamard": _srm("hadamard"),
+    "walsh": _srm("walsh"),
+    "cg": cases.one(cg),
+    "cg iteration": cases.one(cg_iteration),
+    "recover": cases.one(recovery),
+    "step": cases.one(step),
+}
+"""The table of `--device cuda`."""
