@@ -17,9 +17,9 @@ from torch import nn
 
 from ..definitions import hadamard
 from ..definitions.conv_chain import HEADS, ChannelNorm, ConvChainForm
-from ..errors import BackendUnavailable, InputError
+from ..errors import BackendUnavailable
 from .cpu_vectors import CpuVectors
-from .reference import Linearization, changes
+from .reference import Linearization, Still, changes
 
 if TYPE_CHECKING:
     from .._cpu import ConvChain
@@ -88,7 +88,7 @@ class CpuLinearization:
         self.x = x.detach().contiguous()
         self._form = form
         self._params = [p for p in energy.parameters() if p.requires_grad]
-        self._versions = [changes(p) for p in self._params]
+        self._still = Still(self._params)
         self._names = {id(p): n for n, p in energy.named_parameters()}
         self._chain = _chain(form)
         self._memory = _borrow(self._chain.kept(*_size(x)[:3]))
@@ -100,16 +100,7 @@ class CpuLinearization:
             _give_back(memory)
 
     def _check(self, v: torch.Tensor) -> torch.Tensor:
-        if [changes(p) for p in self._params] != self._versions:
-            raise InputError(
-                "The regularizer's parameters must stay as they were at linearize(x), but have changed since; "
-                "call linearize(x) again."
-            )
-        if v.shape != self.x.shape or v.dtype != self.x.dtype or v.device != self.x.device:
-            raise InputError(
-                f"v must have the shape {list(self.x.shape)} and dtype of x ({self.x.dtype}), "
-                f"but has {list(v.shape)} and {v.dtype} on {v.device}."
-            )
+        self._still.check(v, self.x)
         return v.detach().contiguous()
 
     def hvp(self, v: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..definitions.conv_chain import ConvChainForm
-from ..errors import InputError
 from .gpu_sweeps import DEFAULT, ChainOptions, Sweeps, convs_of, norms_of
-from .reference import changes
+from .reference import Still
 
 _MAX_CHANNELS = 64
 
@@ -51,7 +50,7 @@ class GpuLinearization:
         self.x = x.detach().contiguous()
         self._form = form
         self._params = [p for p in energy.parameters() if p.requires_grad]
-        self._versions = [changes(p) for p in self._params]
+        self._still = Still(self._params)
         self._names = {id(p): n for n, p in energy.named_parameters()}
         with _on(x.device):
             self._sweeps = _sweeps(form, x, options)
@@ -59,16 +58,7 @@ class GpuLinearization:
             self.value, self.grad = self._sweeps.gradient(self._kept)
 
     def _check(self, v: Tensor) -> Tensor:
-        if [changes(p) for p in self._params] != self._versions:
-            raise InputError(
-                "The regularizer's parameters must stay as they were at linearize(x), but have changed since; "
-                "call linearize(x) again."
-            )
-        if v.shape != self.x.shape or v.dtype != self.x.dtype or v.device != self.x.device:
-            raise InputError(
-                f"v must have the shape {list(self.x.shape)} and dtype of x ({self.x.dtype}) on {self.x.device}, "
-                f"but has {list(v.shape)} and {v.dtype} on {v.device}."
-            )
+        self._still.check(v, self.x)
         return v.detach().contiguous()
 
     def hvp(self, v: Tensor) -> Tensor:

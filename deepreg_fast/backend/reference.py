@@ -41,13 +41,34 @@ def changes(t: torch.Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
+class Still:
+    """The parameters that a linearization was made with, and what its products ask of them and of a direction."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        self._params = params
+        self._counts = [changes(p) for p in params]
+
+    def check(self, v: torch.Tensor, x: torch.Tensor) -> None:
+        """An `InputError` if a parameter has changed since, or if v is not like x."""
+        if [changes(p) for p in self._params] != self._counts:
+            raise InputError(
+                "The regularizer's parameters must stay as they were at linearize(x), but have changed since; "
+                "call linearize(x) again."
+            )
+        if v.shape != x.shape or v.dtype != x.dtype or v.device != x.device:
+            raise InputError(
+                f"v must have the shape {list(x.shape)} and dtype of x ({x.dtype}) on {x.device}, "
+                f"but has {list(v.shape)} and {v.dtype} on {v.device}."
+            )
+
+
 class ReferenceLinearization:
     """The graph of the gradient, kept and reused."""
 
     def __init__(self, energy: nn.Module, x: torch.Tensor) -> None:
         self._names = [n for n, p in energy.named_parameters() if p.requires_grad]
         self._params = [p for p in energy.parameters() if p.requires_grad]
-        self._versions = [changes(p) for p in self._params]
+        self._still = Still(self._params)
         self._x = x.detach().requires_grad_()
         with torch.enable_grad(), _float32(x):
             value = energy.energy(self._x)  # type: ignore[operator]
@@ -57,16 +78,7 @@ class ReferenceLinearization:
         self.grad = self._grad.detach()
 
     def _pull_back(self, v: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        if [changes(p) for p in self._params] != self._versions:
-            raise InputError(
-                "The regularizer's parameters must stay as they were at linearize(x), but have changed since; "
-                "call linearize(x) again."
-            )
-        if v.shape != self.x.shape or v.dtype != self.x.dtype:
-            raise InputError(
-                f"v must have the shape {list(self.x.shape)} and dtype of x ({self.x.dtype}), "
-                f"but has {list(v.shape)} and {v.dtype}."
-            )
+        self._still.check(v, self.x)
         if not self._grad.requires_grad or not inputs:
             return [torch.zeros_like(p) for p in inputs]
         with _float32(v):
