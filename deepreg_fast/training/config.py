@@ -50,6 +50,7 @@ class TrainConfig:
     final_lr: float = option(0.05, "Last learning rate as a fraction of the largest (cosine).")
     clip: float = option(2.0, "Gradient norm limit as a multiple of its running median; 0 for none.")
     seed: int = option(0, "Seed of weights, crops, noise and order.")
+    init: str = option("", "Weight file to start theta and mu from; empty starts afresh.")
     device: str = option("cpu", "Where to train: cpu, cuda, cuda:1 or auto (CUDA where there is such a device).")
     device_budget_mb: int = option(0, "Memory of a CUDA device for samples and warm starts; 0 takes half of the free.")
     threads: int = option(0, "Threads of torch; 0 leaves them as they are.")

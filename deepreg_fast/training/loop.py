@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ..errors import CheckpointError, OutOfMemory, TrainingDiverged
+from ..errors import CheckpointError, InputError, OutOfMemory, TrainingDiverged
 from ..fidelity import add_noise
 from ..files import write_atomically
 from ..metrics import psnr
@@ -22,7 +23,7 @@ from ..recovery import recover
 from ..regularizers.base import Regularizer
 from ..solvers import PGDOptions
 from ..status import counts
-from ..weights import save
+from ..weights import load, save
 from .checkpoint import Array, load_checkpoint, load_moments, moments, save_checkpoint
 from .config import TrainConfig
 from .guards import Counters, MedianClip
@@ -53,15 +54,28 @@ class Trainer:
         self.validation = validation.to(self.device)
         self.placed = PlacedSamples(self.samples, self.placement)
         self.A = self._operator(self.samples.size)
-        self.reg = self.build().to(self.device)
+        self.reg = self.build()
+        start = self._initial(config) if config.init else config.mu0
+        self.reg = self.reg.to(self.device)
         self.params = [p for p in self.reg.parameters() if p.requires_grad]
-        self.log_mu = torch.tensor(math.log(config.mu0), dtype=torch.float64, requires_grad=True)
+        self.log_mu = torch.tensor(math.log(start), dtype=torch.float64, requires_grad=True)
         self.optimizer = torch.optim.Adam(self.groups(), betas=(0.9, 0.99))
         self.step_done = 0
         self._resumed = False
         self.best = -math.inf
         self.clip = MedianClip(config.clip)
         self.counters = Counters()
+
+    def _initial(self, config: TrainConfig) -> float:
+        """Take theta from the weight file `init`; its mu."""
+        reg, meta = load(config.init)
+        if reg.describe() != self.reg.describe():
+            raise InputError(
+                f"init must hold a regularizer like the one of the settings ({self.reg.describe()}), but {config.init} "
+                f"holds {reg.describe()}; change the settings or the file."
+            )
+        self.reg.load_state_dict(reg.state_dict())
+        return float(meta.get("mu", config.mu0))
 
     # -- what a training defines ---------------------------------------------------------------------------------
 
@@ -283,9 +297,11 @@ class Trainer:
             )
         free = {"out", "threads", "checkpoint_seconds", "data", "device", "device_budget_mb", "memory_budget_mb"}
         mine = json.loads(self.config.to_json())
-        changed = sorted(k for k in mine if k not in free and mine[k] != state["config"].get(k))
+        # Settings that did not exist when the run began had the value that is now their default.
+        theirs = {f.name: f.default for f in dataclasses.fields(self.config)} | state["config"]
+        changed = sorted(k for k in mine if k not in free and mine[k] != theirs[k])
         if changed:
-            told = ", ".join(f"{k}={state['config'].get(k)!r} (now {mine[k]!r})" for k in changed)
+            told = ", ".join(f"{k}={theirs[k]!r} (now {mine[k]!r})" for k in changed)
             raise CheckpointError(f"A resumed run must keep its settings, but {told}; restore them or start a new run.")
         if state["samples"] != self.samples.fingerprint:
             raise CheckpointError(
