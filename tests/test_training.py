@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 
 import deepreg_fast as dr
+from deepreg_fast.errors import InputError
+from deepreg_fast.regularizers.grow import grow
 from deepreg_fast.training.guards import InnerAccuracy, MedianClip
 from deepreg_fast.training.samples import load_samples
 
-from .helpers import log_lines, small_config
+from .helpers import log_lines, random_red, small_config
 from .kill_and_resume import config as killed_config
 
 HERE = Path(__file__).parent
@@ -189,7 +191,7 @@ def test_any_module_trains(folder: Path, tmp_path: Path) -> None:
     loaded, _ = dr.load(path, dr.EnergyRegularizer(Edges()))
     assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), reg.parameters(), strict=True))
     assert float(next(loaded.parameters()).detach().abs().max()) > 0.1
-    with pytest.raises(dr.errors.InputError, match=r"Edges.*load\(path, reg\)"):
+    with pytest.raises(InputError, match=r"Edges.*load\(path, reg\)"):
         dr.load(path)
     with pytest.raises(dr.errors.CheckpointError, match="must fit"):
         dr.load(path, dr.RED())
@@ -320,7 +322,40 @@ def test_settings_are_checked_and_round_trip(tmp_path: Path) -> None:
         {"depth": 1},
         {"acceleration": "heavy"},
     ):
-        with pytest.raises(dr.errors.InputError):
+        with pytest.raises(InputError):
             dr.BilevelConfig(**bad)  # type: ignore[arg-type]
-    with pytest.raises(dr.errors.InputError, match="colour"):
+    with pytest.raises(InputError, match="colour"):
         dr.BilevelConfig.from_json('{"colour": 1}')
+
+
+@pytest.mark.parametrize(("channels", "kernel_size"), [(6, 3), (4, 5), (7, 5)])
+def test_a_network_grows_without_changing(channels: int, kernel_size: int) -> None:
+    small = random_red(1, double=False, channels=4, gain=3.0)
+    large = dr.RED(channels, 3, gain=3.0, kernel_size=kernel_size, seed=2)
+    grow(small, large)
+    x = torch.rand(2, 1, 12, 13, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(large.energy(x), small.energy(x))
+    # What is new has a say as soon as the last convolution listens to it.
+    slope = torch.autograd.grad(large.energy(x).sum(), list(large.parameters()))
+    last = slope[[n for n, _ in large.named_parameters()].index("net.convs.2.weight")]
+    assert bool((last.abs().amax((0, 2, 3)) > 0).all())
+
+
+def test_a_network_grows_from_its_like_only() -> None:
+    with pytest.raises(InputError, match="no more channels"):
+        grow(dr.RED(8, 3), dr.RED(4, 3))
+    with pytest.raises(InputError, match="depth=4"):
+        grow(dr.RED(4, 3), dr.RED(8, 4))
+
+
+def test_a_second_stage_starts_from_weights(folder: Path, tmp_path: Path) -> None:
+    first = dr.BilevelTrainer(small_config(folder, tmp_path / "a", steps=4), progress=False)
+    first.fit()
+    c = small_config(folder, tmp_path / "b", steps=4, init=str(tmp_path / "a" / "weights.safetensors"))
+    second = dr.BilevelTrainer(c, progress=False)
+    assert second.mu == pytest.approx(first.mu)
+    assert all(torch.equal(a, b) for a, b in zip(second.reg.parameters(), first.reg.parameters(), strict=True))
+    with pytest.raises(InputError, match="init must hold a regularizer"):
+        dr.AdversarialTrainer(
+            dr.BaselineConfig(data=str(folder), crop=24, validation=0, init=c.init, out=str(tmp_path / "c"))
+        )

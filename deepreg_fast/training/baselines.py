@@ -89,7 +89,9 @@ class GradientStepTrainer(_Baseline):
     def build(self) -> Regularizer:
         """The same network and head as the bi-level regularizer."""
         c = self.config
-        return RED(c.channels, c.depth, c.norm, c.alpha, head=c.head, gain=c.gain, seed=c.seed)
+        return RED(
+            c.channels, c.depth, c.norm, c.alpha, head=c.head, kernel_size=c.kernel_size, gain=c.gain, seed=c.seed
+        )
 
     def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
         """`||grad r(x + w) - w||^2`, whose gradient is `param_vjp(2 (grad r - w))`."""

@@ -59,7 +59,9 @@ class BilevelTrainer(Trainer):
         c = self.config
         if self._given is not None:
             return as_regularizer(self._given)
-        return RED(c.channels, c.depth, c.norm, c.alpha, head=c.head, gain=c.gain, seed=c.seed)
+        return RED(
+            c.channels, c.depth, c.norm, c.alpha, head=c.head, kernel_size=c.kernel_size, gain=c.gain, seed=c.seed
+        )
 
     def groups(self) -> list[dict[str, Any]]:
         """theta and log mu, each with its own rate."""

@@ -20,7 +20,9 @@ from ..files import write_atomically
 from ..metrics import psnr
 from ..operators import SRM
 from ..recovery import recover
+from ..regularizers import RED
 from ..regularizers.base import Regularizer
+from ..regularizers.grow import grow
 from ..solvers import PGDOptions
 from ..status import counts
 from ..weights import load, save
@@ -69,12 +71,15 @@ class Trainer:
     def _initial(self, config: TrainConfig) -> float:
         """Take theta from the weight file `init`; its mu."""
         reg, meta = load(config.init)
-        if reg.describe() != self.reg.describe():
+        if reg.describe() == self.reg.describe():
+            self.reg.load_state_dict(reg.state_dict())
+        elif isinstance(reg, RED) and isinstance(self.reg, RED):
+            grow(reg, self.reg)
+        else:
             raise InputError(
                 f"init must hold a regularizer like the one of the settings ({self.reg.describe()}), but {config.init} "
                 f"holds {reg.describe()}; change the settings or the file."
             )
-        self.reg.load_state_dict(reg.state_dict())
         return float(meta.get("mu", config.mu0))
 
     # -- what a training defines ---------------------------------------------------------------------------------
