@@ -16,6 +16,7 @@ _HOME = {
     "Identity": "operators",
     "LinearOperator": "operators",
     "RED": "regularizers",
+    "Ridge": "regularizers",
     "ICNN": "regularizers",
     "TV": "regularizers",
     "DenoiserField": "regularizers",
@@ -46,6 +47,7 @@ _HOME = {
     "gpu_options": "backend",
     "Status": "status",
     "add_noise": "fidelity",
+    "mu_with_noise": "fidelity",
     "psnr": "metrics",
     "ssim": "metrics",
 }
@@ -55,14 +57,14 @@ __all__ = ["__version__", "ops", *_HOME]  # pyright: ignore[reportUnsupportedDun
 if TYPE_CHECKING:
     from . import ops
     from .backend import backends, gpu_options, use_backend
-    from .fidelity import add_noise
+    from .fidelity import add_noise, mu_with_noise
     from .implicit import AdjointOptions, Hypergradient, hypergradient
     from .linsolve import CGOptions, MinresOptions, cg, minres
     from .lipschitz import beta_hat, spectrum
     from .metrics import psnr, ssim
     from .operators import SRM, Identity, LinearOperator
     from .recovery import recover
-    from .regularizers import ICNN, RED, TV, DenoiserField, EnergyRegularizer, Regularizer
+    from .regularizers import ICNN, RED, TV, DenoiserField, EnergyRegularizer, Regularizer, Ridge
     from .solvers import PGDOptions, Solution
     from .status import Status
     from .training import (

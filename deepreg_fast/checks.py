@@ -87,6 +87,14 @@ def integer(value: object, name: str, low: int, high: int | None = None) -> int:
     return value
 
 
+def odd(value: object, name: str) -> int:
+    """Check that `value` is an odd integer >= 1; return it."""
+    size = integer(value, name, 1)
+    if size % 2 == 0:
+        raise InputError(f"{name} must be odd, but is {size}.")
+    return size
+
+
 def choice(value: object, name: str, options: tuple[str, ...]) -> str:
     """Check that `value` is one of `options`; return it."""
     if value not in options:

@@ -8,6 +8,12 @@ import torch
 from . import checks
 from .errors import InputError
 
+LAM = 60.0
+"""`mu / sigma^2` of `mu_with_noise` where a regularizer's own is not known: the best of 15, 30, 60 and 120 in mean PSNR
+for the 3x16 conv chain trained bi-level without noise at ratio 1/5 (beta = 10), on validation images of BSD400 with
+noise of 10/255 and 25/255. At ratio 0.1 half of it is better by up to 0.3 dB, at ratio 0.5 twice as much by up to 0.3
+dB; at 5/255 none of this matters by more than 0.1 dB."""
+
 
 def resolve_mu(
     mu: float | torch.Tensor | None,
@@ -43,6 +49,30 @@ def resolve_mu(
             f"mu must be positive and finite, but is {value}; for noiseless data use a small one, such as 1e-3."
         )
     return t.expand(len(like)).clone()
+
+
+def mu_with_noise(mu: float, sigma: float, lam: float = LAM) -> float:
+    """The weight for measurements with noise of standard deviation `sigma`: `max(mu, lam sigma^2)`.
+
+    Weights trained without noise carry a small mu, with which the recovery fits the noise: 2 to 5 dB are lost at
+    sigma = 25/255. As `||y - A x||^2 / (2 sigma^2)` measures the misfit, the weight grows with the variance.
+
+    Parameters
+    ----------
+    mu : float, > 0
+        The trained weight, which is kept where it is the larger one.
+    sigma : float, >= 0
+        Standard deviation of the noise of one measurement, in the units of y.
+    lam : float, >= 0
+        `mu / sigma^2` that suits the regularizer. It goes with the weights: scaling r by c divides it by c.
+
+    Raises
+    ------
+    InputError
+        If a number is out of range.
+    """
+    checks.number(mu, "mu", 0.0, open_low=True)
+    return max(mu, checks.number(lam, "lam", 0.0) * checks.number(sigma, "sigma", 0.0) ** 2)
 
 
 def standard_normal(count: int, seed: int) -> torch.Tensor:

@@ -1,16 +1,18 @@
-"""The Lipschitz constant of `grad s`, held by an adversarial penalty (docs/math.md, M11).
+"""How fast `grad s` may change, held by an adversarial penalty (docs/math.md, M11), one perturbation per image.
 
-`beta_hat(x, delta) = ||grad s(x) - grad s(x + delta)|| / ||delta||`, one perturbation per image.
+`beta_hat(x, delta) = ||grad s(x) - grad s(x + delta)|| / ||delta||` holds the Lipschitz constant of `grad s`;
+`kappa(x, delta) = <delta, grad s(x + delta) - grad s(x)> / ||delta||^2` holds its curvature from above alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from . import checks
-from .linsolve.batch import expand, norm
+from .linsolve.batch import dot, expand, norm
 from .linsolve.lanczos import extreme_eigenvalues
 from .regularizers.base import Regularizer
 
@@ -31,11 +33,14 @@ class TwoPoint:
 
     def __post_init__(self) -> None:
         self._lin = self.reg.linearize(self.x + self.delta)
+        self._size = norm(self.delta).clamp_min(1e-300)
         # grad s = (1 + alpha)(x - center) - grad r, so the quadratic contributes exactly -(1 + alpha) delta.
-        difference = self._lin.grad - self.grad_x - (1.0 + self.reg.alpha) * self.delta
+        self._measure(self._lin.grad - self.grad_x - (1.0 + self.reg.alpha) * self.delta)
+
+    def _measure(self, difference: torch.Tensor) -> None:
+        """Set `beta` and the unit vector `u` with `beta = <u, difference> / ||delta||`."""
         length = norm(difference)
-        self._size = norm(self.delta)
-        self.beta = length / self._size.clamp_min(1e-300)
+        self.beta = length / self._size
         self.u = difference / expand(length.clamp_min(1e-30), difference)
 
     def _hess_s(self, v: torch.Tensor) -> torch.Tensor:
@@ -44,12 +49,12 @@ class TwoPoint:
 
     def grad_delta(self) -> torch.Tensor:
         """`d beta_hat / d delta`, `[B, C, H, W]`."""
-        size = self._size.clamp_min(1e-300)
+        size = self._size
         return -self._hess_s(self.u) / expand(size, self.u) - expand(self.beta / size**2, self.delta) * self.delta
 
     def grad_theta(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         """`sum_b weights_b d beta_hat_b / d theta`, by parameter name."""
-        v = expand(weights / self._size.clamp_min(1e-300), self.u) * self.u
+        v = expand(weights / self._size, self.u) * self.u
         at_delta = self._lin.param_vjp(v)
         at_x = self.reg.linearize(self.x).param_vjp(v)
         return {k: at_delta[k] - at_x[k] for k in at_delta}
@@ -66,16 +71,76 @@ class TwoPoint:
         moved = expand(radius / length.clamp_min(1e-300), direction) * direction
         return torch.where(expand(kept, moved), self.delta, moved), kept
 
+    def climb(self, radius: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A plain step of length `radius / 4` along `d beta/d delta`, which leaves the norm free; as `ascend` else.
+
+        Perturbations shorter than `radius / 100`, where rounding would decide, are not taken.
+        """
+        direction = self.grad_delta()
+        length = norm(direction)
+        moved = self.delta + expand(0.25 * radius / length.clamp_min(1e-300), direction) * direction
+        kept = ~(length > 1e-12) | ~torch.isfinite(length) | (norm(moved) < 0.01 * radius)
+        return torch.where(expand(kept, moved), self.delta, moved), kept
+
+
+class Curvature(TwoPoint):
+    """`kappa` `[B]` at `(x, delta)`, kept as `beta`: the mean of `<e, hess s e>`, `e = delta / ||delta||`, on the way.
+
+    With `u = -e` in `beta_hat`'s formulas `d kappa/d theta` is the same, and `d kappa/d delta` has
+    `(grad s(x + delta) - grad s(x) - kappa delta) / ||delta||^2` added. `kappa <= 1 + alpha` for all x and delta is
+    the convexity of r, whatever the negative curvature of s, by which r is sharp.
+    """
+
+    def _measure(self, difference: torch.Tensor) -> None:
+        """`kappa`, and the part of `grad s(x + delta) - grad s(x)` that is orthogonal to delta."""
+        self.u = -self.delta / expand(self._size, self.delta)
+        self.beta = dot(self.u, difference) / self._size
+        self._rest = -difference - expand(self.beta, self.delta) * self.delta
+
+    def grad_delta(self) -> torch.Tensor:
+        """`d kappa / d delta`, `[B, C, H, W]`."""
+        return super().grad_delta() + self._rest / expand(self._size**2, self.delta)
+
+    def ascend(self, radius: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A Rayleigh-Ritz step towards the largest eigenvalue of `hess s`, by one Hessian product.
+
+        In the orthonormal basis `e = delta / ||delta||`, `p` = normalized `grad s(x + delta) - grad s(x) - kappa delta`
+        the Hessian is `[[kappa, b], [b, <p, hess s(x + delta) p>]]`, `b = ||..|| / ||delta||`; the new perturbation is
+        its first eigenvector, of length `radius`. No shift is needed against large negative eigenvalues, which a
+        power iteration would go to, and `kappa` does not fall where s is quadratic. Where `b` is rounding alone the
+        old perturbation is kept and flagged `[B]`.
+        """
+        length = norm(self._rest)
+        off = length / self._size
+        p = self._rest / expand(length.clamp_min(1e-30), self._rest)
+        own = dot(p, self._hess_s(p))
+        angle = 0.5 * torch.atan2(2.0 * off, self.beta - own)
+        kept = ~(off > 100 * torch.finfo(p.dtype).eps) | ~torch.isfinite(angle)
+        moved = expand(radius * angle.sin(), p) * p - expand(radius * angle.cos(), p) * self.u
+        return torch.where(expand(kept, moved), self.delta, moved), kept
+
 
 def beta_hat(reg: Regularizer, x: torch.Tensor, delta: torch.Tensor, grad_x: torch.Tensor | None = None) -> TwoPoint:
     """`beta_hat` of each image at `(x, delta)`, both `[B, C, H, W]`; delta must not vanish.
 
     `grad_x`, if at hand, is `grad r(x)`; else it is computed.
     """
+    return TwoPoint(reg, x, delta, _gradient(reg, x, delta, grad_x))
+
+
+def curvature(reg: Regularizer, x: torch.Tensor, delta: torch.Tensor, grad_x: torch.Tensor | None = None) -> Curvature:
+    """`kappa` of each image at `(x, delta)`, both `[B, C, H, W]`; arguments as for `beta_hat`."""
+    return Curvature(reg, x, delta, _gradient(reg, x, delta, grad_x))
+
+
+def _gradient(reg: Regularizer, x: torch.Tensor, delta: torch.Tensor, grad_x: torch.Tensor | None) -> torch.Tensor:
     checks.images(x)
     if delta.shape != x.shape:
         raise checks.InputError(f"delta must have the shape {list(x.shape)} of x, but has {list(delta.shape)}.")
-    return TwoPoint(reg, x, delta, reg.value_and_grad(x)[1] if grad_x is None else grad_x)
+    return reg.value_and_grad(x)[1] if grad_x is None else grad_x
+
+
+PENALTIES: dict[str, Callable[..., TwoPoint]] = {"lipschitz": beta_hat, "curvature": curvature}
 
 
 def spectrum(reg: Regularizer, x: torch.Tensor, steps: int = 20, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

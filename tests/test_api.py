@@ -64,7 +64,18 @@ def test_every_public_name_is_there_and_documented() -> None:
         dr.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("reg", [dr.RED(3, norm="image"), dr.ICNN(channels=3), dr.TV(0.02), dr.DenoiserField()])
+@pytest.mark.parametrize(
+    "reg",
+    [
+        dr.RED(3, norm="image"),
+        dr.RED(3, norm="pixel", norm_place="after"),
+        dr.ICNN(channels=3),
+        dr.Ridge(3, 3),
+        dr.TV(0.02),
+        dr.DenoiserField(),
+        dr.DenoiserField(norm="pixel", norm_place="after", kernel_size=5),
+    ],
+)
 def test_weights_round_trip_in_both_precisions(reg: dr.Regularizer, tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.float64):
         reg = reg.to(dtype)

@@ -190,6 +190,7 @@ class Twisted(dr.RED):
         (dr.RED(channels=2, kernel_size=5), torch.float32, "5 x 5"),
         (dr.RED(channels=2, image_channels=3), torch.float32, "3"),
         (dr.RED(channels=2, depth=17), torch.float32, "17"),
+        (dr.RED(channels=2, norm="pixel", norm_place="after"), torch.float32, "stands after"),
     ],
 )
 def test_what_it_leaves_to_the_reference(reg: dr.Regularizer, dtype: torch.dtype, word: str) -> None:

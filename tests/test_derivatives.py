@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepreg_fast as dr
+from deepreg_fast.regularizers import Scaled
 
 from .helpers import central, images, moved, normal, random_red, relative
 
@@ -33,11 +34,16 @@ CASES = {
         for h in ("red", "residual", "norm")
         for n in ("none", "pixel", "image")
     },
+    **{f"after-{n}": (lambda n=n: random_red(norm=n, norm_place="after")) for n in ("pixel", "image")},
     "alpha": lambda: random_red(alpha=0.3),
     "deep": lambda: random_red(depth=5, kernel_size=5),
     "icnn": _icnn,
+    "ridge": lambda: dr.Ridge(3, 5, 1).double(),
+    "ridge-weak": lambda: dr.Ridge(3, 3, 2, convex=False).double(),
     "tv": lambda: dr.TV(0.1),
     "user-r": lambda: dr.EnergyRegularizer(Quartic()),
+    "scaled": lambda: Scaled(random_red(alpha=0.2), 1.7),
+    "scaled-tv": lambda: Scaled(dr.TV(0.1), 0.6),
     "user-s": lambda: dr.EnergyRegularizer(Quartic(), models="s", alpha=0.2),
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepreg_fast.errors import InputError
-from deepreg_fast.fidelity import add_noise, objective, resolve_mu
+from deepreg_fast.fidelity import LAM, add_noise, mu_with_noise, objective, resolve_mu
 
 
 def test_mu_is_lam_sigma_squared() -> None:
@@ -43,6 +43,22 @@ def test_mu_is_lam_sigma_squared() -> None:
 def test_a_weight_that_is_none_gets_one_sentence(mu: object, lam: object, sigma: object, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         resolve_mu(mu, lam, sigma, like=torch.zeros(3, 5))  # type: ignore[arg-type]
+
+
+def test_the_weight_grows_with_the_variance_and_never_falls_below_the_trained_one() -> None:
+    assert mu_with_noise(1e-3, 0.0) == 1e-3
+    assert mu_with_noise(1e-3, 0.25, 8.0) == 0.5
+    assert mu_with_noise(1.0, 0.25, 8.0) == 1.0
+    assert mu_with_noise(1e-6, 0.5) == LAM / 4
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "lam", "name"),
+    [(0.0, 0.1, 1.0, "mu"), (1e-3, -0.1, 1.0, "sigma"), (1e-3, float("nan"), 1.0, "sigma"), (1e-3, 0.1, -1.0, "lam")],
+)
+def test_a_weight_for_noise_that_is_none_gets_one_sentence(mu: float, sigma: float, lam: float, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} must be"):
+        mu_with_noise(mu, sigma, lam)
 
 
 def test_noise_is_normal_and_its_own() -> None:

@@ -546,6 +546,13 @@ def test_compile_has_no_graph_break(dynamic: bool | None) -> None:
             torch.testing.assert_close(compiled(A, reg, x, y), _step(A, reg, x, y))
 
 
+def test_a_layernorm_after_silu_is_left_to_the_definition() -> None:
+    reg, x = random_red(double=False, norm="pixel", norm_place="after"), images(2, 1, 8, 9, dtype=torch.float32)
+    wanted = reg.value_and_grad(x)[1]
+    torch.testing.assert_close(dr.ops.grad(reg, x), wanted)
+    torch.testing.assert_close(_compiled(lambda t: dr.ops.grad(reg, t))(x), wanted)
+
+
 @CPU
 def test_compiled_code_holds_the_operations() -> None:
     A, reg = _srm(), random_red(double=False, channels=3)

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -188,9 +189,10 @@ def test_parameters_may_not_change_under_a_linearization() -> None:
         ({"channels": 65}, (9, 9), "65"),
         ({}, (2, 9), "smaller"),
         ({}, (6000, 6000), "6000 x 6000"),
+        ({"norm": "image", "norm_place": "after"}, (9, 9), "stands after"),
     ],
 )
-def test_what_it_leaves_to_the_reference(options: dict[str, int], shape: tuple[int, int], word: str) -> None:
+def test_what_it_leaves_to_the_reference(options: dict[str, Any], shape: tuple[int, int], word: str) -> None:
     form = dr.RED(**{"channels": 2, **options}).conv_chain_form()  # type: ignore[arg-type]
     assert form is not None
     reason = gpu_chain.why_not(form, torch.empty(1, 1, 1, 1).expand(1, options.get("image_channels", 1), *shape))

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "conv_chain.h"
+#include "ridge.h"
 #include "srm.h"
 #include "vectors.h"
 
@@ -289,6 +290,48 @@ class Srm {
     dr::Srm s_;
 };
 
+// A ridge energy with copies of its numbers.
+class Ridge {
+  public:
+    // Addresses of floats: filters [filters, side, side], coefficients [filters, steps], scales [steps].
+    Ridge(int filters, int side, int steps, float center, Address w, Address c, Address s, const std::string& isa)
+        : kernels_(&table(isa, DR_TABLES(ridge))) {
+        if (filters < 1 || steps < 1 || side < 3 || side > dr::MAX_SIDE || side % 2 == 0)
+            throw std::invalid_argument("an odd side from 3 to 15, and at least one filter and one step");
+        const std::size_t n = filters;
+        w_.assign(floats(w), floats(w) + n * side * side);
+        c_.assign(floats(c), floats(c) + n * steps);
+        s_.assign(floats(s), floats(s) + steps);
+        ridge_ = {filters, side, steps, center, w_.data(), c_.data(), s_.data()};
+    }
+    Ridge(const Ridge&) = delete;
+    Ridge& operator=(const Ridge&) = delete;
+
+    // Floats that `gradient` keeps of each image for `hvp` if it is given memory for them.
+    std::size_t kept(int height, int width) const { return kernels_->kept(ridge_, height, width); }
+
+    void gradient(Address x, Address value, Address grad, Address kept, int b, int height, int width, int threads) const {
+        py::gil_scoped_release free;
+        kernels_->gradient(ridge_, {b, height, width, team(threads)}, floats(x), doubles(value), floats(grad), floats(kept));
+    }
+    void hvp(Address v, Address kept, Address out, int b, int height, int width, int threads) const {
+        py::gil_scoped_release free;
+        kernels_->hvp(ridge_, {b, height, width, team(threads)}, floats(v), floats(kept), floats(out));
+    }
+    void param_vjp(Address x, Address v, Address dw, Address dc, int b, int height, int width, int threads) const {
+        py::gil_scoped_release free;
+        kernels_->param_vjp(ridge_, {b, height, width, team(threads)}, floats(x), floats(v), doubles(dw), doubles(dc));
+    }
+
+  private:
+    static float* floats(Address a) { return reinterpret_cast<float*>(a); }
+    static double* doubles(Address a) { return reinterpret_cast<double*>(a); }
+
+    const dr::RidgeKernels* kernels_;
+    std::vector<float> w_, c_, s_;
+    dr::Ridge ridge_;
+};
+
 // The solvers' vector work.
 class Vectors {
   public:
@@ -359,6 +402,12 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<Srm>(m, "Srm")
         .def(py::init<int, int, int, int, int, int, Address, Address, Address, Address, Address, const std::string&>())
         .def("apply", &Srm::apply);
+    py::class_<Ridge>(m, "Ridge")
+        .def(py::init<int, int, int, float, Address, Address, Address, const std::string&>())
+        .def("kept", &Ridge::kept)
+        .def("gradient", &Ridge::gradient)
+        .def("hvp", &Ridge::hvp)
+        .def("param_vjp", &Ridge::param_vjp);
     py::class_<Vectors>(m, "Vectors")
         .def(py::init<const std::string&>())
         .def("dot", &Vectors::dot)

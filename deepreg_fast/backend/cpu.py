@@ -1,14 +1,11 @@
 """The C++ backend: the extension built from `csrc/cpu`, for float32 tensors on the CPU.
 
-It has the conv chain's sweeps (value, gradient, Hessian-vector and parameter product), the SRM's products and the
-solvers' vector work; docs/kernels.md says how.
+It has the sweeps of the conv chain and of the ridge energy (value, gradient, Hessian-vector and parameter product), the
+SRM's products and the solvers' vector work; docs/kernels.md says how.
 """
 
 from __future__ import annotations
 
-import os
-from functools import lru_cache
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -17,64 +14,16 @@ from torch import nn
 
 from ..definitions import hadamard
 from ..definitions.conv_chain import HEADS, ChannelNorm, ConvChainForm
-from ..errors import BackendUnavailable
+from . import cpu_ridge
 from .cpu_vectors import CpuVectors
-from .reference import Linearization, Still, changes
+from .extension import borrow, give_back, instruction_set
+from .extension import extension as _extension
+from .reference import Linearization, Still, changes, norm_elsewhere
 
 if TYPE_CHECKING:
     from .._cpu import ConvChain
 
 _MAX_DEPTH = 16
-
-
-@lru_cache(maxsize=1)
-def _extension() -> tuple[ModuleType | None, str]:
-    """The compiled module, or None and the reason why it is not here."""
-    try:
-        from .. import _cpu
-    except ImportError as error:
-        return None, (
-            f"the C++ extension is not here ({error}); install a C++17 compiler (g++ or clang++) and run "
-            "'pip install --force-reinstall --no-deps deepreg-fast', or use the backend 'reference', which computes "
-            "the same values with torch."
-        )
-    return _cpu, ""
-
-
-def instruction_set() -> str:
-    """The instruction set in force: that of `DEEPREG_FAST_ISA` if set, else the best of this machine."""
-    return _instruction_set(os.environ.get("DEEPREG_FAST_ISA", ""))
-
-
-@lru_cache(maxsize=8)
-def _instruction_set(asked: str) -> str:
-    extension, reason = _extension()
-    if extension is None:
-        raise BackendUnavailable(reason)
-    found = extension.instruction_sets()
-    wanted = asked or found[0]
-    if wanted not in found:
-        raise BackendUnavailable(
-            f"DEEPREG_FAST_ISA must be one of {found}, what this machine has, but is {wanted!r}; unset or change it."
-        )
-    return wanted
-
-
-# The memory of the linearization that died last: fresh pages cost as much as the sweep that fills them.
-_SPARE: list[torch.Tensor] = []
-
-
-def _borrow(count: int) -> torch.Tensor:
-    """Uninitialized floats: the spare ones if they are enough and not far too many, else new ones."""
-    try:
-        spare = _SPARE.pop()
-    except IndexError:
-        return torch.empty(count)
-    return spare if count <= spare.numel() <= 4 * count else torch.empty(count)
-
-
-def _give_back(memory: torch.Tensor) -> None:
-    _SPARE[:] = [memory]
 
 
 class CpuLinearization:
@@ -91,13 +40,13 @@ class CpuLinearization:
         self._still = Still(self._params)
         self._names = {id(p): n for n, p in energy.named_parameters()}
         self._chain = _chain(form)
-        self._memory = _borrow(self._chain.kept(*_size(x)[:3]))
+        self._memory = borrow(self._chain.kept(*_size(x)[:3]))
         self.value, self.grad = _gradient(self._chain, self.x, self._memory.data_ptr())
 
     def __del__(self) -> None:
         memory = getattr(self, "_memory", None)
         if memory is not None:
-            _give_back(memory)
+            give_back(memory)
 
     def _check(self, v: torch.Tensor) -> torch.Tensor:
         self._still.check(v, self.x)
@@ -244,7 +193,7 @@ _VECTORS: dict[str, CpuVectors] = {}
 
 
 class CpuBackend:
-    """Value and derivatives of the conv chain by the C++ sweeps; everything else goes to the reference."""
+    """Value and derivatives of the conv chain and the ridge energy in C++; everything else goes to the reference."""
 
     name = "cpu"
     batch_invariant = True
@@ -255,12 +204,16 @@ class CpuBackend:
         return reason if extension is None else None
 
     def why_not(self, energy: nn.Module, x: torch.Tensor) -> str | None:
-        """None for a conv chain in float32 on the CPU that the kernels cover."""
+        """None for a conv chain or a ridge energy in float32 on the CPU that the kernels cover."""
         form: ConvChainForm | None = getattr(energy, "conv_chain_form", lambda: None)()
-        if form is None:
-            return f"it has kernels for the conv chain (RED) only, not for {type(energy).__name__}."
+        ridge = cpu_ridge.form_of(energy)
+        if form is None and ridge is None:
+            return f"it has kernels for the conv chain (RED) and Ridge only, not for {type(energy).__name__}."
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return f"it takes float32 tensors on the CPU, not {x.dtype} on {x.device}."
+        if ridge is not None:
+            return cpu_ridge.why_not(ridge, x)
+        assert form is not None
         net = form.net
         if net.kernel_size != 3 or net.image_channels != 1 or len(net.convs) > _MAX_DEPTH:
             return (
@@ -269,7 +222,7 @@ class CpuBackend:
             )
         if min(x.shape[-2:]) < 3:
             return "the images are smaller than a filter."
-        return None
+        return norm_elsewhere(form)
 
     def srm(self, A: nn.Module, like: torch.Tensor) -> CpuSrm | None:
         """The C++ products for float32 on the CPU."""
@@ -296,8 +249,12 @@ class CpuBackend:
 
     def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r(x_b)` and `grad r(x_b)` in one sweep."""
+        if (ridge := cpu_ridge.form_of(energy)) is not None:
+            return cpu_ridge.value_and_grad(ridge, x)
         return _gradient(_chain(_form(energy)), x.detach().contiguous())
 
     def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
         """Keeps what the Hessian at x needs."""
+        if (ridge := cpu_ridge.form_of(energy)) is not None:
+            return cpu_ridge.CpuRidgeLinearization(energy, ridge, x)
         return CpuLinearization(energy, _form(energy), x)

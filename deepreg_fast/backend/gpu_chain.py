@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..definitions.conv_chain import ConvChainForm
 from .gpu_sweeps import DEFAULT, ChainOptions, Sweeps, convs_of, norms_of
-from .reference import Still
+from .reference import Still, norm_elsewhere
 
 _MAX_CHANNELS = 64
 
@@ -27,7 +27,7 @@ def why_not(form: ConvChainForm, x: Tensor) -> str | None:
         return "the images are smaller than a filter."
     if x.shape[-2] * x.shape[-1] * _MAX_CHANNELS >= 2**31:
         return f"its images have fewer than {2**31 // _MAX_CHANNELS} pixels; these are {x.shape[-2]} x {x.shape[-1]}."
-    return None
+    return norm_elsewhere(form)
 
 
 def value_and_grad(form: ConvChainForm, x: Tensor, options: ChainOptions = DEFAULT) -> tuple[Tensor, Tensor]:

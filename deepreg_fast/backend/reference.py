@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ..definitions.conv_chain import ConvChainForm
 from ..errors import InputError
 
 
@@ -34,6 +35,13 @@ class Linearization(Protocol):
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
         ...
+
+
+def norm_elsewhere(form: ConvChainForm) -> str | None:
+    """Why kernels do not cover the place of the LayerNorm, or None where they do."""
+    if form.net.norm_place == "before":
+        return None
+    return "its LayerNorm stands before SiLU; this one stands after."
 
 
 def changes(t: torch.Tensor) -> int:

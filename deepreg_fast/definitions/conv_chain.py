@@ -1,7 +1,7 @@
 """The network `h` of a learned regularizer, and the heads that make an energy of it (docs/math.md, M8-M10).
 
-`h`: conv 1->C, [LayerNorm], SiLU, (conv C->C, [LayerNorm], SiLU) x (depth-2), conv C->1;
-zero padding, so that `h` maps images of any size to images of that size.
+`h`: conv 1->C, [LayerNorm], SiLU, (conv C->C, [LayerNorm], SiLU) x (depth-2), conv C->1, or each LayerNorm after its
+SiLU; zero padding, so that `h` maps images of any size to images of that size.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import InputError
 
 NORMS = ("none", "pixel", "image")
+NORM_PLACES = ("before", "after")
 HEADS = ("red", "residual", "norm")
 
 
@@ -65,11 +66,14 @@ class ConvChain(nn.Module):
         eps: float = 1e-2,
         image_channels: int = 1,
         seed: int = 0,
+        norm_place: str = "before",
     ) -> None:
         super().__init__()
         widths = [image_channels] + [channels] * (depth - 1) + [image_channels]
         self.gain = gain
         self.norm = norm
+        # Where there is no LayerNorm it has no place either.
+        self.norm_place = "before" if norm == "none" else norm_place
         self.image_channels = image_channels
         self.reach = depth * (kernel_size // 2)
         self.kernel_size = kernel_size
@@ -104,12 +108,15 @@ class ConvChain(nn.Module):
             )
         a = self.gain * u
         for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
-            a = F.silu(norm(conv(a)))
+            a = norm(F.silu(conv(a))) if self.norm_place == "after" else F.silu(norm(conv(a)))
         return self.convs[-1](a) / self.gain
 
 
 def conv_chain(u: torch.Tensor, params: Sequence[torch.Tensor], norm: str, gain: float, eps: float) -> torch.Tensor:
-    """`ConvChain.forward` as a function of its parameters, weight and bias of each convolution, then of each norm."""
+    """`ConvChain.forward` as a function of its parameters, weight and bias of each convolution, then of each norm.
+
+    The LayerNorm stands before SiLU.
+    """
     layers = list(zip(params[::2], params[1::2], strict=True))
     depth = len(layers) if norm == "none" else (len(layers) + 1) // 2
     dims = (1,) if norm == "pixel" else (1, 2, 3)

@@ -70,7 +70,9 @@ def _form(reg: Any, x: torch.Tensor) -> chain.ConvChainForm | None:
     """The conv chain to hand to the operations, or None where torch's definition is to be differentiated."""
     form = reg.conv_chain_form() if hasattr(reg, "conv_chain_form") else None
     # In torch.compile what kernels there are is found when the compiled code runs.
-    if form is None or torch.compiler.is_compiling():
+    if form is None or form.net.norm_place != "before":
+        return None
+    if torch.compiler.is_compiling():
         return form
     return None if backend.select(reg, x).name == "reference" else form
 

@@ -1,7 +1,7 @@
 """Regularizers: an energy with its three derivatives.
 
-`RED` (the conv chain with the heads of the literature), `ICNN` (input-convex), `TV` (smoothed), and
-`EnergyRegularizer` around any `nn.Module` that maps images to one energy each.
+`RED` (the conv chain with the heads of the literature), `ICNN` (input-convex), `Ridge` (filters and profiles),
+`TV` (smoothed), and `EnergyRegularizer` around any `nn.Module` that maps images to one energy each.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from .custom import EnergyRegularizer
 from .field import DenoiserField
 from .icnn import ICNN
 from .red import RED
+from .ridge import Ridge
+from .scaled import Scaled
 from .tv import TV
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "DenoiserField",
     "EnergyRegularizer",
     "Regularizer",
+    "Ridge",
+    "Scaled",
     "as_regularizer",
     "from_description",
     "register",

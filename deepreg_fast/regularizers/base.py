@@ -58,6 +58,15 @@ class Regularizer(nn.Module):
         """`grad s(x) = (1+alpha)(x - center) - grad r(x)`."""
         return (1.0 + self.alpha) * (x - self.center) - self.value_and_grad(x)[1]
 
+    def rescaled(self, scale: float) -> Regularizer:
+        """`r(center + scale u)/scale^2`, `u = x - center`, `scale > 0`: the same energy at another contrast, with the
+        same Hessians. It shares this regularizer's weights, or has copies of them."""
+        if checks.number(scale, "scale", 0.0, open_low=True) == 1.0:
+            return self
+        from .scaled import Scaled
+
+        return Scaled(self, scale)
+
     def _check(self, x: torch.Tensor) -> None:
         checks.images(x)
         for p in self.parameters():

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..definitions.conv_chain import NORMS, ConvChain
+from ..definitions.conv_chain import NORM_PLACES, NORMS, ConvChain
 from ..errors import InputError
 from .base import Regularizer, register
+from .scaled import with_gain
 
 
 class DenoiserField(Regularizer):
@@ -25,10 +26,12 @@ class DenoiserField(Regularizer):
         depth: int = 3,
         norm: str = "none",
         *,
+        kernel_size: int = 3,
         gain: float = 10.0,
         center: float = 0.5,
         eps: float = 1e-2,
         seed: int = 0,
+        norm_place: str = "before",
     ) -> None:
         super().__init__()
         self.center = checks.number(center, "center", -1e6)
@@ -41,7 +44,14 @@ class DenoiserField(Regularizer):
             "center": self.center,
             "eps": checks.number(eps, "eps", 0.0, open_low=True),
         }
-        self.net = ConvChain(channels, depth, norm, 3, gain, eps, 1, seed)
+        checks.odd(kernel_size, "kernel_size")
+        checks.choice(norm_place, "norm_place", NORM_PLACES)
+        self.net = ConvChain(channels, depth, norm, kernel_size, gain, eps, 1, seed, norm_place)
+        # Files of networks with the usual values stay readable by versions that know no other.
+        if kernel_size != 3:
+            self._description["kernel_size"] = kernel_size
+        if self.net.norm_place != "before":
+            self._description["norm_place"] = norm_place
 
     def denoise(self, x: torch.Tensor) -> torch.Tensor:
         """`d(x) = x - n(x - center)`."""
@@ -60,6 +70,10 @@ class DenoiserField(Regularizer):
     def linearize(self, x: torch.Tensor):  # type: ignore[no-untyped-def]
         """A sentence: there is no Hessian."""
         self.energy(x)
+
+    def rescaled(self, scale: float) -> Regularizer:
+        """The same with `scale` times the gain."""
+        return with_gain(self, scale)
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments but for the seed."""

@@ -10,6 +10,7 @@ from .. import checks
 from ..definitions.conv_chain import per_image
 from ..definitions.icnn import InputConvex
 from .base import Regularizer, register
+from .scaled import with_gain
 
 
 class ICNN(Regularizer):
@@ -53,6 +54,10 @@ class ICNN(Regularizer):
         """`r(x_b)`, `[B]`."""
         u = x - self.center
         return 0.5 * self.rho * per_image(u.square()) + self.net(u)
+
+    def rescaled(self, scale: float) -> Regularizer:
+        """The same with `scale` times the gain."""
+        return with_gain(self, scale)
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments but for the seed of the initial weights."""

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..definitions.conv_chain import HEADS, NORMS, ConvChain, ConvChainForm
+from ..definitions.conv_chain import HEADS, NORM_PLACES, NORMS, ConvChain, ConvChainForm
 from .base import Regularizer, register
+from .scaled import with_gain
 
 
 class RED(Regularizer):
@@ -23,7 +24,9 @@ class RED(Regularizer):
         Width of the hidden layers (>= 1), number of convolutions (>= 2), odd filter size.
     norm : "none", "pixel" or "image"
         No LayerNorm; over channels at each pixel (flax's default axes); over channels and pixels
-        (torch's `LayerNorm([C, H, W])`). It stands between convolution and SiLU.
+        (torch's `LayerNorm([C, H, W])`).
+    norm_place : "before" or "after"
+        Whether the LayerNorm stands before SiLU or after it. The kernels cover "before".
     alpha : float
         Added strong convexity, >= -1.
     head : "red", "residual" or "norm"
@@ -57,15 +60,16 @@ class RED(Regularizer):
         eps: float = 1e-2,
         image_channels: int = 1,
         seed: int = 0,
+        norm_place: str = "before",
     ) -> None:
         super().__init__()
         checks.integer(channels, "channels", 1)
         checks.integer(depth, "depth", 2)
         checks.choice(norm, "norm", NORMS)
+        checks.choice(norm_place, "norm_place", NORM_PLACES)
         checks.choice(head, "head", HEADS)
         checks.integer(image_channels, "image_channels", 1)
-        if checks.integer(kernel_size, "kernel_size", 1) % 2 == 0:
-            raise checks.InputError(f"kernel_size must be odd, but is {kernel_size}.")
+        checks.odd(kernel_size, "kernel_size")
         self.alpha = checks.number(alpha, "alpha", -1.0)
         self.center = checks.number(center, "center", -1e6)
         self.head = head
@@ -82,7 +86,10 @@ class RED(Regularizer):
             "eps": checks.number(eps, "eps", 0.0, open_low=True),
             "image_channels": image_channels,
         }
-        self.net = ConvChain(channels, depth, norm, kernel_size, gain, eps, image_channels, seed)
+        self.net = ConvChain(channels, depth, norm, kernel_size, gain, eps, image_channels, seed, norm_place)
+        # Files of networks with the usual place stay readable by versions that know no other.
+        if self.net.norm_place != "before":
+            self._description["norm_place"] = norm_place
         if head == "norm":
             # 1/2 ||h||^2 is stationary in every parameter where h = 0, so it would never train from there.
             self.net.reset(seed, last_zero=False)
@@ -99,6 +106,10 @@ class RED(Regularizer):
         """What kernels for this energy need; None for a subclass that computes something else."""
         own = type(self).energy is not RED.energy or type(self.net) is not ConvChain
         return None if own else ConvChainForm(self.net, self.head, self.alpha, self.center)
+
+    def rescaled(self, scale: float) -> Regularizer:
+        """The same with `scale` times the gain; wrapped, where a subclass computes something else."""
+        return super().rescaled(scale) if self.conv_chain_form() is None else with_gain(self, scale)
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments but for the seed of the initial weights."""

@@ -10,8 +10,9 @@ import torch
 
 from .. import checks
 from ..linsolve.batch import dot, norm
-from ..regularizers import ICNN, RED, DenoiserField
+from ..regularizers import ICNN, DenoiserField
 from ..regularizers.base import Regularizer
+from .build import regularizer_of
 from .config import TrainConfig, option
 from .loop import Trainer
 from .placement import Rows, read
@@ -60,7 +61,7 @@ class DenoiserTrainer(_Baseline):
     def build(self) -> Regularizer:
         """The conv chain as a denoiser."""
         c = self.config
-        return DenoiserField(c.channels, c.depth, c.norm, gain=c.gain, seed=c.seed)
+        return DenoiserField(**c.chain())
 
     def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
         """Mean squared error of the denoised images."""
@@ -87,11 +88,8 @@ class GradientStepTrainer(_Baseline):
     method = "gradient_step"
 
     def build(self) -> Regularizer:
-        """The same network and head as the bi-level regularizer."""
-        c = self.config
-        return RED(
-            c.channels, c.depth, c.norm, c.alpha, head=c.head, kernel_size=c.kernel_size, gain=c.gain, seed=c.seed
-        )
+        """The same regularizer as the bi-level one."""
+        return regularizer_of(self.config)
 
     def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
         """`||grad r(x + w) - w||^2`, whose gradient is `param_vjp(2 (grad r - w))`."""
@@ -123,7 +121,7 @@ class AdversarialTrainer(_Baseline):
     def build(self) -> Regularizer:
         """The input-convex network."""
         c = self.config
-        return ICNN(c.channels, c.depth, c.rho, gain=c.gain, seed=c.seed)
+        return ICNN(c.channels, c.depth, c.rho, gain=c.gain, center=c.center, seed=c.seed)
 
     def _critic(self, x: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.reg, ICNN)

@@ -15,11 +15,11 @@ from torch import nn
 
 from ..implicit import AdjointOptions, initial_point, parameter_gradients, solve_adjoint, unrolled_gradients
 from ..linsolve.batch import dot, expand, norm
-from ..lipschitz import TwoPoint, beta_hat, spectrum
-from ..regularizers import RED
+from ..lipschitz import PENALTIES, TwoPoint, spectrum
 from ..regularizers.base import Regularizer, as_regularizer
 from ..solvers import PGDOptions, Solution, pgd
 from ..status import Status
+from .build import regularizer_of
 from .checkpoint import Array
 from .config import BilevelConfig
 from .guards import InnerAccuracy
@@ -37,7 +37,7 @@ class BilevelTrainer(Trainer):
     config : BilevelConfig
     reg : Regularizer or nn.Module, optional
         One of your own (a module maps images to one energy each), which is moved to the settings' device; by default
-        the `RED` of the settings.
+        the one that the settings name.
     progress : bool, optional
         Show a progress bar; by default on a terminal.
     """
@@ -52,16 +52,17 @@ class BilevelTrainer(Trainer):
         self.store = Store(count, (1, *self.samples.size), self.placement, config.memory_budget_mb, self.folder)
         self.noise = Noise(config.seed, (count, self.A.measurements), self.placement)
         self.accuracy = InnerAccuracy(config.tolerance_start, config.tolerance_end, config.stall_window)
-        self.adjoint = AdjointOptions(config.adjoint, config.adjoint_iterations, config.adjoint_tolerance)
 
     def build(self) -> Regularizer:
-        """The `RED` of the settings, or the one that was given."""
+        """The regularizer of the settings, or the one that was given."""
+        return regularizer_of(self.config) if self._given is None else as_regularizer(self._given)
+
+    @property
+    def adjoint(self) -> AdjointOptions:
+        """How the present step solves for gamma."""
         c = self.config
-        if self._given is not None:
-            return as_regularizer(self._given)
-        return RED(
-            c.channels, c.depth, c.norm, c.alpha, head=c.head, kernel_size=c.kernel_size, gain=c.gain, seed=c.seed
-        )
+        method = "jfb" if self.step_done < c.jfb_steps else c.adjoint
+        return AdjointOptions(method, c.adjoint_iterations, c.adjoint_tolerance)
 
     def groups(self) -> list[dict[str, Any]]:
         """theta and log mu, each with its own rate."""
@@ -73,7 +74,7 @@ class BilevelTrainer(Trainer):
         y = self._measure(rows, x)
         mu = torch.full((len(x),), self.mu, dtype=x.dtype, device=x.device)
         sol, sound, seen = self._recover(rows, x, y, mu)
-        if self.config.adjoint == "unrolled":
+        if self.adjoint.method == "unrolled":
             theta, log_mu, found = self._unrolled_gradient(x, y, sol, sound, mu)
         else:
             theta, log_mu, found = self._implicit_gradient(rows, x, sol, sound, mu)
@@ -161,20 +162,21 @@ class BilevelTrainer(Trainer):
         return theta, log_mu, {"adjoint_iterations": torch.full_like(sol.iterations, steps)}
 
     def _ascend(self, rows: Rows, x: torch.Tensor) -> tuple[TwoPoint | None, dict[str, torch.Tensor]]:
-        """Ascend the perturbations; `beta_hat` at the last ones."""
+        """Ascend the perturbations; what the penalty holds (`beta_hat` or `kappa`) at the last ones."""
         c = self.config
         if c.beta == 0 or c.xi == 0:
             return None, {}
         grad_x = self.reg.value_and_grad(x)[1]
         radius = c.delta_radius * norm(x - self.reg.center).clamp_min(1e-6)
         delta = self._perturbation(rows, x, radius)
-        point = beta_hat(self.reg, x, delta, grad_x)
+        measure = PENALTIES[c.penalty]
+        point = measure(self.reg, x, delta, grad_x)
         kept = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         late = 3 * self.step_done >= 2 * c.steps
         for _ in range(c.delta_steps_late if late else c.delta_steps):
-            delta, still = point.ascend(radius)
+            delta, still = point.climb(radius) if c.delta_ball == "free" else point.ascend(radius)
             kept += still
-            point = beta_hat(self.reg, x, delta, grad_x)
+            point = measure(self.reg, x, delta, grad_x)
         self.store.put("delta", rows, delta)
         return point, {"beta_hat": point.beta, "kept": kept}
 
@@ -221,16 +223,21 @@ class BilevelTrainer(Trainer):
         return c.beta_start + (c.beta - c.beta_start) * min(1.0, 2.0 * self.step_done / c.steps)
 
     def _perturbation(self, rows: Rows, x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-        """Each sample's kept perturbation, or its own random one at the first visit, on the sphere of its radius."""
+        """Each sample's kept perturbation, on the sphere with its norm set to `radius`; at the first visit its own
+        random one of that norm."""
         delta = self.store.get("delta", rows)
-        fresh = np.flatnonzero(self.store.blank[rows.host])
+        blank = self.store.blank[rows.host]
+        fresh = np.flatnonzero(blank)
         if len(fresh):
             shape = tuple(x.shape[1:])
             rngs = [np.random.Generator(np.random.PCG64([self.config.seed, 3, int(r)])) for r in rows.host[fresh]]
             drawn = torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in rngs]))
             upload = self.placement.upload
             delta.index_copy_(0, upload(torch.from_numpy(fresh)), upload(drawn))
-        return expand(radius / norm(delta).clamp_min(1e-30), delta) * delta
+        scale = radius / norm(delta).clamp_min(1e-30)
+        if self.config.delta_ball == "free":
+            scale = torch.where(self.placement.upload(torch.from_numpy(blank)), scale, 1.0)
+        return expand(scale, delta) * delta
 
     def validate(self) -> dict[str, Any]:
         """PSNR and SSIM, and the extreme eigenvalues of `hess s` on the validation images."""

@@ -10,9 +10,13 @@ from typing import Any, TypeVar
 from .. import checks
 from ..errors import InputError
 from ..implicit import METHODS
+from ..lipschitz import PENALTIES
 from ..solvers import ACCELERATIONS
 
+REGULARIZERS = ("red", "ridge")
+
 T = TypeVar("T", bound="TrainConfig")
+DELTA_BALLS = ("sphere", "free")
 
 
 def option(default: Any, text: str) -> Any:
@@ -35,15 +39,23 @@ class TrainConfig:
     ratio: float = option(0.2, "Measurements per pixel of the SRM.")
     transform: str = option("dct", "Transform of the SRM: dct, hadamard or walsh.")
     randomizer: str = option("sign", "Randomizer of the SRM: sign, permutation or both.")
+    keep_dc: bool | None = option(None, "Keep the SRM's coefficients of the means; none: for a permutation only.")
     operator_seed: int = option(0, "Seed of the SRM.")
     sigma: float = option(0.0, "Standard deviation of the measurement noise.")
+    regularizer: str = option("red", "What is trained: red (the network) or ridge (filters and profiles).")
     channels: int = option(16, "Width of the network.")
     depth: int = option(3, "Number of convolutions.")
-    kernel_size: int = option(3, "Side of the filters, odd.")
     norm: str = option("none", "LayerNorm: none, pixel or image.")
+    norm_place: str = option("before", "Place of the LayerNorm: before or after SiLU.")
+    norm_eps: float = option(1e-2, "Epsilon of the LayerNorm, relative to the gained input.")
     head: str = option("red", "Energy made of h: red, residual or norm.")
     gain: float = option(10.0, "Input gain of the network.")
+    center: float = option(0.5, "Grey value that the regularizer is centred about.")
     alpha: float = option(0.0, "Strong convexity added to r.")
+    kernel_size: int = option(0, "Side of the filters, odd; 0 takes 3 for red and 9 for ridge.")
+    filters: int = option(32, "Filters of ridge.")
+    scales: int = option(4, "Steps in each profile of ridge.")
+    convex: bool = option(True, "Keep ridge convex; without it, weakly convex.")
     steps: int = option(2000, "Adam steps.")
     batch: int = option(8, "Images per step.")
     lr: float = option(2e-3, "Largest learning rate of theta.")
@@ -61,6 +73,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("crop", "validation", "validation_crop", "validate_every", "warmup", "seed", "threads"):
             checks.integer(getattr(self, name), name, 0)
+        checks.choice(self.regularizer, "regularizer", REGULARIZERS)
+        checks.integer(self.filters, "filters", 1)
+        checks.integer(self.scales, "scales", 1, 8)
+        side = checks.integer(self.kernel_size, "kernel_size", 0)
+        if (side and side % 2 == 0) or (side == 1 and self.regularizer == "ridge"):
+            raise InputError(f"kernel_size must be odd (3 or more for ridge) or 0, but is {side}.")
+        if self.alpha and self.regularizer == "ridge":
+            raise InputError(f"alpha is a setting of red and must be 0 for ridge, but is {self.alpha}; leave it out.")
         checks.integer(self.device_budget_mb, "device_budget_mb", 0)
         checks.device_name(self.device)
         for name, low in (("steps", 1), ("batch", 1), ("channels", 1), ("depth", 2)):
@@ -71,6 +91,14 @@ class TrainConfig:
         checks.number(self.clip, "clip", 0.0)
         checks.number(self.mu0, "mu0", 0.0, open_low=True)
         checks.number(self.ratio, "ratio", 0.0, 1.0, open_low=True)
+
+    def chain(self) -> dict[str, Any]:
+        """Arguments of the network that `RED` and `DenoiserField` share."""
+        same = ("channels", "depth", "norm", "norm_place", "gain", "center", "seed")
+        return {name: getattr(self, name) for name in same} | {
+            "kernel_size": self.kernel_size or 3,
+            "eps": self.norm_eps,
+        }
 
     def to_json(self) -> str:
         """All settings as a JSON object."""
@@ -94,10 +122,12 @@ class BilevelConfig(TrainConfig):
     """Settings of bi-level training (docs/math.md, M7 and M11)."""
 
     out: str = option("runs/bilevel", "Folder of the run: checkpoints, logs, weights.")
-    beta: float = option(5.0, "Lipschitz constant that grad s is held to; 0 for no penalty.")
+    penalty: str = option("lipschitz", "What beta bounds: lipschitz (of grad s) or curvature (of s, from above).")
+    beta: float = option(5.0, "Lipschitz constant, or curvature, that grad s is held to; 0 for no penalty.")
     beta_start: float = option(0.0, "beta at the first step, raised linearly over the first half; 0 starts at beta.")
     xi: float = option(1.0, "Weight of the penalty sum_b relu(beta_hat_b - beta).")
     delta_radius: float = option(0.05, "Norm of the perturbations, as a fraction of the image's norm about its centre.")
+    delta_ball: str = option("sphere", "Perturbations: of fixed norm (sphere), or ascending without a bound (free).")
     delta_steps: int = option(1, "Ascent steps of each perturbation per visit.")
     delta_steps_late: int = option(3, "The same in the last third of the training.")
     mu_lr: float = option(1e-2, "Learning rate of log mu.")
@@ -109,26 +139,31 @@ class BilevelConfig(TrainConfig):
     stall_window: int = option(100, "Steps over which the loss must fall by 1 % to keep the tolerance.")
     acceleration: str = option("anderson", "Acceleration of the recovery in training: none, fista or anderson.")
     adjoint: str = option("cg", "Hypergradient: cg, minres, jfb or unrolled.")
+    jfb_steps: int = option(0, "First steps that take jfb instead: training begins with the cheaper hypergradient.")
     adjoint_iterations: int = option(8, "Iterations of the adjoint solve per visit.")
     adjoint_tolerance: float = option(0.1, "Relative residual of the adjoint solve.")
-    warm_start: bool = option(True, "Start recovery, adjoint and perturbation where the image's last visit ended.")
+    warm_start: bool = option(True, "Start recovery and adjoint where the image's last visit ended.")
     memory_budget_mb: int = option(2048, "Host memory for warm starts; beyond it they live in files of the run.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        checks.choice(self.penalty, "penalty", tuple(PENALTIES))
         checks.number(self.beta, "beta", 0.0)
         checks.number(self.beta_start, "beta_start", 0.0)
         checks.number(self.xi, "xi", 0.0)
         checks.number(self.delta_radius, "delta_radius", 0.0, 10.0, open_low=True)
+        checks.choice(self.delta_ball, "delta_ball", DELTA_BALLS)
         checks.integer(self.delta_steps, "delta_steps", 0)
         checks.integer(self.delta_steps_late, "delta_steps_late", 0)
         checks.number(self.mu_lr, "mu_lr", 0.0)
         checks.number(self.mu_min, "mu_min", 0.0, self.mu_max, open_low=True)
+        checks.number(self.mu0, "mu0", self.mu_min, self.mu_max)
         checks.integer(self.inner_iterations, "inner_iterations", 2)
         checks.number(self.tolerance_start, "tolerance_start", self.tolerance_end, open_low=False)
         checks.integer(self.stall_window, "stall_window", 1)
         checks.choice(self.acceleration, "acceleration", ACCELERATIONS)
         checks.choice(self.adjoint, "adjoint", METHODS)
+        checks.integer(self.jfb_steps, "jfb_steps", 0)
         checks.integer(self.adjoint_iterations, "adjoint_iterations", 1)
         checks.number(self.adjoint_tolerance, "adjoint_tolerance", 0.0, 1.0)
         checks.integer(self.memory_budget_mb, "memory_budget_mb", 0)

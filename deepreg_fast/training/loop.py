@@ -40,6 +40,9 @@ class Trainer:
     `fit()` trains to the end; `resume(path)` takes a run's last checkpoint and goes on from it, to the same bits as
     if it had never stopped. Parameters, their moments and the samples live on `device`; `log_mu` and every decision
     that takes single numbers (clipping, schedule, guards) stay on the host, which a step reads twice.
+
+    `stopping`, set by another thread or a signal's handler, ends `fit()` after the step at hand with a checkpoint and
+    a `KeyboardInterrupt`.
     """
 
     method: ClassVar[str] = "train"
@@ -57,30 +60,39 @@ class Trainer:
         self.placed = PlacedSamples(self.samples, self.placement)
         self.A = self._operator(self.samples.size)
         self.reg = self.build()
-        start = self._initial(config) if config.init else config.mu0
         self.reg = self.reg.to(self.device)
         self.params = [p for p in self.reg.parameters() if p.requires_grad]
-        self.log_mu = torch.tensor(math.log(start), dtype=torch.float64, requires_grad=True)
+        self.log_mu = torch.tensor(math.log(config.mu0), dtype=torch.float64, requires_grad=True)
+        if config.init:
+            self.start_from(config.init)
         self.optimizer = torch.optim.Adam(self.groups(), betas=(0.9, 0.99))
         self.step_done = 0
         self._resumed = False
+        self.stopping = False
         self.best = -math.inf
         self.clip = MedianClip(config.clip)
         self.counters = Counters()
 
-    def _initial(self, config: TrainConfig) -> float:
-        """Take theta from the weight file `init`; its mu."""
-        reg, meta = load(config.init)
+    def start_from(self, path: str | Path) -> None:
+        """Take theta, and mu if it is told, from a weight file, whose network may be a smaller one (`grow`).
+
+        Raises
+        ------
+        InputError
+            If the file holds another regularizer than the settings make.
+        """
+        reg, meta = load(path)
         if reg.describe() == self.reg.describe():
             self.reg.load_state_dict(reg.state_dict())
         elif isinstance(reg, RED) and isinstance(self.reg, RED):
             grow(reg, self.reg)
         else:
             raise InputError(
-                f"init must hold a regularizer like the one of the settings ({self.reg.describe()}), but {config.init} "
+                f"init must hold a regularizer like the one of the settings ({self.reg.describe()}), but {path} "
                 f"holds {reg.describe()}; change the settings or the file."
             )
-        return float(meta.get("mu", config.mu0))
+        with torch.no_grad():
+            self.log_mu.fill_(math.log(float(meta.get("mu", self.config.mu0))))
 
     # -- what a training defines ---------------------------------------------------------------------------------
 
@@ -129,6 +141,8 @@ class Trainer:
             If a step does not fit the device; the last checkpoint is kept and named.
         CheckpointError
             If the folder holds another run.
+        KeyboardInterrupt
+            If `stopping` was set; a checkpoint of the last step is there.
         """
         c = self.config
         if self.step_done == 0 and not self._resumed and self.checkpoint_path.exists():
@@ -161,9 +175,11 @@ class Trainer:
             last = self.step_done == c.steps
             if len(self.validation) and c.validate_every and (self.step_done % c.validate_every == 0 or last):
                 log.write(self.step_done, self._validate())
-            if last or time.monotonic() - saved > c.checkpoint_seconds:
+            if last or self.stopping or time.monotonic() - saved > c.checkpoint_seconds:
                 self.save_checkpoint()
                 saved = time.monotonic()
+            if self.stopping and not last:
+                raise KeyboardInterrupt
 
     def _step(self) -> dict[str, Any]:
         began = time.perf_counter()
@@ -210,7 +226,7 @@ class Trainer:
         x = self.validation
         A = self._operator((x.shape[-2], x.shape[-1]))
         y = add_noise(A.A(x), self.config.sigma, seed=self.config.seed + 1)
-        sol = recover(y, A, self.reg, self.mu, options=PGDOptions(300, 1e-4, acceleration="anderson"))
+        sol = recover(y, A, self.reg, self.mu, options=PGDOptions(300, 1e-4, acceleration="fista"))
         score = psnr(sol.x, x)
         ended = {f"val_{k}": v for k, v in counts(sol.status).items()}
         mean = float(score.mean())
@@ -234,8 +250,8 @@ class Trainer:
 
     def _operator(self, size: tuple[int, int]) -> SRM:
         c = self.config
-        A = SRM((1, *size), ratio=c.ratio, transform=c.transform, randomizer=c.randomizer, seed=c.operator_seed)
-        return A.to(self.device)
+        kind = {"transform": c.transform, "randomizer": c.randomizer, "seed": c.operator_seed, "keep_dc": c.keep_dc}
+        return SRM((1, *size), c.ratio, **kind).to(self.device)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -300,7 +316,16 @@ class Trainer:
             raise CheckpointError(
                 f"{where} must be a {self.method!r} run, but is a {state['method']!r} run; resume that one."
             )
-        free = {"out", "threads", "checkpoint_seconds", "data", "device", "device_budget_mb", "memory_budget_mb"}
+        free = {
+            "out",
+            "init",
+            "threads",
+            "checkpoint_seconds",
+            "data",
+            "device",
+            "device_budget_mb",
+            "memory_budget_mb",
+        }
         mine = json.loads(self.config.to_json())
         # Settings that did not exist when the run began had the value that is now their default.
         theirs = {f.name: f.default for f in dataclasses.fields(self.config)} | state["config"]

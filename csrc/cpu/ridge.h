@@ -1,0 +1,32 @@
+// The ridge energy's sweeps, one set of functions per instruction set.
+#pragma once
+#include <cstddef>
+
+#include "conv_chain.h"
+
+namespace dr {
+
+constexpr int MAX_SIDE = 15;
+
+// r(x) = sum_i sum_p psi_i((w_i * u)_p), u = x - center, zero padding; psi_i'(t) = sum_k c_ik t / sqrt(1 + (s_k t)^2).
+struct Ridge {
+    int filters, side, steps;  // side: odd, 3 to MAX_SIDE
+    float center;
+    const float* w;  // [filters][side][side]
+    const float* c;  // [filters][steps]
+    const float* s;  // [steps]
+};
+
+struct RidgeKernels {
+    // Floats that the gradient's sweep keeps of each image for `hvp`.
+    std::size_t (*kept)(const Ridge&, int height, int width);
+    // value [B], grad [B, H, W]; `kept` may be null.
+    void (*gradient)(const Ridge&, const Batch&, const float* x, double* value, float* grad, float* kept);
+    void (*hvp)(const Ridge&, const Batch&, const float* v, const float* kept, float* out);
+    // sum_b <grad r(x_b), v_b> by w [filters, side, side] and by c [filters, steps].
+    void (*param_vjp)(const Ridge&, const Batch&, const float* x, const float* v, double* dw, double* dc);
+};
+
+extern const RidgeKernels ridge_avx512, ridge_avx2, ridge_portable;
+
+}  // namespace dr

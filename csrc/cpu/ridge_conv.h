@@ -1,0 +1,139 @@
+// What a ridge energy spends its time in: correlations of one channel with many filters, and the profiles.
+//
+// Included once per instruction set (DR_ISA names it). Lines are padded to whole registers and images by the filter's
+// reach, so that no loop here asks where the image ends.
+#pragma once
+#include <utility>
+
+#include "lanes.h"
+
+namespace DR_ISA {
+
+constexpr int GROUP = LANES == 16 ? 8 : 4;  // filters, or rows, that are summed at once
+constexpr int WIDE = 3;                     // registers of pixels that are summed at once
+
+// f(0), ..., f(N - 1), each with its number as a constant.
+template <class F, int... I>
+static DR_INLINE void each_of_these(std::integer_sequence<int, I...>, F f) {
+    (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+static DR_INLINE void each_constant(F f) {
+    each_of_these(std::make_integer_sequence<int, N>{}, f);
+}
+
+// raw[filter][register] = w_filter * u over V registers of one row: u at the first tap of the first pixel, filters
+// [tap][GROUP].
+template <int V>
+static void responses(const float* u, size_t line, int side, const float* w, float (*raw)[WIDE * LANES]) {
+    Part acc[GROUP][V] = {};
+    for (int a = 0; a < side; ++a, u += line)
+        for (int b = 0; b < side; ++b, w += GROUP) {
+            Part d[V];
+            each_constant<V>([&](auto v) DR_LAMBDA { d[v] = part(u + b + v * LANES); });
+            each_constant<GROUP>([&](auto f) DR_LAMBDA {
+                const Part wv = same(w[f]);
+                each_constant<V>([&](auto v) DR_LAMBDA { acc[f][v] += wv * d[v]; });
+            });
+        }
+    each_constant<GROUP>([&](auto f) DR_LAMBDA { each_constant<V>([&](auto v) DR_LAMBDA { put(raw[f] + v * LANES, acc[f][v]); }); });
+}
+
+// The transpose: adds to `rows` rows of `out` what a group's planes [GROUP][GROUP + K - 1][line], `s` at the first tap of
+// the first pixel, give by filters [filter][column][row], turned by half a turn.
+template <int K, int V>
+static void transposed(const float* s, size_t plane, size_t line, const float* w, float* out, size_t out_line, int rows) {
+    Part acc[GROUP][V] = {};
+    for (int f = 0; f < GROUP; ++f, s += plane)
+        for (int b = 0; b < K; ++b, w += K) {
+            const float* from = s + b;
+            each_constant<GROUP + K - 1>([&](auto y) DR_LAMBDA {
+                Part d[V];
+                each_constant<V>([&](auto v) DR_LAMBDA { d[v] = part(from + y * line + v * LANES); });
+                each_constant<GROUP>([&](auto r) DR_LAMBDA {
+                    if constexpr (y >= r && y - r < K) {
+                        const Part wv = same(w[y - r]);
+                        each_constant<V>([&](auto v) DR_LAMBDA { acc[r][v] += wv * d[v]; });
+                    }
+                });
+            });
+        }
+    each_constant<GROUP>([&](auto r) DR_LAMBDA {
+        if (r >= rows) return;
+        each_constant<V>([&](auto v) DR_LAMBDA {
+            float* to = out + r * out_line + v * LANES;
+            put(to, part(to) + acc[r][v]);
+        });
+    });
+}
+
+// total[filter][tap t][lane] += sum over rows and registers of g_filter(p) u(p + t) + s_filter(p) v(p + t), T taps in a row.
+struct Planes {
+    const float *g, *s;    // [GROUP][GROUP][width]
+    const float *u, *v;    // at the first tap of the first pixel
+    size_t line, width;    // floats from row to row of u and v; of g and s
+    int rows, side;
+};
+template <int T>
+static void correlate(const Planes& p, Double* total) {
+    Part acc[GROUP][T] = {};
+    for (int y = 0; y < p.rows; ++y)
+        for (size_t x = 0; x < p.width; x += LANES) {
+            const auto add = [&](const float* planes, const float* image) DR_LAMBDA {
+                Part d[T];
+                each_constant<T>([&](auto t) DR_LAMBDA { d[t] = part(image + y * p.line + x + t); });
+                each_constant<GROUP>([&](auto f) DR_LAMBDA {
+                    const Part c = part(planes + (f * GROUP + y) * p.width + x);
+                    each_constant<T>([&](auto t) DR_LAMBDA { acc[f][t] += c * d[t]; });
+                });
+            };
+            add(p.g, p.u);
+            add(p.s, p.v);
+        }
+    each_constant<GROUP>([&](auto f) DR_LAMBDA {
+        each_constant<T>([&](auto t) DR_LAMBDA { total[f * p.side * p.side + t] += wide(acc[f][t]); });
+    });
+}
+
+// 1 / sqrt(a), 1 <= a < 1e37, to about the rounding of a product.
+static DR_INLINE Part inverse_root(Part a) {
+#if DR_LANES == 16
+    const Part y = (Part)_mm512_rsqrt14_ps((__m512)a), e = 1.0f - a * y * y;
+    return y + 0.5f * y * e;
+#elif DR_LANES == 8
+    const Part y = (Part)_mm256_rsqrt_ps((__m256)a), e = 1.0f - a * y * y;
+    return y + y * e * (0.5f + 0.375f * e);
+#else
+    return rsqrt(a);
+#endif
+}
+
+// The profile of one filter: coefficients and squared scales.
+struct Profile {
+    const float *c, *s2;
+    int steps;
+};
+// Beyond this every step is flat to rounding, and its square does not overflow.
+constexpr float FAR = 1e15f;
+
+// psi', psi'' and, where asked for, psi.
+struct Curve {
+    Part slope, bend, value;
+};
+template <bool BEND, bool VALUE>
+static DR_INLINE Curve curve(Part t, const Profile& p) {
+    t = clamp(t, -FAR, FAR);
+    const Part t2 = t * t;
+    Curve out{};
+    for (int k = 0; k < p.steps; ++k) {
+        const Part a = t2 * p.s2[k] + 1.0f, root = inverse_root(a);
+        out.slope += root * p.c[k];
+        if (BEND) out.bend += root * root * root * p.c[k];  // not of root * c: the slope's bits would depend on BEND
+        if (VALUE) out.value += reciprocal(1.0f + a * root) * p.c[k];
+    }
+    out.slope *= t;
+    out.value *= t2;
+    return out;
+}
+
+}  // namespace DR_ISA

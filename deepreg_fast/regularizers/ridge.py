@@ -1,0 +1,91 @@
+"""Convex and weakly convex ridge regularizers (Goujon et al. 2022, 2024)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import checks
+from ..definitions.ridge import RidgeForm, RidgeNet
+from .base import Regularizer, register
+
+
+class Ridge(Regularizer):
+    """`r(x) = sum_i sum_p psi_i((W_i * u)_p)`, `u = x - center`, with learned filters W_i and profiles psi_i.
+
+    The profiles are sums of smooth steps at fixed scales (`definitions/ridge.py` says which). `r >= 0 = r(center)`.
+
+    - `convex=True`: every psi_i is convex, and so is r: no Lipschitz penalty is needed (train with `beta=0`).
+      `s = 1/2 ||u||^2 - r` is then only what `beta_hat` and `spectrum` report, with `hess s <= I`.
+    - `convex=False`: `psi_i'' >= -rho_i`, so that `r + rho/2 ||u||^2` is convex for
+      `rho = max_i rho_i ||W||^2`, `||W||` the spectral norm of all filters together; `weak_convexity()` bounds `rho_i`.
+
+    Parameters
+    ----------
+    filters, kernel_size, scales
+        Number of filters (>= 1), their odd side (3 or more), number of steps in a profile (1 to 8).
+    zero_mean : bool
+        Subtract each filter's mean, so that r does not see a constant, but for the border, where zeros are padded.
+    center : float
+        Grey value that `u` is measured from, and that lies around the image.
+    seed : int
+        Seed of the noise on the initial filters, which are DCT bases.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range.
+    """
+
+    def __init__(  # noqa: PLR0913 - one argument for each setting of the network
+        self,
+        filters: int = 32,
+        kernel_size: int = 9,
+        scales: int = 4,
+        convex: bool = True,
+        *,
+        zero_mean: bool = True,
+        center: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        checks.integer(filters, "filters", 1)
+        checks.integer(scales, "scales", 1, 8)
+        if checks.integer(kernel_size, "kernel_size", 3) % 2 == 0:
+            raise checks.InputError(f"kernel_size must be odd, but is {kernel_size}.")
+        self.center = checks.number(center, "center", -1e6)
+        self._description = {
+            "kind": "ridge",
+            "filters": filters,
+            "kernel_size": kernel_size,
+            "scales": scales,
+            "convex": bool(convex),
+            "zero_mean": bool(zero_mean),
+            "center": self.center,
+        }
+        self.net = RidgeNet(filters, kernel_size, scales, bool(convex), bool(zero_mean), seed)
+
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        """`r(x_b)`, `[B]`."""
+        if x.shape[1] != 1:
+            raise checks.InputError(
+                f"Ridge takes grey images [B, 1, H, W], but x has shape {list(x.shape)}; use it on each channel."
+            )
+        return RidgeForm(self.net, self.center).energy(x)
+
+    def ridge_form(self) -> RidgeForm | None:
+        """What kernels for this energy need; None for a subclass that computes something else."""
+        own = type(self).energy is not Ridge.energy or type(self.net) is not RidgeNet
+        return None if own else RidgeForm(self.net, self.center)
+
+    def weak_convexity(self) -> torch.Tensor:
+        """`[F]`, bounds `rho_i` with `psi_i'' >= -rho_i`: the sum of `c_ik < 0`; zeros where r is convex."""
+        return self.net.numbers()[1].detach().neg().clamp_min(0).sum(1)
+
+    def describe(self) -> dict[str, Any]:
+        """Constructor arguments but for the seed of the initial weights."""
+        return dict(self._description)
+
+
+register("ridge", Ridge)
