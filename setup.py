@@ -66,7 +66,7 @@ def extensions() -> list[Extension]:
         import pybind11
     except ImportError:
         return []
-    names = ("conv_chain", "srm", "vectors")
+    names = ("conv_chain", "ridge", "srm", "vectors")
     kinds = ["portable", *(["avx2", "avx512"] if X86 else [])]
     return [
         Extension(
@@ -88,6 +88,8 @@ setup(
     package_data={
         "deepreg_fast": ["py.typed", "_cpu.pyi"],
         "deepreg_fast.data": ["*.json"],
+        "deepreg_fast.pretrained": ["*.safetensors"],
+        "deepreg_fast.reproduce": ["*.toml"],
         "deepreg_fast.cuda": ["*.cu", "*.cuh"],
     },
     ext_modules=extensions(),

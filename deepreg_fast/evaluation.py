@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from . import checks
+from .data import ImageSet, carve_validation, centre_crop, embedded_images, load_folder, load_split
 from .errors import InputError
+from .fidelity import add_noise
 from .implicit import initial_point
 from .metrics import psnr, ssim
-from .operators.base import LinearOperator
+from .operators import SRM, LinearOperator
+from .operators.srm import RANDOMIZERS, TRANSFORMS
 from .recovery import recover
 from .regularizers import TV
 from .regularizers.base import Regularizer
@@ -22,8 +26,116 @@ from .status import counts
 
 
 @dataclass(frozen=True)
+class Problem:
+    """What is measured, and of which images.
+
+    Attributes
+    ----------
+    data : str
+        Folder of images, or "embedded".
+    split : str
+        JSON split file or "bsd400", whose test part is evaluated; empty for the whole folder but the tuning images.
+    transform, randomizer, operator_seed, ratio, keep_dc
+        Of the SRM.
+    sigma : float
+        Standard deviation of the measurement noise.
+    test_crop : int
+        Side of the centre crop of all images; 0 takes them whole.
+    tuning : int
+        Images of the training part on which mu is tuned.
+    """
+
+    data: str = "embedded"
+    split: str = ""
+    transform: str = "dct"
+    randomizer: str = "sign"
+    operator_seed: int = 0
+    sigma: float = 0.0
+    ratio: float = 0.2
+    test_crop: int = 0
+    tuning: int = 6
+    keep_dc: bool | None = None
+
+    def __post_init__(self) -> None:
+        checks.choice(self.transform, "transform", TRANSFORMS)
+        checks.choice(self.randomizer, "randomizer", RANDOMIZERS)
+        checks.integer(self.operator_seed, "operator_seed", 0)
+        checks.number(self.sigma, "sigma", 0.0)
+        checks.number(self.ratio, "ratio", 0.0, 1.0, open_low=True)
+        checks.integer(self.test_crop, "test_crop", 0)
+        checks.integer(self.tuning, "tuning", 1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A problem's operator, its test images `x` `[N, 1, H, W]` with their `names` and measurements `y` `[N, m]`, and
+    the same of the images for tuning."""
+
+    A: SRM
+    names: tuple[str, ...]
+    x: torch.Tensor
+    y: torch.Tensor
+    x_tuning: torch.Tensor
+    y_tuning: torch.Tensor
+
+
+def measure(problem: Problem, device: torch.device | str = "cpu", limit: int = 0) -> Measured:
+    """Load the images and measure them, on the CPU, so that every device is given the same numbers.
+
+    `limit` keeps the first test images only; 0 keeps all.
+    """
+    test, tuning = evaluation_images(problem)
+    if limit:
+        test = ImageSet(test.names[:limit], test.x[:limit])
+    A = SRM(
+        test.shape,
+        problem.ratio,
+        transform=problem.transform,
+        randomizer=problem.randomizer,
+        seed=problem.operator_seed,
+        keep_dc=problem.keep_dc,
+    )
+    y = add_noise(A.A(test.x), problem.sigma, seed=1)
+    y_tuning = add_noise(A.A(tuning), problem.sigma, seed=2)
+    x, y, tuning, y_tuning = (t.to(device) for t in (test.x, y, tuning, y_tuning))
+    return Measured(A.to(device), test.names, x, y, tuning, y_tuning)
+
+
+def evaluation_images(problem: Problem) -> tuple[ImageSet, torch.Tensor]:
+    """Test images, and images of the training part for tuning `[M, 1, H, W]`; the two share none.
+
+    Raises
+    ------
+    DataError
+        If the images cannot be read.
+    InputError
+        If a folder without split leaves no test image.
+    """
+    data, crop, count = problem.data, problem.test_crop, problem.tuning
+    if data == "embedded":
+        train, test = embedded_images(crop or 96)
+        return test, train.x[:: max(1, len(train.x) // count)][:count]
+    if problem.split:
+        names = load_split(problem.split)
+        test = load_folder(data, names=names.test)
+        tuning = load_folder(data, names=carve_validation(names.train, count, 0)[1])
+    else:
+        images = load_folder(data)
+        if len(images.names) <= count:
+            raise InputError(
+                f"{data} must hold more images than the {count} set apart for tuning, but holds {len(images.names)}; "
+                "add images, or tune on fewer (--validation)."
+            )
+        test_names, tuning_names = carve_validation(images.names, count, 0)
+        test, tuning = load_folder(data, names=test_names), load_folder(data, names=tuning_names)
+    if crop:
+        return ImageSet(test.names, centre_crop(test.x, crop)), centre_crop(tuning.x, crop)
+    return test, tuning.x
+
+
+@dataclass(frozen=True)
 class Method:
-    """A regularizer with its weight mu and solver options.
+    """A regularizer with its weight mu, the scale of its argument (`Regularizer.rescaled`) and solver options.
 
     Without a regularizer: the back-projection `A^T y` if `name` is "adjoint", else the minimum-norm solution about
     mid-grey.
@@ -32,7 +144,14 @@ class Method:
     name: str
     reg: Regularizer | None = None
     mu: float | None = None
-    options: PGDOptions = PGDOptions(acceleration="anderson")
+    options: PGDOptions = PGDOptions(acceleration="fista")
+    scale: float = 1.0
+
+    @property
+    def regularizer(self) -> Regularizer:
+        """The regularizer with its scale."""
+        assert self.reg is not None
+        return self.reg.rescaled(self.scale)
 
 
 def run(method: Method, y: torch.Tensor, A: LinearOperator, batch: int | None = None) -> Solution | torch.Tensor:
@@ -41,9 +160,8 @@ def run(method: Method, y: torch.Tensor, A: LinearOperator, batch: int | None = 
     batch = batch or (5 if y.device.type == "cpu" else 64)
     if method.reg is None:
         return A.A_adjoint(y) if method.name == "adjoint" else initial_point(y, A, TV())
-    parts = [
-        recover(y[i : i + batch], A, method.reg, method.mu, options=method.options) for i in range(0, len(y), batch)
-    ]
+    reg = method.regularizer
+    parts = [recover(y[i : i + batch], A, reg, method.mu, options=method.options) for i in range(0, len(y), batch)]
     return Solution(
         x=torch.cat([p.x for p in parts]),
         status=torch.cat([p.status for p in parts]),
@@ -55,35 +173,73 @@ def run(method: Method, y: torch.Tensor, A: LinearOperator, batch: int | None = 
     )
 
 
+class Tuner:
+    """Chooses a method's mu and scale by its mean PSNR on images `x` `[M, C, H, W]`, never the ones that are reported.
+
+    `scores`, if given, keeps the PSNR of each pair under `score_key`: one that is there already is not computed again.
+    Ties lose, and values that are not finite count as minus infinity.
+    """
+
+    def __init__(
+        self, x: torch.Tensor, y: torch.Tensor, A: LinearOperator, scores: MutableMapping[str, float] | None = None
+    ) -> None:
+        self.x, self.y, self.A = x, y, A
+        self.scores = {} if scores is None else scores
+
+    @staticmethod
+    def score_key(method: Method) -> str:
+        """The pair that a score belongs to."""
+        return f"mu={method.mu!r} scale={method.scale!r}"
+
+    def score(self, method: Method) -> float:
+        """Mean PSNR in dB."""
+        key = self.score_key(method)
+        if key not in self.scores:
+            sol = run(method, self.y, self.A)
+            assert isinstance(sol, Solution)
+            value = float(psnr(sol.x, self.x).mean())
+            self.scores[key] = value if np.isfinite(value) else -np.inf
+        return self.scores[key]
+
+    def mu(self, method: Method, low: float = 1e-4, high: float = 1.0) -> Method:
+        """The method with the best mu: its own, one value per decade, then thirds of a decade around it."""
+
+        def score(mu: float) -> float:
+            return self.score(replace(method, mu=mu))
+
+        decades = np.arange(np.log10(low), np.log10(high) + 1e-9, 1.0)
+        best = max((float(10.0**e) for e in decades), key=score)
+        fine = [best * 10.0 ** (k / 3) for k in (-2, -1, 1, 2)]
+        own = [] if method.mu is None else [method.mu]
+        return replace(method, mu=max([best, *own, *(m for m in fine if low <= m <= high)], key=score))
+
+    def scale(self, method: Method) -> Method:
+        """The method with the best scale between 1/2 and 2: half octaves, then quarters around the best."""
+
+        def score(scale: float) -> float:
+            return self.score(replace(method, scale=scale))
+
+        best = max((2.0 ** (k / 2) for k in (0, -1, 1, -2, 2)), key=score)
+        return replace(method, scale=max((best, best * 2**-0.25, best * 2**0.25), key=score))
+
+
 def tune_mu(
     method: Method, x: torch.Tensor, y: torch.Tensor, A: LinearOperator, low: float = 1e-4, high: float = 1.0
 ) -> Method:
-    """The method with the mu of the best mean PSNR on `x`: one value per decade, then thirds of a decade around it.
-
-    Ties and values that are not finite lose; `x` must not be the images that are reported.
-    """
-    assert method.reg is not None
-    scores: dict[float, float] = {}
-
-    def score(mu: float) -> float:
-        if mu not in scores:
-            sol = run(replace(method, mu=mu), y, A)
-            assert isinstance(sol, Solution)
-            value = float(psnr(sol.x, x).mean())
-            scores[mu] = value if np.isfinite(value) else -np.inf
-        return scores[mu]
-
-    decades = np.arange(np.log10(low), np.log10(high) + 1e-9, 1.0)
-    best = max((float(10.0**e) for e in decades), key=score)
-    fine = [best * 10.0 ** (k / 3) for k in (-2, -1, 1, 2)]
-    best = max([best, *(m for m in fine if low <= m <= high)], key=score)
-    return replace(method, mu=best)
+    """`Tuner(x, y, A).mu(method, low, high)`: the method with the mu of the best mean PSNR on the images `x`."""
+    return Tuner(x, y, A).mu(method, low, high)
 
 
-def tuned_tv(x: torch.Tensor, y: torch.Tensor, A: LinearOperator, eps: float = 3e-3) -> Method:
+def tuned_tv(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    A: LinearOperator,
+    eps: float = 3e-3,
+    scores: MutableMapping[str, float] | None = None,
+) -> Method:
     """Smoothed TV with mu tuned on the images `x`; `Lip(grad TV) <= 8/eps` sets the first step."""
     options = PGDOptions(800, 1e-3, acceleration="anderson", tau=eps / 4)
-    return tune_mu(Method("tv", TV(eps), options=options), x, y, A, 1e-5, 1e-2)
+    return Tuner(x, y, A, scores).mu(Method("tv", TV(eps), options=options), 1e-5, 1e-2)
 
 
 def evaluate(methods: Sequence[Method], x: torch.Tensor, y: torch.Tensor, A: LinearOperator) -> dict[str, Any]:
@@ -96,35 +252,43 @@ def evaluate(methods: Sequence[Method], x: torch.Tensor, y: torch.Tensor, A: Lin
     names = [m.name for m in methods]
     if len(set(names)) != len(names):
         raise InputError(f"Methods must have different names, but are {names}; rename one.")
-    out = {m.name: _figures(m, x, y, A) for m in methods}
+    out = {m.name: figures(m, x, y, A)[0] for m in methods}
     if "tv" in out:
         reference = np.array(out["tv"]["psnr"])
-        for name, figures in out.items():
+        for name, found in out.items():
             if name != "tv":
-                figures["vs_tv"] = paired(np.array(figures["psnr"]), reference)
+                found["vs_tv"] = paired(np.array(found["psnr"]), reference)
     return out
 
 
-def _figures(method: Method, x: torch.Tensor, y: torch.Tensor, A: LinearOperator) -> dict[str, Any]:
+def figures(method: Method, x: torch.Tensor, y: torch.Tensor, A: LinearOperator) -> tuple[dict[str, Any], torch.Tensor]:
+    """What `evaluate` tells of one method, and the recovered images `[N, C, H, W]`."""
     began = time.perf_counter()
     sol = run(method, y, A)
     if y.is_cuda:
         torch.cuda.synchronize(y.device)
     seconds = time.perf_counter() - began
     image = sol.x if isinstance(sol, Solution) else sol
-    p, s = psnr(image, x), ssim(image, x)
     solved = isinstance(sol, Solution)
-    return {
-        "psnr_mean": float(p.mean()),
-        "psnr_median": float(np.median(p.cpu().numpy())),
-        "ssim_mean": float(s.mean()),
-        "psnr": p.tolist(),
-        "ssim": s.tolist(),
+    found = {
+        "psnr": psnr(image, x).tolist(),
+        "ssim": ssim(image, x).tolist(),
         "iterations": sol.iterations.tolist() if solved else [0] * len(x),
         "gradients": sol.gradients.tolist() if solved else [0] * len(x),
         "status": counts(sol.status) if solved else {"converged": len(x)},
         "mu": method.mu,
         "seconds": seconds,
+    }
+    return means(found) | found, image
+
+
+def means(found: dict[str, Any]) -> dict[str, float]:
+    """`psnr_mean`, `psnr_median` and `ssim_mean` of the figures per image."""
+    p = np.array(found["psnr"])
+    return {
+        "psnr_mean": float(p.mean()),
+        "psnr_median": float(np.median(p)),
+        "ssim_mean": float(np.mean(found["ssim"])),
     }
 
 

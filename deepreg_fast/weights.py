@@ -1,4 +1,7 @@
-"""Weight files: safetensors, with the regularizer's description and the caller's notes in the header."""
+"""Weight files: safetensors, with the regularizer's description and the caller's notes in the header.
+
+Shipped weights (`deepreg_fast.pretrained`) are loaded by their names.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
+from . import pretrained
+from ._version import __version__
+from .errors import CheckpointError, InputError
 from .files import write_atomically
 from .regularizers.base import Regularizer, from_description
 
-FORMAT = "deepreg-fast-weights-1"
+KIND = "deepreg-fast-weights-"
+REVISION = 1
+FORMAT = f"{KIND}{REVISION}"
 
 
 def save(reg: Regularizer, path: str | Path, meta: dict[str, Any] | None = None) -> None:
@@ -22,15 +29,40 @@ def save(reg: Regularizer, path: str | Path, meta: dict[str, Any] | None = None)
     """
     from safetensors.torch import save as to_bytes
 
-    header = {"format": FORMAT, "regularizer": json.dumps(reg.describe()), "meta": json.dumps(meta or {})}
+    header = {
+        "format": FORMAT,
+        "version": __version__,
+        "regularizer": json.dumps(reg.describe()),
+        "meta": json.dumps(meta or {}),
+    }
     tensors = {k: v.detach().cpu().contiguous() for k, v in reg.state_dict().items()}
     # An empty safetensors file cannot carry a header in every release; TV has no parameter.
     tensors = tensors or {"no_parameters": torch.zeros(1)}
     write_atomically(Path(path), to_bytes(tensors, metadata=header))
 
 
+def locate(weights: str | Path) -> Path:
+    """The file that `weights` names: that file if there is one, else, for a bare name, the shipped one.
+
+    Raises
+    ------
+    CheckpointError
+        If there is neither.
+    """
+    path = Path(weights)
+    if path.is_file():
+        return path
+    bare = path.name == str(weights)
+    shipped = pretrained.find(path.name) if bare else None
+    if shipped is None:
+        if bare and not path.suffix:
+            raise CheckpointError(pretrained.unknown(path.name))
+        raise CheckpointError(f"Weights must be a file, but there is none at {path}; check the path.")
+    return shipped
+
+
 def load(path: str | Path, reg: Regularizer | None = None) -> tuple[Regularizer, dict[str, Any]]:
-    """The regularizer and the `meta` of a file that `save` wrote.
+    """The regularizer and the `meta` of a file that `save` wrote, or of shipped weights such as "cs5-beta10".
 
     Give `reg` to fill a regularizer that the file cannot rebuild by itself, such as an `EnergyRegularizer` around a
     module of yours; it is returned.
@@ -38,13 +70,12 @@ def load(path: str | Path, reg: Regularizer | None = None) -> tuple[Regularizer,
     Raises
     ------
     CheckpointError
-        If the file is missing, truncated, foreign, holds values that are not finite, or does not fit.
+        If the file is missing, truncated, foreign, of another release's format, holds values that are not finite, or
+        does not fit.
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"Weights must be a file, but there is none at {path}; check the path.")
+    path = locate(path)
     try:
         with safe_open(path, framework="pt") as f:
             header = f.metadata() or {}
@@ -53,13 +84,9 @@ def load(path: str | Path, reg: Regularizer | None = None) -> tuple[Regularizer,
         raise CheckpointError(
             f"{path} must be a whole safetensors file, but cannot be read ({error}); copy it again."
         ) from error
-    if header.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} must hold weights written by deepreg_fast.save, but its format is {header.get('format')!r}; "
-            "load foreign weights into a regularizer with load_state_dict and save that."
-        )
+    description, meta = _notes(path, header)
     if reg is None:
-        reg = from_description(json.loads(header["regularizer"]))
+        reg = _build(path, description, header.get("version"))
     tensors.pop("no_parameters", None)
     bad = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
     if bad:
@@ -70,4 +97,41 @@ def load(path: str | Path, reg: Regularizer | None = None) -> tuple[Regularizer,
         reg.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"The tensors of {path} must fit its regularizer, but do not: {error}.") from error
-    return reg.eval(), json.loads(header["meta"])
+    return reg.eval(), meta
+
+
+def _notes(path: Path, header: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The description and the meta of a header of this release's format."""
+    form = header.get("format")
+    if form != FORMAT:
+        revision = str(form).removeprefix(KIND)
+        if form is None or revision == form or not revision.isdecimal():
+            raise CheckpointError(
+                f"{path} must hold weights written by deepreg_fast.save, but its format is {form!r}; "
+                "load foreign weights into a regularizer with load_state_dict and save that."
+            )
+        newer = int(revision) > REVISION
+        raise CheckpointError(
+            f"{path} must hold weights of the format {REVISION}, but holds the {'newer' if newer else 'older'} format "
+            f"{revision} of deepreg-fast {header.get('version', 'of another release')}; "
+            + ("update deepreg-fast." if newer else "load and save it with a release that knows both.")
+        )
+    try:
+        description, meta = json.loads(header["regularizer"]), json.loads(header["meta"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"The header of {path} must tell its regularizer and meta as JSON, but does not ({error!r}); copy it again."
+        ) from error
+    return description, meta
+
+
+def _build(path: Path, description: dict[str, Any], version: str | None) -> Regularizer:
+    """The regularizer of a description; where another release wrote it, the error says so."""
+    try:
+        return from_description(description)
+    except InputError as error:
+        if version in (None, __version__):
+            raise
+        raise CheckpointError(
+            f"{path} was written by deepreg-fast {version} and this is {__version__}, which cannot rebuild it: {error}"
+        ) from error

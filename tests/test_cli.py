@@ -246,6 +246,12 @@ def test_evaluate_on_the_embedded_images(run: Run, weights: Path, tmp_path: Path
         result["bilevel"]["psnr_mean"] - result["tv"]["psnr_mean"]
     )
     assert result["tv"]["psnr_mean"] > result["minimum_norm"]["psnr_mean"] > result["adjoint"]["psnr_mean"]
+    # A permutation leaves an image's mean to its own coefficient, which this seed does not draw.
+    permuted = ("evaluate", *arguments[3:-2], "--randomizer", "permutation", "--operator-seed", 1, "--json")
+    without, kept = run(*permuted, "--no-keep-dc"), run(*permuted)
+    assert without.code == 0 and json.loads(without.out)["settings"]["keep_dc"] is False
+    scores = [json.loads(a.out)["minimum_norm"]["psnr_mean"] for a in (without, kept)]
+    assert scores[1] > scores[0]
     text = run(*arguments)
     assert text.code == 0 and "bilevel" in text.out and "tv" in text.out
 

@@ -22,8 +22,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
     4: ("regularizers", "operators", "fidelity"),
     5: ("solvers",),
     6: ("implicit", "lipschitz"),
-    7: ("recovery", "training", "data", "metrics", "weights", "evaluation", "measurements"),
-    8: ("report", "bench", "cli", "__init__", "__main__"),
+    7: ("recovery", "training", "data", "metrics", "weights", "pretrained", "evaluation", "measurements"),
+    8: ("report", "bench", "reproduce", "cli", "__init__", "__main__"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

@@ -52,19 +52,24 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile):
         "deepreg_fast/kernels/" + str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("*.py")
     }
     expected |= {f"deepreg_fast/data/bsd400_{kind}.json" for kind in ("split", "sha256")}
-    assert expected <= names
+    expected |= {f"deepreg_fast/pretrained/{p.name}" for p in (ROOT / "deepreg_fast/pretrained").glob("*.safetensors")}
+    expected |= {f"deepreg_fast/reproduce/{name}.toml" for name in ("bsd400", "quick", "ledger")}
+    assert "deepreg_fast/pretrained/cs5-beta10.safetensors" in expected <= names
     assert "deepreg_fast/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_the_unpacked_wheel_imports(wheel: zipfile.ZipFile, tmp_path: Path):
     wheel.extractall(tmp_path)
-    code = "import deepreg_fast.kernels as k, deepreg_fast.data as d; print(k.__file__, len(d.bsd400_split().train))"
+    code = (
+        "import deepreg_fast as dr, deepreg_fast.kernels as k, deepreg_fast.data as d\n"
+        "print(k.__file__, len(d.bsd400_split().train), dr.load('cs5-beta10')[1]['card']['name'])"
+    )
     done = python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    file, count = done.stdout.split()
+    file, count, name = done.stdout.split()
     assert Path(file) == tmp_path / "deepreg_fast" / "kernels" / "__init__.py"
-    assert count == "370"
+    assert (count, name) == ("370", "cs5-beta10")
 
 
 def test_kernels_alone_fails_with_a_sentence():

@@ -1,4 +1,4 @@
-"""The command `deepreg-fast`: train, recover, evaluate, demo, data, bench, info."""
+"""The command `deepreg-fast`: train, recover, evaluate, reproduce, demo, data, bench, info."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import typer
 
 from ..errors import DeepRegError
-from . import bench, data, demo, evaluate, info, recover, train
+from . import bench, data, demo, evaluate, info, recover, reproduce, train
 
 app = typer.Typer(
     name="deepreg-fast",
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.add_typer(train.app, name="train")
 app.command()(recover.recover)
 app.command()(evaluate.evaluate)
+app.command()(reproduce.reproduce)
 app.command()(demo.demo)
 app.add_typer(data.app, name="data")
 app.command()(bench.bench)

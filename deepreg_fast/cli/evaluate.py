@@ -6,35 +6,52 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from ..data import ImageSet, carve_validation, centre_crop, embedded_images, load_folder, load_split
-from ..errors import InputError
-from ..evaluation import Method, tune_mu, tuned_tv
+from ..data import is_bsd400
+from ..evaluation import Method, Problem, measure, tuned_tv
 from ..evaluation import evaluate as compare
-from ..fidelity import add_noise
+from ..evaluation import tune_mu as tuned
 from ..files import write_atomically
-from ..operators import SRM
+from ..pretrained import card_of
 from ..solvers import PGDOptions
 from ..weights import load
-from .options import DeviceOption, use_device
+from .options import DeviceOption, KeepDcOption, default_mu, unlike_training, use_device
 
 
 def evaluate(  # noqa: PLR0913 - one argument for each option of the command line
-    weights: Annotated[list[Path] | None, typer.Option(help="Weight files; repeat for several methods.")] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(help="Weight file, or the name of a shipped one such as cs5-beta10; repeat for several methods."),
+    ] = None,
     data: Annotated[str, typer.Option(help="Folder of images, or 'embedded'.")] = "embedded",
-    split: Annotated[str, typer.Option(help="JSON split file, or 'bsd400': its test part is evaluated.")] = "",
+    split: Annotated[
+        str,
+        typer.Option(
+            help="JSON split file, 'bsd400' or 'none': its test part is evaluated, its training part tunes. "
+            "Default: bsd400 for a folder with the file names of BSD400, else none.",
+            show_default=False,
+        ),
+    ] = "",
     limit: Annotated[int, typer.Option(help="Only the first N test images; 0 for all.")] = 0,
     crop: Annotated[int, typer.Option(help="Centre crop of the images; 0 takes them whole.")] = 0,
-    validation: Annotated[int, typer.Option(help="Training images on which weights mu are tuned.")] = 6,
+    validation: Annotated[int, typer.Option(help="Training images on which weights mu are tuned.")] = 12,
     ratio: Annotated[float, typer.Option(help="Measurements per pixel.")] = 0.2,
     transform: Annotated[str, typer.Option(help="dct, hadamard or walsh.")] = "dct",
     randomizer: Annotated[str, typer.Option(help="sign, permutation or both.")] = "sign",
+    keep_dc: KeepDcOption = None,
     operator_seed: Annotated[int, typer.Option(help="Seed of the operator.")] = 0,
     sigma: Annotated[float, typer.Option(help="Standard deviation of the measurement noise.")] = 0.0,
     tune: Annotated[bool, typer.Option(help="Tune mu of the trained baselines on validation images.")] = True,
-    acceleration: Annotated[str, typer.Option(help="none (the paper's), fista or anderson.")] = "anderson",
+    tune_mu: Annotated[
+        bool,
+        typer.Option(
+            "--tune-mu",
+            help="Tune mu of bi-level weights too. Without this they keep the mu they were trained with, or with more "
+            "noise lam sigma^2 where their card tells lam.",
+        ),
+    ] = False,
+    acceleration: Annotated[str, typer.Option(help="none (the paper's), fista or anderson.")] = "fista",
     tolerance: Annotated[float, typer.Option(help="Relative residual at which a recovery has converged.")] = 1e-4,
     max_iterations: Annotated[int, typer.Option(help="Gradients per image.")] = 500,
     device: DeviceOption = "cpu",
@@ -43,71 +60,71 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
 ) -> None:
     """Compare regularizers with tuned TV and the minimum-norm solution on images that nobody trained on.
 
-    Example: deepreg-fast evaluate --weights runs/beta10/weights.safetensors --data BSD400 --split bsd400 --json
+    Examples:
+
+    deepreg-fast evaluate --weights cs5-beta10 --data BSD400
+
+    deepreg-fast evaluate --weights runs/beta10/weights.safetensors --data pictures --sigma 0.03 --tune-mu --json
     """
+    split = _split(data, split)
     settings = {k: v for k, v in locals().items() if k not in ("weights", "out", "as_json")}
     place = use_device(device)
     settings["device"] = str(place)
-    test, tuning = _images(data, split, crop, validation)
-    if limit:
-        test = ImageSet(test.names[:limit], test.x[:limit])
-    A = SRM(
-        (1, test.x.shape[-2], test.x.shape[-1]), ratio, transform=transform, randomizer=randomizer, seed=operator_seed
-    )
-    # Measured on the CPU, so that every device is given the same numbers.
-    y = add_noise(A.A(test.x), sigma, seed=1).to(place)
-    y_tuning = add_noise(A.A(tuning), sigma, seed=2).to(place)
-    A, x, tuning = A.to(place), test.x.to(place), tuning.to(place)
+    problem = Problem(data, split, transform, randomizer, operator_seed, sigma, ratio, crop, validation, keep_dc)
+    found = measure(problem, place, limit)
+    tuning = found.x_tuning, found.y_tuning, found.A
     options = PGDOptions(max_iterations, tolerance, acceleration)
-    methods = [Method("adjoint"), Method("minimum_norm"), tuned_tv(tuning, y_tuning, A)]
-    for path in weights or []:
-        methods.append(_method(path, methods, options, place))
-        if tune and _needs_tuning(path):
-            methods[-1] = tune_mu(methods[-1], tuning, y_tuning, A)
-    result: dict[str, Any] = dict(compare(methods, x, y, A))
-    result["settings"] = {**settings, "images": list(test.names)}
+    methods = [Method("adjoint"), Method("minimum_norm"), tuned_tv(*tuning)]
+    for given in weights or []:
+        reg, meta = load(given)
+        method = Method(_name(given, meta, methods), reg.to(place), default_mu(meta, sigma), options)
+        # Only bi-level training gives its own mu.
+        bilevel = meta.get("method") == "bilevel"
+        if tune_mu or (tune and not bilevel):
+            method = tuned(method, *tuning)
+        elif bilevel:
+            _tell(method, unlike_training(meta, ratio=ratio, sigma=sigma))
+        methods.append(method)
+    result: dict[str, Any] = dict(compare(methods, found.x, found.y, found.A))
+    result["settings"] = {**settings, "images": list(found.names)}
     text = json.dumps(result)
     if out is not None:
         write_atomically(out, text.encode())
     print(text) if as_json else _table(result)
 
 
-def _images(data: str, split: str, crop: int, validation: int) -> tuple[ImageSet, torch.Tensor]:
-    """Test images, and images of the training part for tuning; the two share none."""
-    if data == "embedded":
-        train, test = embedded_images(crop or 96)
-        return test, train.x[:: max(1, len(train.x) // max(1, validation))][:validation]
-    if split:
-        names = load_split(split)
-        test = load_folder(data, names=names.test)
-        tuning = load_folder(data, names=carve_validation(names.train, validation, 0)[1])
-    else:
-        images = load_folder(data)
-        if len(images.names) <= validation:
-            raise InputError(
-                f"{data} must hold more images than the {validation} set apart for tuning, but holds "
-                f"{len(images.names)}; add images, or lower --validation."
-            )
-        test_names, tuning_names = carve_validation(images.names, validation, 0)
-        test, tuning = load_folder(data, names=test_names), load_folder(data, names=tuning_names)
-    if crop:
-        return ImageSet(test.names, centre_crop(test.x, crop)), centre_crop(tuning.x, crop)
-    return test, tuning.x
+def _split(data: str, split: str) -> str:
+    """The split to take: the one named, else that of BSD400 for its images, else none."""
+    if split or data == "embedded":
+        return "" if split == "none" else split
+    if not is_bsd400(data):
+        return ""
+    typer.echo(
+        f"{data} holds the images of BSD400: its 30 test images are evaluated, as by --split bsd400 "
+        "(--split none takes them all).",
+        err=True,
+    )
+    return "bsd400"
 
 
-def _method(path: Path, others: list[Method], options: PGDOptions, place: torch.device) -> Method:
-    reg, meta = load(path)
-    name = str(meta.get("method", path.stem))
+def _name(given: str, meta: dict[str, Any], others: list[Method]) -> str:
+    """The row's name: of shipped weights their own, of others the method that trained them; each only once."""
+    path = Path(given)
+    name = str(card_of(meta).get("name") or meta.get("method", path.stem))
     taken = {m.name for m in others}
     unique = name if name not in taken else f"{name}:{path.parent.name}"
     while unique in taken:
         unique += "'"
-    return Method(unique, reg.to(place), float(meta.get("mu", 1e-2)), options)
+    return unique
 
 
-def _needs_tuning(path: Path) -> bool:
-    """Only bi-level training gives its own mu."""
-    return load(path)[1].get("method") != "bilevel"
+def _tell(method: Method, differs: str) -> None:
+    """Say on stderr that a method keeps its mu on a problem that it was not trained for."""
+    if differs:
+        typer.echo(
+            f"{method.name} was trained for another problem (here {differs}): mu is {method.mu:.2g}, see --tune-mu.",
+            err=True,
+        )
 
 
 def _table(result: dict[str, Any]) -> None:

@@ -7,9 +7,12 @@ import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _OPTIONAL = {
     "triton": "pip install 'deepreg-fast[gpu]' on Linux with an NVIDIA GPU",
@@ -50,7 +53,7 @@ def facts() -> dict[str, Any]:
     """Everything that `info` tells, as JSON values."""
     import torch
 
-    from .. import __version__, backends
+    from .. import __version__, backends, pretrained
     from ..backend.cpu import instruction_set
 
     return {
@@ -63,13 +66,35 @@ def facts() -> dict[str, Any]:
         "backends": backends(),
         "kernels on the cpu": None if backends()["cpu"] else instruction_set(),
         "optional": {p: _version(p) or f"missing: {how}" for p, how in _OPTIONAL.items()},
+        "weights": {n: _brief(pretrained.card(n)) for n in pretrained.names()},
+    }
+
+
+def _brief(card: dict[str, Any]) -> dict[str, Any]:
+    """What the list of the shipped weights tells of one."""
+    return {
+        "title": card["title"],
+        "ratio": card["operator"]["ratio"],
+        "psnr_mean": card["psnr"]["mean"],
+        "vs_tv_mean": card["psnr"]["vs_tv"]["mean"],
     }
 
 
 def info(
+    name: Annotated[str, typer.Argument(help="Shipped weights: their model card.", show_default=False)] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print versions, the backends with the reason why one cannot run, and missing optional parts."""
+    """Print versions, the backends with the reason why one cannot run, missing optional parts and the shipped weights.
+
+    With the name of shipped weights, print their model card instead.
+
+    Example: deepreg-fast info cs5-beta10
+    """
+    if name:
+        from .card import show
+
+        show(name, as_json)
+        return
     found = facts()
     if as_json:
         print(json.dumps(found))
@@ -89,4 +114,16 @@ def info(
         table.add_row(f"backend {name}", "ready" if reason is None else f"not here: {reason}")
     for name, state in found["optional"].items():
         table.add_row(name, state)
-    Console().print(table, markup=False)
+    console = Console()
+    console.print(table, markup=False)
+    console.print(_weights(found["weights"]), markup=False)
+
+
+def _weights(briefs: dict[str, dict[str, Any]]) -> Table:
+    """The shipped weights, one a row."""
+    from rich.table import Table
+
+    table = Table("shipped weights", "what", "ratio", "PSNR mean", "vs TV")
+    for name, b in briefs.items():
+        table.add_row(name, b["title"], f"{b['ratio']:g}", f"{b['psnr_mean']:.2f} dB", f"{b['vs_tv_mean']:+.2f}")
+    return table

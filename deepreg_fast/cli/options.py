@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
@@ -11,8 +12,38 @@ import torch
 import typer
 
 from .. import checks
+from ..fidelity import LAM, mu_with_noise
+from ..pretrained import card_of
 
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 or auto (CUDA if it is here).")]
+
+KeepDcOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-dc/--no-keep-dc",
+        help="Keep the coefficients that hold the means [default: for a permutation only].",
+        show_default=False,
+    ),
+]
+
+
+def default_mu(meta: dict[str, Any], sigma: float) -> float:
+    """The weight mu to take with weights where none is given: the one they came with (1e-2 where a file tells none),
+    or `lam sigma^2` where that is larger. lam is the card's, else that of the noise the weights were trained with, else
+    the one that suited weights trained without (`mu_with_noise`)."""
+    mu = float(meta.get("mu", 1e-2))
+    trained = float((card_of(meta).get("operator") or meta.get("config", {})).get("sigma", 0.0))
+    return mu_with_noise(mu, sigma, card_of(meta).get("lam") or (mu / trained**2 if trained else LAM))
+
+
+def unlike_training(meta: dict[str, Any], **problem: float) -> str:
+    """How a problem, as `ratio` and `sigma`, differs by more than 1 % from the one that weights were trained on; empty
+    if it does not, or if the file does not tell its training."""
+    trained = card_of(meta).get("operator") or meta.get("config", {})
+    other = [
+        (k, trained[k], v) for k, v in problem.items() if k in trained and not math.isclose(v, trained[k], rel_tol=0.01)
+    ]
+    return ", ".join(f"{k} {here:g} instead of {there:g}" for k, there, here in other)
 
 
 def use_device(name: str) -> torch.device:
@@ -57,4 +88,4 @@ def command_from(config: type, body: Callable[..., None], extra: list[inspect.Pa
 def _shown(default: object) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
-    return "none" if default == "" else str(default)
+    return "none" if default in ("", None) else str(default)

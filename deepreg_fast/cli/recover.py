@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,28 +23,38 @@ from ..recovery import recover as solve
 from ..solvers import PGDOptions, Solution
 from ..status import statuses
 from ..weights import load
-from .options import DeviceOption, use_device
+from .options import DeviceOption, KeepDcOption, default_mu, unlike_training, use_device
+
+MU = (
+    "Weight of the regularizer. Default: the one it was trained with, or lam sigma^2 where the noise is larger than in "
+    "the training (lam of the weights' card; 60 if it tells none)."
+)
 
 
 def recover(  # noqa: PLR0913 - one argument for each option of the command line
     source: Annotated[Path, typer.Argument(help="An image (measured here), or measurements (.npz, .safetensors).")],
-    weights: Annotated[Path, typer.Option(help="Weight file of the regularizer.")],
+    weights: Annotated[str, typer.Option(help="Weight file, or the name of a shipped one such as cs5-beta10.")],
     out: Annotated[Path, typer.Option(help="Folder for images, figure and results.json.")] = Path("recovered"),
-    mu: Annotated[float | None, typer.Option(help="Weight of the regularizer; default: the trained one.")] = None,
+    mu: Annotated[float | None, typer.Option(help=MU)] = None,
     lam: Annotated[float | None, typer.Option(help="With --sigma: mu = lam sigma^2.")] = None,
     sigma: Annotated[float, typer.Option(help="Noise added to simulated measurements.")] = 0.0,
     ratio: Annotated[float, typer.Option(help="Measurements per pixel of simulated measurements.")] = 0.2,
     transform: Annotated[str, typer.Option(help="dct, hadamard or walsh.")] = "dct",
     randomizer: Annotated[str, typer.Option(help="sign, permutation or both.")] = "sign",
+    keep_dc: KeepDcOption = None,
     operator_seed: Annotated[int, typer.Option(help="Seed of the operator.")] = 0,
-    acceleration: Annotated[str, typer.Option(help="none (the paper's), fista or anderson.")] = "anderson",
+    acceleration: Annotated[str, typer.Option(help="none (the paper's), fista or anderson.")] = "fista",
     tolerance: Annotated[float, typer.Option(help="Relative residual at which the recovery has converged.")] = 1e-4,
     max_iterations: Annotated[int, typer.Option(help="Gradients per image.")] = 500,
     device: DeviceOption = "cpu",
 ) -> None:
     """Recover images and write each as PNG and float32 .npy, with results.json and a figure.
 
-    Example: deepreg-fast recover picture.png --weights runs/beta10/weights.safetensors --out recovered
+    Examples:
+
+    deepreg-fast recover picture.png --weights cs5-beta10
+
+    deepreg-fast recover measured.npz --weights runs/beta10/weights.safetensors --mu 1e-3 --out recovered
     """
     place = use_device(device)
     reg, meta = load(weights)
@@ -53,31 +64,33 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
         y, A, noise = load_measurements(source)
     else:
         truth = load_image(source)[None]
-        A = SRM(
-            (1, truth.shape[-2], truth.shape[-1]), ratio, transform=transform, randomizer=randomizer, seed=operator_seed
-        )
+        shape = (1, truth.shape[-2], truth.shape[-1])
+        A = SRM(shape, ratio, transform=transform, randomizer=randomizer, seed=operator_seed, keep_dc=keep_dc)
         y, noise = add_noise(A.A(truth), sigma, seed=1), sigma
     checks.finite(y, "The measurements")
     if lam is None and mu is None:
-        mu = float(meta.get("mu", 1e-2))
+        mu = default_mu(meta, noise)
+        if differs := unlike_training(meta, ratio=A.measurements / math.prod(A.image_shape), sigma=noise):
+            typer.echo(f"The weights were trained for another problem (here {differs}); mu is {mu:.2g}.", err=True)
     if lam is not None and not noise > 0:
         raise InputError("--lam needs noisy measurements (mu = lam sigma^2), but sigma is 0; give --mu instead.")
     options = PGDOptions(max_iterations, tolerance, acceleration, record=True)
     reg, A, y = reg.to(place), A.to(place), y.to(place)
     sol = solve(y, A, reg, mu, lam=lam, sigma=noise if lam is not None else None, options=options)
+    weight = mu if lam is None else lam * noise**2
     sol.x = sol.x.cpu()
     stem = source.stem
     for i, image in enumerate(sol.x):
         name = stem if len(sol.x) == 1 else f"{stem}_{i:03d}"
         write_atomically(out / f"{name}.npy", _npy(image))
         save_image(out / f"{name}.png", image.clamp(0, 1))
-    results = {**_results(sol, truth), "device": str(place)}
+    results = {**_results(sol, truth), "mu": weight, "device": str(place)}
     write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
     write_atomically(out / "figure.png", _figure(sol, truth, A, y))
     for i, row in enumerate(results["images"]):
         quality = f", {row['psnr']:.2f} dB" if "psnr" in row else ""
         typer.echo(f"image {i}: {row['status']} after {row['iterations']} iterations{quality}. {row['advice']}")
-    typer.echo(f"Written to {out}.")
+    typer.echo(f"Written to {out}; mu was {weight:.2g}.")
 
 
 def _npy(image: torch.Tensor) -> bytes:

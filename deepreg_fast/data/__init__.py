@@ -1,9 +1,9 @@
 """Images: files, folders, BSD400, the embedded pictures, and the paper's augmentation."""
 
 from .augment import AUGMENTATIONS, augment
-from .bsd400 import BASE_URL, bsd400_registry, download_bsd400
+from .bsd400 import BASE_URL, bsd400_registry, download_bsd400, is_bsd400
 from .embedded import EmbeddedImages, embedded_images
-from .folder import ImageSet, Split, bsd400_split, carve_validation, image_names, load_folder, load_split
+from .folder import ImageSet, Split, bsd400_split, carve_validation, image_names, load_folder, load_split, split_sha256
 from .images import MAX_PIXELS, centre_crop, load_image, save_image
 
 __all__ = [
@@ -21,8 +21,10 @@ __all__ = [
     "download_bsd400",
     "embedded_images",
     "image_names",
+    "is_bsd400",
     "load_folder",
     "load_image",
     "load_split",
     "save_image",
+    "split_sha256",
 ]

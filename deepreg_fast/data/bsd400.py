@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DataError
+from .folder import image_names
 
 if TYPE_CHECKING:
     import pooch
@@ -32,6 +33,11 @@ def bsd400_registry() -> dict[str, str]:
     """SHA-256 of each of the 400 files, by file name."""
     file = resources.files("deepreg_fast.data").joinpath("bsd400_sha256.json")
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def is_bsd400(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder's images have the 400 names of BSD400, and no other is among them."""
+    return set(image_names(folder)) == set(bsd400_registry())
 
 
 def download_bsd400(

@@ -145,8 +145,25 @@ def load_split(path: str | os.PathLike[str]) -> Split:
 
 def bsd400_split() -> Split:
     """The project's split of BSD400, shipped with the package: 370 training and 30 test images."""
-    file = resources.files("deepreg_fast.data").joinpath("bsd400_split.json")
-    return _parse_split(file.read_text(encoding="utf-8"), "bsd400_split.json")
+    return _parse_split(_shipped_split().decode(), "bsd400_split.json")
+
+
+def split_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a split file's bytes, in hexadecimal; `"bsd400"` is the shipped one.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read.
+    """
+    try:
+        return hashlib.sha256(_shipped_split() if path == "bsd400" else Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"The split file {path} cannot be read ({error}); name a JSON file.") from error
+
+
+def _shipped_split() -> bytes:
+    return resources.files("deepreg_fast.data").joinpath("bsd400_split.json").read_bytes()
 
 
 def carve_validation(names: Sequence[str], count: int, seed: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:

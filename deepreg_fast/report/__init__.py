@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from .figures import curves_figure, images_figure, psnr_figure, roofline_figure, to_svg
+from .figures import images_figure, lines_figure, psnr_figure, roofline_figure, strips_figure, to_svg
 from .html import Report
+from .reproduce import write_report
 
-__all__ = ["Report", "curves_figure", "images_figure", "psnr_figure", "roofline_figure", "to_svg"]
+__all__ = [
+    "Report",
+    "images_figure",
+    "lines_figure",
+    "psnr_figure",
+    "roofline_figure",
+    "strips_figure",
+    "to_svg",
+    "write_report",
+]

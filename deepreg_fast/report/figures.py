@@ -5,14 +5,46 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .theme import INK, LINE, SERIES, SOFT
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#9a6700", "#57606a")
+DASHES = ("-", (0, (5, 1.6)), (0, (5, 1.5, 1, 1.5)))
+SMALL = 4.6
+"""Width in inches of a panel: its letters are readable on a phone as well as beside another panel."""
+_LETTERS = 8.5
+_LONGEST = 27
+_STEP = 0.14
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart, with its name written at its end."""
+
+    name: str
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
+    style: int | None = 0
+    """Number of its colour and dashes; None for the reference, grey."""
+    smooth: bool = False
+    """Draw a running mean over the values, and these faintly."""
+
+    @property
+    def color(self) -> str:
+        """Its colour."""
+        return _color(self.style)
+
+    @property
+    def dashes(self) -> Any:
+        """Solid for the first half of the colours, and other dashes for each half after it."""
+        return ":" if self.style is None else DASHES[self.style * 2 // len(SERIES) % len(DASHES)]
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -21,44 +53,96 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def to_svg(figure: Figure) -> str:
+def to_svg(figure: Figure, transparent: bool = True) -> str:
     """The `<svg>` element of a figure, with text as shapes so that it looks the same everywhere."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=transparent)
     text = buffer.getvalue()
     svg = text[text.index("<svg") :]
     # The namespace of matplotlib's metadata is an outside address that nothing here needs.
     return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
 
 
-def curves_figure(
-    loss: tuple[Sequence[float], Sequence[float]], validation: tuple[Sequence[float], Sequence[float]]
-) -> str:
-    """Training loss (steps, values; log scale, with its running mean) beside validation PSNR (steps, dB)."""
-    figure = _figure(9.0, 3.2)
-    left, right = figure.subplots(1, 2)
-    steps, values = np.asarray(loss[0]), np.asarray(loss[1])
-    left.semilogy(steps, values, color=COLORS[0], alpha=0.25, linewidth=1)
-    width = max(1, len(values) // 30)
-    if len(values) > width:
-        mean = np.convolve(values, np.ones(width) / width, "valid")
-        left.semilogy(steps[width - 1 :], mean, color=COLORS[0], linewidth=2)
-    left.set(xlabel="step", ylabel="1000 × mean squared error")
-    right.plot(validation[0], validation[1], color=COLORS[1], marker="o", markersize=4)
-    right.set(xlabel="step", ylabel="validation PSNR (dB)")
-    _tidy(left, right)
+def lines_figure(lines: Sequence[Line], xlabel: str, ylabel: str, log: str = "", height: float = 3.2) -> str:
+    """A panel of lines with their names at their ends; `log` names the axes with a logarithmic scale ("x", "xy").
+
+    Points that are not finite, or not positive on a logarithmic scale, are left out.
+    """
+    figure = _figure(SMALL, height)
+    axis = figure.subplots()
+    lines = [line for line in (_drawable(line, log) for line in lines) if len(line.x)]
+    for line in lines:
+        if line.smooth:
+            axis.plot(line.x, line.y, color=line.color, alpha=0.2, linewidth=0.8)
+    lines = [_smoothed(line) for line in lines]
+    for line in lines:
+        x, y = np.asarray(line.x, float), np.asarray(line.y, float)
+        axis.plot(x, y, color=line.color, linestyle=line.dashes, linewidth=1.6)
+        axis.plot(x[-1:], y[-1:], color=line.color, marker="o", markersize=3.5)
+    axis.locator_params(nbins=6)
+    if lines and "x" in log:
+        axis.set_xscale("log")
+        _logarithmic(axis.xaxis, [np.asarray(line.x, float) for line in lines])
+    if lines and "y" in log:
+        axis.set_yscale("log")
+        _logarithmic(axis.yaxis, [np.asarray(line.y, float) for line in lines])
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    _tidy(axis)
+    _name_ends(axis, [line for line in lines if line.name], height)
     return to_svg(figure)
 
 
 def psnr_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
     """Mean PSNR against gradient evaluations, one line a method: name -> (gradients, dB)."""
-    figure = _figure(9.0, 3.6)
+    lines = [Line(name, x, y, i) for i, (name, (x, y)) in enumerate(curves.items())]
+    return lines_figure(lines, "evaluations of the gradient of r", "mean PSNR (dB)")
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Values of one kind in one row of a strip chart: every one a dot, their median a stroke."""
+
+    values: Sequence[float] | np.ndarray
+    style: int | None = 0
+
+
+def strips_figure(
+    rows: Mapping[str, Sequence[Strip]],
+    xlabel: str,
+    log: bool = False,
+    mark: float | None = None,
+    legend: Sequence[tuple[str, int]] = (),
+) -> str:
+    """Dots per image, one line of the chart for each name; `mark` draws a vertical line, `legend` names styles."""
+    height = (1.0 if legend else 0.75) + sum(0.1 + _STEP * max(1, len(strips)) for strips in rows.values())
+    figure = _figure(SMALL, height)
     axis = figure.subplots()
-    for color, (name, (x, y)) in zip(COLORS, curves.items(), strict=False):
-        axis.plot(x, y, color=color, linewidth=2, label=name)
-    axis.set(xlabel="evaluations of the gradient of r", ylabel="mean PSNR (dB)")
-    axis.legend(frameon=False)
+    at, ticks = 0.0, []
+    for strips in rows.values():
+        ticks.append(at + _STEP * (len(strips) - 1) / 2)
+        for strip in strips:
+            values = np.asarray(strip.values, float)
+            color = _color(strip.style)
+            axis.plot(values, np.full(len(values), at), "o", color=color, markersize=3.2, alpha=0.4, markeredgewidth=0)
+            axis.plot([np.median(values)], [at], "|", color=color, markersize=9, markeredgewidth=2)
+            at += _STEP
+        at += 0.1
+    if log:
+        axis.set_xscale("log")
+        _logarithmic(axis.xaxis, [np.asarray(s.values, float) for strips in rows.values() for s in strips])
+    if mark is not None:
+        axis.axvline(mark, color=INK, linewidth=1, linestyle=DASHES[1])
+    axis.set_yticks(ticks, list(rows))
+    axis.set_ylim(at, -0.15)
+    axis.set_xlabel(xlabel)
     _tidy(axis)
+    axis.grid(visible=False, axis="y")
+    axis.tick_params(axis="y", length=0, labelcolor=INK)
+    for name, style in legend:
+        axis.plot([], [], "o", color=SERIES[style], markersize=4, label=name)
+    if legend:
+        figure.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=_LETTERS, labelcolor=INK)
     return to_svg(figure)
 
 
@@ -68,14 +152,15 @@ def roofline_figure(points: Mapping[str, tuple[float, float, float]], flops: flo
     axis = figure.subplots()
     at = [f / b for f, b, _ in points.values()] or [1.0]
     x = np.geomspace(min(0.1, *at) / 2, max(100.0, *at) * 2, 200)
-    axis.loglog(x, np.minimum(flops, bandwidth * x), color=COLORS[-1], linewidth=1.5)
+    axis.loglog(x, np.minimum(flops, bandwidth * x), color=SOFT, linewidth=1.5)
     axis.annotate(f"{flops:.0f} GFLOP/s of multiply-adds", (x[-1], flops), ha="right", va="bottom", fontsize=9)
-    for color, (name, (f, b, s)) in zip(COLORS, points.items(), strict=False):
+    for i, (name, (f, b, s)) in enumerate(points.items()):
+        color = SERIES[i % len(SERIES)]
         axis.plot(f / b, f / s / 1e9, "o", color=color, label=f"{name}: {f / s / 1e9:.0f} GFLOP/s")
     axis.set(xlabel="flops per byte from memory", ylabel="GFLOP/s (direct sums)")
     axis.legend(frameon=False, loc="lower right")
     _tidy(axis)
-    return to_svg(figure)
+    return to_svg(figure, transparent=False)
 
 
 def images_figure(columns: Sequence[str], rows: Sequence[Sequence[tuple[np.ndarray, str, str]]]) -> str:
@@ -93,13 +178,68 @@ def images_figure(columns: Sequence[str], rows: Sequence[Sequence[tuple[np.ndarr
             axis.imshow(image, cmap=colors, vmin=low, vmax=high, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_xlabel(caption, fontsize=9)
+            axis.set_xlabel(caption, fontsize=9, color=INK)
             if i == 0:
-                axis.set_title(columns[j], fontsize=10)
+                axis.set_title(columns[j], fontsize=10, color=INK)
     return to_svg(figure)
 
 
-def _tidy(*axes) -> None:  # type: ignore[no-untyped-def]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+def _color(style: int | None) -> str:
+    return SOFT if style is None else SERIES[style % len(SERIES)]
+
+
+def _drawable(line: Line, log: str) -> Line:
+    x, y = np.asarray(line.x, float), np.asarray(line.y, float)
+    good = np.isfinite(x) & np.isfinite(y) & ((x > 0) | ("x" not in log)) & ((y > 0) | ("y" not in log))
+    return replace(line, x=x[good], y=y[good])
+
+
+def _smoothed(line: Line) -> Line:
+    """The line's running mean over a thirtieth of it, if it is to be smoothed."""
+    width = max(1, len(line.y) // 30) if line.smooth else 1
+    y = np.convolve(np.asarray(line.y, float), np.ones(width) / width, "valid")
+    return replace(line, x=line.x[width - 1 :], y=y)
+
+
+def _name_ends(axis: Axes, lines: Sequence[Line], height: float) -> None:
+    """Names to the right of the axis, each as near to its line's end as the others allow, and a thread from the end
+    along its height to the axis' edge and on to the name: threads do not cross."""
+    from scipy.optimize import isotonic_regression
+
+    if not lines:
+        return
+    axis.set_xlim(axis.get_xlim())
+    axis.set_ylim(axis.get_ylim())
+    to_axis = axis.transData + axis.transAxes.inverted()
+    points = [to_axis.transform((line.x[-1], line.y[-1])) for line in lines]
+    ends = sorted(zip(points, lines, strict=True), key=lambda end: end[0][1])
+    gap = 1.25 * _LETTERS / (72 * (height - 0.6))
+    steps = gap * np.arange(len(ends))
+    wished = np.array([y for (_, y), _ in ends]) - steps
+    placed = np.clip(isotonic_regression(wished).x, 0.0, max(0.0, 1.0 - gap * (len(ends) - 1))) + steps
+    for ((x, y), line), at in zip(ends, placed, strict=True):
+        style = {"color": line.color, "linewidth": 0.6, "alpha": 0.7, "transform": axis.transAxes, "clip_on": False}
+        axis.plot([x, 1.01, 1.06, 1.075], [y, y, at, at], **style)
+        name = line.name if len(line.name) <= _LONGEST else line.name[: _LONGEST - 1] + "…"
+        color = INK if line.style is None else line.color
+        axis.text(1.09, at, name, transform=axis.transAxes, va="center", fontsize=_LETTERS, color=color)
+
+
+def _logarithmic(axis: Any, values: Sequence[np.ndarray]) -> None:
+    """Ticks at 1, 2, 5 where the values are within two decades, else at powers of ten; written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _tidy(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(SOFT)
+    axis.grid(color=LINE, linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=SOFT, labelsize=_LETTERS, which="both")
+    for label in (axis.xaxis.label, axis.yaxis.label):
+        label.set(color=INK, fontsize=_LETTERS + 0.5)

@@ -1,0 +1,72 @@
+"""`deepreg-fast info NAME`: the model card of shipped weights, as a page or as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import pretrained
+
+
+def show(name: str, as_json: bool) -> None:
+    """Print the card of shipped weights."""
+    card = pretrained.card(name)
+    if as_json:
+        print(json.dumps(card))
+        return
+    console = Console()
+    console.print(f"{card['name']}: {card['title']}", style="bold", markup=False, highlight=False)
+    console.print(_facts(card), markup=False)
+    console.print(_expectations(card["expectations"]), markup=False)
+
+
+def _facts(card: dict[str, Any]) -> Table:
+    data, psnr, ssim, lip, stages = (card[k] for k in ("data", "psnr", "ssim", "lipschitz", "settings"))
+    tv = psnr["vs_tv"]
+    noise = "" if card["lam"] is None else f", with noise lam sigma^2 if that is larger, lam = {card['lam']:g}"
+    rows = {
+        "parameters": str(card["parameters"]),
+        "weight": f"mu = {card['mu']:.3g}{noise}",
+        "trained on": f"{data['images']} images of {data['name']}; its {data['test_images']} test images never seen",
+        "split": f"SHA-256 {card['split_sha256']}",
+        "operator": _pairs(card["operator"]),
+        "PSNR": f"mean {psnr['mean']:.2f} dB, median {psnr['median']:.2f} dB",
+        "against TV": (
+            f"{tv['mean']:+.2f} dB in [{tv['interval'][0]:+.2f}, {tv['interval'][1]:+.2f}] (95 %), median "
+            f"{tv['median']:+.2f} dB, wins {tv['wins']} of {tv['images']}"
+        ),
+        "SSIM": f"mean {ssim['mean']:.3f}, median {ssim['median']:.3f}",
+        "Lip(grad s)": (
+            f"by ascent {lip['beta_hat']['mean']:.2f} in the mean, {lip['beta_hat']['max']:.2f} at most; by Lanczos "
+            f"eigenvalues in [{lip['lambda_min']:.2f}, {lip['lambda_max']:.2f}], on {lip['images']} test images"
+        ),
+        "recovery": _pairs(card["recovery"]),
+        **{f"stage {k} of {len(stages)}": _pairs(s) for k, s in enumerate(stages, 1)},
+        **{k: card[k] for k in ("command", "commit", "version", "licence", "citation")},
+    }
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, text in rows.items():
+        table.add_row(key, text)
+    return table
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in values.items())
+
+
+def _expectations(rows: list[dict[str, Any]]) -> Table:
+    head = ("on", "images", "size", "ratio", "seed", "sigma", "mu", "PSNR", "TV")
+    table = Table(*head, title="Measured elsewhere: mean PSNR in dB, beside tuned TV", title_justify="left")
+    for r in rows:
+        table.add_row(
+            r["what"],
+            str(r["images"]),
+            " × ".join(map(str, r["size"])),
+            *(f"{r[k]:g}" for k in ("ratio", "operator_seed", "sigma")),
+            f"{r['mu']:.2g}",
+            *(f"{r[k]:.2f}" for k in ("psnr_mean", "tv_psnr_mean")),
+        )
+    return table

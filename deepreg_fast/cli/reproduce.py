@@ -1,0 +1,78 @@
+"""`deepreg-fast reproduce`: the paper's table from one file of settings."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import DeviceOption
+
+
+def reproduce(  # noqa: PLR0913 - one argument for each option of the command line
+    data: Annotated[str, typer.Option(help="Folder of images, or 'embedded'; default: what the settings name.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the reproduction.")] = Path("reproduction"),
+    settings: Annotated[str, typer.Option(help="bsd400, quick, ledger, or a TOML file.")] = "bsd400",
+    quick: Annotated[bool, typer.Option("--quick", help="The settings 'quick': minutes, on embedded images.")] = False,
+    rows: Annotated[str, typer.Option(help="Only these rows, separated by commas, and those they begin from.")] = "",
+    group: Annotated[str, typer.Option(help="Only the rows of this group: paper, beyond or ledger.")] = "",
+    workers: Annotated[int, typer.Option(help="Processes at a time; 0: one a core, or one on a GPU.")] = 0,
+    device: DeviceOption = "cpu",
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; write tables and report.")] = False,
+) -> None:
+    """Train and evaluate every row of a table, and write it with a report; after a stop the same command goes on.
+
+    Example: deepreg-fast reproduce --data BSD400 --out reproduction
+    """
+    from ..errors import InputError
+    from ..reproduce import load_settings
+    from ..reproduce import reproduce as run
+
+    if quick and settings != "bsd400":
+        raise InputError("--quick stands for --settings quick; give one of the two.")
+    found = load_settings("quick" if quick else settings)
+    done = run(
+        found.with_data(data) if data else found,
+        out,
+        rows=tuple(n for n in rows.split(",") if n),
+        group=group,
+        device=device,
+        workers=workers,
+        report_only=report_only,
+        command=shlex.join(["deepreg-fast", *sys.argv[1:]]),
+    )
+    if done.results:
+        _table(done.results)
+    if done.report is not None:
+        typer.echo(f"The report is in {done.report}; figures are in {out / 'results.json'} and {out / 'results.csv'}.")
+    for name, sentence in done.failed.items():
+        typer.echo(f"deepreg-fast: {name} failed: {sentence}", err=True)
+    if done.fatal:
+        typer.echo(f"deepreg-fast: {done.fatal}", err=True)
+    if done.failed or done.fatal:
+        raise typer.Exit(2)
+    if done.stopped:
+        typer.echo("Stopped; the same command goes on from here.", err=True)
+        raise typer.Exit(130)
+
+
+def _table(results: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("row", "PSNR mean", "median", "SSIM", "vs TV", "wins", "poster")
+    for r in results:
+        v, poster = r["vs_tv"], r["poster"] or {}
+        table.add_row(
+            r["label"],
+            f"{r['psnr_mean']:.2f}",
+            f"{r['psnr_median']:.2f}",
+            f"{r['ssim_mean']:.3f}",
+            f"{v['mean']:+.2f}" if v else "",
+            f"{v['wins']}/{v['images']}" if v else "",
+            f"{poster['psnr']:.2f}" if "psnr" in poster else "",
+        )
+    Console().print(table, markup=False)

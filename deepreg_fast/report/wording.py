@@ -1,0 +1,112 @@
+"""Numbers as a report writes them: no digit more than the data carry, a dash where there is no number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+NONE = "–"
+
+
+def fixed(value: float | None, digits: int) -> str:
+    """With so many decimals: `27.76`."""
+    return NONE if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """The same with its sign: `+0.75`."""
+    return NONE if value is None else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def difference(found: Mapping[str, Any] | None) -> str:
+    """Mean of paired differences with its interval: `+0.75 [+0.61, +0.90]`."""
+    if not found:
+        return NONE
+    interval = found.get("interval")
+    ends = f" [{signed(interval[0])}, {signed(interval[1])}]" if isinstance(interval, Sequence) else ""
+    return signed(found.get("mean")) + ends
+
+
+def wins(found: Mapping[str, Any] | None) -> str:
+    """`27 of 30`."""
+    return f"{found['wins']} of {found['images']}" if found and "wins" in found and "images" in found else NONE
+
+
+def whole(value: float | None) -> str:
+    """Without decimals, thousands apart: `3,057`."""
+    return NONE if value is None else f"{value:,.0f}"
+
+
+def significant(value: float | None, digits: int = 2) -> str:
+    """With so many significant digits, without an exponent where it reads well: `0.0012`."""
+    return NONE if value is None else f"{value:#.{digits}g}".rstrip(".").replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """`8.1 s`, `12 min`, `3.1 h`."""
+    if seconds is None:
+        return NONE
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def milliseconds(seconds: float | None, count: int) -> str:
+    """Of one of `count`: `136`, `0.4`."""
+    if seconds is None or not count:
+        return NONE
+    value = 1e3 * seconds / count
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def times(value: float | None) -> str:
+    """A ratio: `1.3 ×`."""
+    return NONE if value is None else f"{value:.2f} ×"
+
+
+def median(values: np.ndarray) -> float | None:
+    """The median of the finite values, None without any."""
+    good = values[np.isfinite(values)]
+    return float(np.median(good)) if len(good) else None
+
+
+def largest(values: np.ndarray) -> float | None:
+    """The largest of the finite values, None without any."""
+    good = values[np.isfinite(values)]
+    return float(good.max()) if len(good) else None
+
+
+def ratio(value: float) -> str:
+    """A ratio of measurements as a fraction where it is one: `1/5`."""
+    fraction = Fraction(value).limit_denominator(50)
+    return str(fraction) if abs(float(fraction) - value) < 1e-9 else f"{value:.3g}"
+
+
+def counted(status: Mapping[str, Any]) -> str:
+    """`28 converged, 2 max iterations`."""
+    known = {k: v for k, v in status.items() if isinstance(v, int) and v > 0}
+    return ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in sorted(known.items(), key=lambda p: -p[1])) or NONE
+
+
+def listed(items: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return ", ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else "".join(items)
+
+
+def plain(value: Any) -> str:
+    """Any value of a settings file, without quotes or braces."""
+    if isinstance(value, dict):
+        return pairs(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return NONE if value in (None, "") else str(value)
+
+
+def pairs(values: Mapping[str, Any]) -> str:
+    """`max_iterations 500, tolerance 0.0001`."""
+    return ", ".join(f"{k} {plain(v)}" for k, v in values.items() if v is not None) or NONE

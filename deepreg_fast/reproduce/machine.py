@@ -1,0 +1,15 @@
+"""The machine that a result belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..bench.machine import describe as describe_host
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Processor, cores, versions, and the name of the GPU where one was used."""
+    found = {k: v for k, v in describe_host().items() if k != "peers"}
+    return {**found, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
