@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 import deepreg_fast as dr
 from deepreg_fast.cli import app
+from deepreg_fast.data import embedded_images
 
 from .helpers import images, normal, random_red
 
@@ -127,12 +129,11 @@ def test_the_readmes_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    dr.save(dr.RED(channels=2), "weights.safetensors", {"mu": 0.05})
     (tmp_path / "images").mkdir()
     for i in range(12):
         Image.fromarray((images(64, 64, seed=i) * 255).byte().numpy()).save(tmp_path / "images" / f"{i}.png")
     assert "steps=5000" in code
-    names = {"x": images(1, 1, 180, 180, dtype=torch.float32)}
+    names = {"x": embedded_images(180)[1].x[:1]}
     exec(compile(code.replace("steps=5000", "steps=1, channels=2"), "README.md", "exec"), names)
     assert (tmp_path / "runs" / "bilevel" / "weights.safetensors").exists()
     assert names["sol"].status.eq(0).all()  # type: ignore[attr-defined]
@@ -145,7 +146,7 @@ def test_the_readmes_commands() -> None:
     assert len(lines) >= 5
     root: Any = typer.main.get_command(app)
     for line in lines:
-        command, words = root, line.split()
+        command, words = root, shlex.split(line, comments=True)
         while hasattr(command, "commands"):
             command = command.commands[words.pop(0)]
         with command.make_context(line, words) as context:
