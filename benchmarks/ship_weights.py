@@ -65,7 +65,11 @@ def _card(result: dict[str, Any], parameters: int) -> dict[str, Any]:
     split = load_split(raw["split"])
     return {
         "parameters": parameters,
-        "data": {"name": last["data"], "images": len(split.train), "test_images": len(split.test)},
+        "data": {
+            "name": Path(result["problem"]["data"]).name,
+            "images": len(split.train),
+            "test_images": len(split.test),
+        },
         "split_sha256": split_sha256(raw["split"]),
         "operator": {
             "kind": "srm",

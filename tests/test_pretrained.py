@@ -250,6 +250,7 @@ def _row(tmp_path: Path) -> Path:
             "scale": None,
             "version": "0.1.0",
         },
+        "problem": {"data": "/data/BSD400"},
         "vs_tv": {"mean": 1.23456789, "median": 1.0, "interval": [0.5, 2.0], "wins": 2, "images": 3},
         "lipschitz": {
             "beta_hat_train": 1.0,
