@@ -32,7 +32,7 @@ from deepreg_fast.files import write_atomically
 from deepreg_fast.metrics import psnr
 from deepreg_fast.operators import SRM
 from deepreg_fast.regularizers import Regularizer
-from deepreg_fast.solvers import PGDOptions
+from deepreg_fast.solvers import ACCELERATIONS, PGDOptions
 
 WEIGHTS = "weights/bilevel_Denoising/{}_bilevel_{}_for_Denoising.pt"
 TRAINED = {"CRR": "IFT", "WCRR": "IFT", "TDV": "JFB"}
@@ -136,7 +136,7 @@ def tuned(name: str, prior: nn.Module, options: argparse.Namespace, x: torch.Ten
     """The method with the mu and s of the best mean PSNR on the images `x`, and that PSNR."""
     A = SRM((1, *x.shape[-2:]), 0.2)
     y = A.A(x)
-    solver = PGDOptions(options.max_iterations, 1e-4, "anderson")
+    solver = PGDOptions(options.max_iterations, 1e-4, options.acceleration)
     scored: list[tuple[float, Method]] = []
     for scale, mu in itertools.product(options.scales, options.mus):
         method = Method(name.lower(), Foreign(prior, scale), mu, solver)
@@ -198,6 +198,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tune-on", type=int, default=VALIDATION, help="validation images, cropped to 96 x 96")
     parser.add_argument("--mus", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2, 1e-1], help="weights to try")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="values of s in r(s x)/s^2 to try")
+    parser.add_argument("--acceleration", choices=[*ACCELERATIONS], default="fista")
     parser.add_argument("--max-iterations", type=int, default=500, help="gradients per image")
     return parser.parse_args()
 

@@ -239,7 +239,7 @@ def tuned_tv(
 ) -> Method:
     """Smoothed TV with mu tuned on the images `x`; `Lip(grad TV) <= 8/eps` sets the first step."""
     options = PGDOptions(800, 1e-3, acceleration="anderson", tau=eps / 4)
-    return Tuner(x, y, A, scores).mu(Method("tv", TV(eps), options=options), 1e-5, 1e-2)
+    return Tuner(x, y, A, scores).mu(Method("tv", TV(eps), options=options), 1e-5, 1.0)
 
 
 def evaluate(methods: Sequence[Method], x: torch.Tensor, y: torch.Tensor, A: LinearOperator) -> dict[str, Any]:

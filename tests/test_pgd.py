@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import deepreg_fast as dr
+from deepreg_fast.data import embedded_images
 
 from .helpers import images, random_red
 
@@ -178,3 +179,21 @@ def test_parameters_may_not_change_under_a_linearization() -> None:
         next(reg.parameters()).add_(1.0)
     with pytest.raises(dr.errors.InputError, match="linearize"):
         lin.hvp(images(1, 1, 8, 8))
+
+
+def test_anderson_does_not_climb() -> None:
+    """Without the guard the objective of this photograph rises by 3 % of its fall, and stays in a cycle up there."""
+    x = torch.cat([images.x for images in embedded_images(48)])[8:9]
+    reg, meta = dr.load("cs5-ridge-weak")
+    A = dr.SRM((1, 48, 48), 0.2)
+    y, objectives = A.A(x), []
+
+    def observe(_: int, z: torch.Tensor) -> None:
+        misfit = (y - A.A(z)).double().square().sum()
+        objectives.append(0.5 * misfit / meta["mu"] + reg.value_and_grad(z)[0].double().sum())
+
+    dr.recover(y, A, reg, meta["mu"], options=dr.PGDOptions(150, 3e-4, "anderson", memory=5), observer=observe)
+    met = torch.stack(objectives)
+    lowest = met.cummin(0).values
+    assert bool((met <= lowest + 1.1e-4 * (lowest.abs() + met[0] - lowest)).all())
+    assert lowest[-1] < 0.5 * met[0]

@@ -17,7 +17,7 @@ from PIL import Image
 
 import deepreg_fast as dr
 from deepreg_fast.errors import InputError
-from deepreg_fast.regularizers.grow import grow
+from deepreg_fast.regularizers.grow import grow, grow_ridge
 from deepreg_fast.training.guards import InnerAccuracy, MedianClip
 from deepreg_fast.training.samples import load_samples
 
@@ -346,6 +346,27 @@ def test_a_network_grows_from_its_like_only() -> None:
         grow(dr.RED(8, 3), dr.RED(4, 3))
     with pytest.raises(InputError, match="depth=4"):
         grow(dr.RED(4, 3), dr.RED(8, 4))
+
+
+@pytest.mark.parametrize("convex", [True, False])
+@pytest.mark.parametrize(("filters", "kernel_size"), [(6, 5), (4, 7), (7, 9)])
+def test_a_ridge_grows_nearly_without_changing(filters: int, kernel_size: int, convex: bool) -> None:
+    small, large = dr.Ridge(4, 5, convex=convex, seed=1), dr.Ridge(filters, kernel_size, convex=convex, seed=2)
+    with torch.no_grad():
+        small.net.raw.add_(torch.randn(4, 4, generator=torch.Generator().manual_seed(3)))
+    grow_ridge(small, large)
+    x = torch.rand(2, 1, 12, 13, generator=torch.Generator().manual_seed(3))
+    error = (large.value_and_grad(x)[1] - small.value_and_grad(x)[1]).norm() / small.value_and_grad(x)[1].norm()
+    assert error < (1e-6 if filters == 4 else 0.02)
+    slope = torch.autograd.grad(large.energy(x).sum(), list(large.parameters()))
+    assert all(bool((g.flatten(1).norm(dim=1) > 0).all()) for g in slope)
+
+
+def test_a_ridge_grows_from_its_like_only() -> None:
+    with pytest.raises(InputError, match="no more filters"):
+        grow_ridge(dr.Ridge(8, 5), dr.Ridge(4, 5))
+    with pytest.raises(InputError, match="convex=True"):
+        grow_ridge(dr.Ridge(4, 5, convex=False), dr.Ridge(8, 5, convex=True))
 
 
 def test_a_second_stage_starts_from_weights(folder: Path, tmp_path: Path) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
 from .red import RED
+from .ridge import Ridge
 
 _GROWING = ("channels", "kernel_size")
+_GROWING_RIDGE = ("filters", "kernel_size")
+# Of the initial strength: enough for a gradient, too little to be seen.
+_FAINT = 0.01
 
 
 def grow(small: RED, large: RED) -> None:
@@ -26,8 +31,7 @@ def grow(small: RED, large: RED) -> None:
         If the two differ in anything else.
     """
     a, b = small.describe(), large.describe()
-    differing = sorted(k for k in b if k not in _GROWING and a.get(k) != b[k])
-    if differing or any(a[k] > b[k] for k in _GROWING) or a["norm"] != "none":
+    if not _grows(a, b, _GROWING) or a["norm"] != "none":
         raise InputError(
             "A network can start from one without LayerNorm that has no more channels, no larger filters, and is like "
             f"it in all else, but this one is {_told(b)} and that one {_told(a)}; change the settings or the weights."
@@ -42,6 +46,39 @@ def grow(small: RED, large: RED) -> None:
             inner = slice(edge, edge + a["kernel_size"])
             new.weight[:outs, :ins, inner, inner] = old.weight
             new.bias[:outs] = old.bias
+
+
+def grow_ridge(small: Ridge, large: Ridge) -> None:
+    """Make `large` nearly equal to `small`: its further filters keep their initial weights and a hundredth of their
+    initial profile (a filter without any would never get a gradient).
+
+    `large` has no fewer filters and no smaller ones, and is like `small` in all else. The filters of `small` stand in
+    the middle of those of `large`.
+
+    Raises
+    ------
+    InputError
+        If the two differ in anything else.
+    """
+    a, b = small.describe(), large.describe()
+    if not _grows(a, b, _GROWING_RIDGE):
+        raise InputError(
+            "A ridge can start from one that has no more filters, no larger ones, and is like it in all else, but this "
+            f"one is {_told(b)} and that one {_told(a)}; change the settings or the weights."
+        )
+    kept, edge = a["filters"], (b["kernel_size"] - a["kernel_size"]) // 2
+    old, new = small.net, large.net
+    with torch.no_grad():
+        w = old.filters - old.filters.mean((-2, -1), keepdim=True) if old.zero_mean else old.filters
+        new.filters[:kept] = F.pad(w, [edge] * 4)
+        # Coefficients are divided by the number of filters.
+        strength = torch.cat([F.softplus(old.raw) * (b["filters"] / kept), _FAINT * F.softplus(new.raw[kept:])])
+        new.raw.copy_(strength + torch.log(-torch.expm1(-strength)))
+
+
+def _grows(small: dict[str, Any], large: dict[str, Any], growing: tuple[str, ...]) -> bool:
+    same = all(small.get(k) == v for k, v in large.items() if k not in growing)
+    return same and all(small[k] <= large[k] for k in growing)
 
 
 def _told(description: dict[str, Any]) -> str:

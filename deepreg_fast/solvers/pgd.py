@@ -18,7 +18,7 @@ from ..linsolve.batch import dot, expand, norm, secant, take
 from ..linsolve.progress import WARM_UP, Poll, Replay, keeping, masked
 from ..operators.base import LinearOperator
 from ..regularizers.base import Regularizer
-from .acceleration import Plain, make
+from .acceleration import Anderson, Plain, make
 from .decide import residual_of, verdict_on
 from .options import PGDOptions, Solution
 from .state import State, first_gradient
@@ -40,7 +40,8 @@ def pgd(  # noqa: PLR0913 - the problem is these five, the rest is optional
 
     `x+ = prox_l2(x - tau grad r(x), y, tau/mu)` is accepted when
     `<grad r(x+) - grad r(x), x+ - x> <= ||x+ - x||^2 / tau` (Becker, Candes, Grant 2011, sec. 5.3: no difference
-    of objective values, which would drown in rounding); tau then grows, else it shrinks.
+    of objective values, which would drown in rounding); tau then grows, else it shrinks. A candidate of Anderson's
+    acceleration is also refused where it lies above the lowest objective met by more than 1e-4 of its fall so far.
 
     Parameters
     ----------
@@ -95,6 +96,8 @@ class _Run:
         self.accelerator = make(options.acceleration, self.state.x, options.memory)
         self.eps = torch.finfo(x0.dtype).eps
         self.rounds: list[torch.Tensor] = []
+        # Anderson's extrapolation may leave for a cycle above where it came from, at small residuals.
+        self.guarded = isinstance(self.accelerator, Anderson)
 
     def begin(self) -> None:
         """The first gradient, and what later ones are compared with."""
@@ -102,7 +105,12 @@ class _Run:
         s.drop()
         if len(s.idx):
             with self._only():
-                first_gradient(s, self._gradient(take(s.x, s.idx))[1])
+                x = take(s.x, s.idx)
+                value, grad = self._gradient(x)
+                if self.guarded:
+                    objective = self._objective(x, value)
+                    s.lower(torch.isfinite(objective), objective)
+                first_gradient(s, grad)
             s.drop()
         self.limit = 10.0 * (norm(s.x) + s.x[0].numel() ** 0.5) if len(s.x) else s.tau
         self.scale = norm(s.grad)
@@ -134,7 +142,12 @@ class _Run:
         with self._only():
             value, grad = self._gradient(candidate)
             sums, limit = self._compare(candidate, grad), take(self.limit, s.idx)
+            objective = self._objective(candidate, value) if self.guarded else None
+            if objective is not None:
+                sums[2] = torch.where(s.climbs(objective), torch.inf, sums[2])
             numbers, good, forget = verdict_on(candidate, s.numbers(), sums, value, limit, self.options, self.eps)
+        if objective is not None:
+            s.lower(good, objective)
         s.accept(good, candidate, grad)
         s.keep(numbers)
         self.accelerator.reset(s.idx, forget)
@@ -163,6 +176,11 @@ class _Run:
             v, g = self.reg.value_and_grad(torch.cat([x, x]))
             return v[:1], g[:1]
         return self.reg.value_and_grad(x)
+
+    def _objective(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """`1/2 ||y - A x||^2 / mu + r(x)` of the images `idx`, `[b]`, float64."""
+        misfit = self.A.A(x) - take(self.y, self.state.idx)
+        return 0.5 * misfit.double().square().sum(1) / take(self.mu, self.state.idx).double() + value.double()
 
     def _compare(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>, <x, x>`, `[5, b]`, of the images `idx` and their candidates."""

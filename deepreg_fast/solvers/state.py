@@ -14,7 +14,9 @@ from .options import PGDOptions, Solution
 
 class State:
     """Iterates and gradients `[B, ...]`, the `Numbers` of all images, and the places `idx` `[b]` of those in the batch
-    that the next round works on: on the CPU those at work, on a device all of them, whatever `running` says."""
+    that the next round works on: on the CPU those at work, on a device all of them, whatever `running` says.
+
+    `lowest` is the smallest objective met and `fall` how far below the first it lies, `[B]`, where they are kept."""
 
     def __init__(self, x0: torch.Tensor, tau0: torch.Tensor | None, options: PGDOptions, center: float) -> None:
         batch, device = x0.shape[0], x0.device
@@ -31,6 +33,8 @@ class State:
         self.iterations = torch.zeros_like(self.gradients)
         self.status = torch.full_like(self.gradients, int(Status.MAX_ITERATIONS))
         self.running = torch.ones_like(self.cautious)
+        self.lowest = torch.full_like(self.tau, torch.inf)
+        self.fall = torch.zeros_like(self.tau)
         self.idx = torch.arange(batch, device=device)
         self.end(~finite.flatten(1).all(1))
 
@@ -65,6 +69,19 @@ class State:
         rows = self.idx if everyone else self.idx[good]
         for mine, new in ((self.x, x), (self.grad, grad)):
             mine[rows] = new if everyone else new[good]
+
+    def climbs(self, objective: torch.Tensor) -> torch.Tensor:
+        """Where the candidates of the images `idx` lie visibly above the lowest objective met. The margin is far above
+        the rounding of the objective, and far below what a step astray climbs."""
+        lowest, fall = take(self.lowest, self.idx), take(self.fall, self.idx)
+        return ~take(self.cautious, self.idx) & (objective > lowest + 1e-4 * (lowest.abs() + fall))
+
+    def lower(self, good: torch.Tensor, objective: torch.Tensor) -> None:
+        """Take the objectives of the images of `idx` where `good`."""
+        lowest, fall = take(self.lowest, self.idx), take(self.fall, self.idx)
+        new = torch.where(good, torch.minimum(lowest, objective), lowest)
+        fall = torch.where(torch.isfinite(lowest), fall + (lowest - new), 0.0)
+        self.lowest, self.fall = put(self.lowest, self.idx, new), put(self.fall, self.idx, fall)
 
     def solution(self, rounds: list[torch.Tensor]) -> Solution:
         """What there is so far."""

@@ -20,9 +20,9 @@ from ..files import write_atomically
 from ..metrics import psnr
 from ..operators import SRM
 from ..recovery import recover
-from ..regularizers import RED
+from ..regularizers import RED, Ridge
 from ..regularizers.base import Regularizer
-from ..regularizers.grow import grow
+from ..regularizers.grow import grow, grow_ridge
 from ..solvers import PGDOptions
 from ..status import counts
 from ..weights import load, save
@@ -74,7 +74,7 @@ class Trainer:
         self.counters = Counters()
 
     def start_from(self, path: str | Path) -> None:
-        """Take theta, and mu if it is told, from a weight file, whose network may be a smaller one (`grow`).
+        """Take theta, and mu if it is told, from a weight file, which may be of a smaller one (`grow`, `grow_ridge`).
 
         Raises
         ------
@@ -86,6 +86,8 @@ class Trainer:
             self.reg.load_state_dict(reg.state_dict())
         elif isinstance(reg, RED) and isinstance(self.reg, RED):
             grow(reg, self.reg)
+        elif isinstance(reg, Ridge) and isinstance(self.reg, Ridge):
+            grow_ridge(reg, self.reg)
         else:
             raise InputError(
                 f"init must hold a regularizer like the one of the settings ({self.reg.describe()}), but {path} "
