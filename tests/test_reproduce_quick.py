@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_quick_reproduction(tmp_path: Path) -> None:
-    """With the sign of the hypergradient wrong, 80 steps of beta5 end at -28 dB, below everything else."""
+    """With the sign of the hypergradient wrong, 80 steps of beta5 end at -28 dB, below everything else. Noisy-ridge
+    begins 3.6 dB below TV and ends 1.2 dB above."""
     code = "from deepreg_fast.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "reproduce", "--quick", "--out", "quick", "--workers", "2"],
@@ -30,6 +31,7 @@ def test_the_quick_reproduction(tmp_path: Path) -> None:
     score = {name: r["psnr_mean"] for name, r in rows.items()}
     assert score["tv"] > score["minimum-norm"] > score["adjoint"]
     baselines = max(score["red"], score["gradient-step"], score["adversarial"])
+    assert score["noisy-ridge"] > score["noisy-tv"] + 0.5
     assert score["beta5"] > score["beta1"] > baselines > score["minimum-norm"]
     # Lip(grad s) is held: beta1 stays flatter than beta5 on images that nobody trained on.
     assert max(rows["beta1"]["lipschitz"]["beta_hat"]) < min(rows["beta5"]["lipschitz"]["beta_hat"])
