@@ -37,7 +37,7 @@ class PGDOptions:
     tau: float = 1.0
     grow: float = 1.2
     shrink: float = 0.5
-    memory: int = 10
+    memory: int = 5
     record: bool = False
 
     def __post_init__(self) -> None:

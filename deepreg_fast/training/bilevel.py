@@ -118,7 +118,7 @@ class BilevelTrainer(Trainer):
         seen = (visits > 0) & c.warm_start
         x0 = torch.where(expand(seen, cold), self.store.get("x", rows), cold)
         tau0 = torch.where(seen, self.store.get("tau", rows), 1.0)
-        options = PGDOptions(c.inner_iterations, self.accuracy.tolerance, c.acceleration)
+        options = PGDOptions(c.inner_iterations, self.accuracy.tolerance, c.acceleration, memory=c.memory)
         sol = pgd(y, self.A, self.reg, mu, options, x0, tau0)
         bad = (sol.status == int(Status.NON_FINITE)) | ~torch.isfinite(sol.x).flatten(1).all(1)
         reach = 2.0 * norm(x - self.reg.center) + 0.1 * x[0].numel() ** 0.5
