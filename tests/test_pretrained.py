@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import deepreg_fast as dr
 from deepreg_fast import pretrained
-from deepreg_fast.cli.options import default_mu, unlike_training
+from deepreg_fast.cli.options import default_mu, pgd_options, unlike_training
 from deepreg_fast.data import bsd400_registry, bsd400_split, embedded_images, split_sha256
 from deepreg_fast.errors import CheckpointError, InputError
 from deepreg_fast.evaluation import Method, run, tuned_tv
@@ -178,6 +178,13 @@ def test_info_lists_them_and_prints_a_card(run: Run) -> None:
         assert f"{row['psnr_mean']:.2f}" in page
     unknown = run("info", "cs5-beta11")
     assert unknown.code == 2 and NAME in unknown.err and unknown.out == ""
+
+
+def test_weights_tell_how_they_are_recovered() -> None:
+    card = pretrained.card(NAME) | {"recovery": {"acceleration": "anderson", "memory": 10, "max_iterations": 3}}
+    assert pgd_options({"card": card}, "", tolerance=1e-3) == dr.PGDOptions(500, 1e-3, "anderson", memory=10)
+    assert pgd_options({"card": card}, "fista") == dr.PGDOptions(acceleration="fista")
+    assert pgd_options({}, "") == dr.PGDOptions(acceleration="fista")
 
 
 def test_recover_and_evaluate_by_name(run: Run, tmp_path: Path) -> None:

@@ -14,9 +14,16 @@ from ..evaluation import evaluate as compare
 from ..evaluation import tune_mu as tuned
 from ..files import write_atomically
 from ..pretrained import card_of
-from ..solvers import PGDOptions
 from ..weights import load
-from .options import DeviceOption, KeepDcOption, default_mu, unlike_training, use_device
+from .options import (
+    AccelerationOption,
+    DeviceOption,
+    KeepDcOption,
+    default_mu,
+    pgd_options,
+    unlike_training,
+    use_device,
+)
 
 
 def evaluate(  # noqa: PLR0913 - one argument for each option of the command line
@@ -51,7 +58,7 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
             "noise lam sigma^2 where their card tells lam.",
         ),
     ] = False,
-    acceleration: Annotated[str, typer.Option(help="none (the paper's), fista or anderson.")] = "fista",
+    acceleration: AccelerationOption = "",
     tolerance: Annotated[float, typer.Option(help="Relative residual at which a recovery has converged.")] = 1e-4,
     max_iterations: Annotated[int, typer.Option(help="Gradients per image.")] = 500,
     device: DeviceOption = "cpu",
@@ -73,10 +80,10 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     problem = Problem(data, split, transform, randomizer, operator_seed, sigma, ratio, crop, validation, keep_dc)
     found = measure(problem, place, limit)
     tuning = found.x_tuning, found.y_tuning, found.A
-    options = PGDOptions(max_iterations, tolerance, acceleration)
     methods = [Method("adjoint"), Method("minimum_norm"), tuned_tv(*tuning)]
     for given in weights or []:
         reg, meta = load(given)
+        options = pgd_options(meta, acceleration, max_iterations=max_iterations, tolerance=tolerance)
         method = Method(_name(given, meta, methods), reg.to(place), default_mu(meta, sigma), options)
         # Only bi-level training gives its own mu.
         bilevel = meta.get("method") == "bilevel"

@@ -14,8 +14,17 @@ import typer
 from .. import checks
 from ..fidelity import LAM, mu_with_noise
 from ..pretrained import card_of
+from ..solvers import PGDOptions
 
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 or auto (CUDA if it is here).")]
+
+AccelerationOption = Annotated[
+    str,
+    typer.Option(
+        help="none (the paper's), fista or anderson [default: what the weights' card tells, else fista].",
+        show_default=False,
+    ),
+]
 
 KeepDcOption = Annotated[
     bool | None,
@@ -34,6 +43,14 @@ def default_mu(meta: dict[str, Any], sigma: float) -> float:
     mu = float(meta.get("mu", 1e-2))
     trained = float((card_of(meta).get("operator") or meta.get("config", {})).get("sigma", 0.0))
     return mu_with_noise(mu, sigma, card_of(meta).get("lam") or (mu / trained**2 if trained else LAM))
+
+
+def pgd_options(meta: dict[str, Any], acceleration: str, **others: Any) -> PGDOptions:
+    """Options of a recovery; an empty `acceleration` takes what the weights' file tells of theirs, else FISTA."""
+    if not acceleration:
+        told = card_of(meta).get("recovery") or meta.get("recovery") or {}
+        others |= {k: told[k] for k in ("acceleration", "memory") if k in told}
+    return PGDOptions(**{"acceleration": acceleration or "fista"} | others)
 
 
 def unlike_training(meta: dict[str, Any], **problem: float) -> str:

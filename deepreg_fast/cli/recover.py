@@ -20,10 +20,18 @@ from ..measurements import load_measurements
 from ..metrics import psnr, ssim
 from ..operators import SRM, LinearOperator
 from ..recovery import recover as solve
-from ..solvers import PGDOptions, Solution
+from ..solvers import Solution
 from ..status import statuses
 from ..weights import load
-from .options import DeviceOption, KeepDcOption, default_mu, unlike_training, use_device
+from .options import (
+    AccelerationOption,
+    DeviceOption,
+    KeepDcOption,
+    default_mu,
+    pgd_options,
+    unlike_training,
+    use_device,
+)
 
 MU = (
     "Weight of the regularizer. Default: the one it was trained with, or lam sigma^2 where the noise is larger than in "
@@ -43,7 +51,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     randomizer: Annotated[str, typer.Option(help="sign, permutation or both.")] = "sign",
     keep_dc: KeepDcOption = None,
     operator_seed: Annotated[int, typer.Option(help="Seed of the operator.")] = 0,
-    acceleration: Annotated[str, typer.Option(help="none (the paper's), fista or anderson.")] = "fista",
+    acceleration: AccelerationOption = "",
     tolerance: Annotated[float, typer.Option(help="Relative residual at which the recovery has converged.")] = 1e-4,
     max_iterations: Annotated[int, typer.Option(help="Gradients per image.")] = 500,
     device: DeviceOption = "cpu",
@@ -74,7 +82,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
             typer.echo(f"The weights were trained for another problem (here {differs}); mu is {mu:.2g}.", err=True)
     if lam is not None and not noise > 0:
         raise InputError("--lam needs noisy measurements (mu = lam sigma^2), but sigma is 0; give --mu instead.")
-    options = PGDOptions(max_iterations, tolerance, acceleration, record=True)
+    options = pgd_options(meta, acceleration, max_iterations=max_iterations, tolerance=tolerance, record=True)
     reg, A, y = reg.to(place), A.to(place), y.to(place)
     sol = solve(y, A, reg, mu, lam=lam, sigma=noise if lam is not None else None, options=options)
     weight = mu if lam is None else lam * noise**2

@@ -63,8 +63,11 @@ def to_svg(figure: Figure, transparent: bool = True) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
 
 
-def lines_figure(lines: Sequence[Line], xlabel: str, ylabel: str, log: str = "", height: float = 3.2) -> str:
+def lines_figure(
+    lines: Sequence[Line], xlabel: str, ylabel: str, log: str = "", height: float = 3.2, *, opaque: bool = False
+) -> str:
     """A panel of lines with their names at their ends; `log` names the axes with a logarithmic scale ("x", "xy").
+    `opaque` gives it a ground of its own, for pages whose colour is unknown.
 
     Points that are not finite, or not positive on a logarithmic scale, are left out.
     """
@@ -90,7 +93,7 @@ def lines_figure(lines: Sequence[Line], xlabel: str, ylabel: str, log: str = "",
     axis.set_ylabel(ylabel)
     _tidy(axis)
     _name_ends(axis, [line for line in lines if line.name], height)
-    return to_svg(figure)
+    return to_svg(figure, transparent=not opaque)
 
 
 def psnr_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:

@@ -191,13 +191,15 @@ def _tune(given: Any, method: str, where: str) -> tuple[str, ...]:
 def _recovery(given: dict[str, Any], method: str, where: str) -> dict[str, Any]:
     if given and method in ("adjoint", "minimum_norm"):
         raise InputError(f"{where}: {method} solves nothing, so it must not set recovery.")
-    _only(given, ("acceleration", "max_iterations", "tolerance"), f"{where}: recovery")
+    _only(given, ("acceleration", "memory", "max_iterations", "tolerance"), f"{where}: recovery")
     found = {"acceleration": "fista", "max_iterations": 500, "tolerance": 1e-4} if method in TRAINED else {}
     found |= given
     if "acceleration" in found:
         checks.choice(found["acceleration"], f"{where}: acceleration", ACCELERATIONS)
     if "max_iterations" in found:
         checks.integer(found["max_iterations"], f"{where}: max_iterations", 1)
+    if "memory" in found:
+        checks.integer(found["memory"], f"{where}: memory", 1, 20)
     if "tolerance" in found:
         checks.number(found["tolerance"], f"{where}: tolerance", 0.0)
     return found

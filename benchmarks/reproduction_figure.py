@@ -1,0 +1,45 @@
+"""The README's figure: mean PSNR of the headline rows against the gradients that their recovery takes.
+
+python benchmarks/reproduction_figure.py --results benchmarks/results/reproduction/results.json --out docs/psnr.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from deepreg_fast.files import write_atomically
+from deepreg_fast.report.figures import Line, lines_figure
+
+ROWS = {
+    "cs5-ridge-large": "ridge, 48 filters",
+    "cs5-ridge-weak": "ridge, 32 filters",
+    "cs5-beta10": "β = 10",
+    "cs5-beta3": "β = 3",
+    "cs5-beta1": "β = 1",
+    "cs5-tv": "TV",
+    "cs5-red": "RED",
+    "cs5-gradient-step": "gradient-step",
+}
+
+
+def main() -> None:
+    """Draw the rows that the results have."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    rows = {r["name"]: r for r in json.loads(options.results.read_text(encoding="utf-8"))["rows"]}
+    ways = {label: rows[name]["converged"] for name, label in ROWS.items() if name in rows}
+    lines = [
+        Line(label, way["gradients"], way["psnr_mean"], None if label == "TV" else i)
+        for i, (label, way) in enumerate(ways.items())
+        if way
+    ]
+    svg = lines_figure(lines, "gradients of r (log scale)", "mean PSNR (dB)", "x", opaque=True)
+    write_atomically(options.out, svg.encode())
+
+
+if __name__ == "__main__":
+    main()
