@@ -114,6 +114,8 @@ def to_toml(found: dict[str, Any]) -> str:
         ({"beta1": {"train": {"device": "cuda"}}}, r"must not set 'device'"),
         ({"beta3": {"stages": []}}, r"Row 'beta3': stages must be a list of tables, but is \[\]"),
         ({"beta3": {"stages": [{}, {"beta": -1}]}}, r"Row 'beta3', stage 2: beta must be"),
+        ({"beta3": {"stages": [{"ratio": 0.5}, {"ratio": 0.5}]}}, r"Row 'beta3', stage 2 must not set 'ratio'"),
+        ({"beta3": {"stages": [{"ratio": 2.0}, {}]}}, r"Row 'beta3', stage 1: ratio must be"),
         ({"beta3": {"init": "beta2"}}, r"Row 'beta3': init must name a row, but there is no 'beta2'; did you mean"),
         ({"beta3": {"init": "beta3"}}, r"in a circle, but beta3 -> beta3; remove"),
         ({"beta1": {"init": "beta3"}}, r"in a circle, but beta1 -> beta3 -> beta1; remove"),
@@ -187,6 +189,8 @@ def test_defaults_and_resolution() -> None:
     found = parse(TINY)
     assert found["beta1"].tune == () and found["red"].tune == ("mu",)
     assert [s.folder for s in found["beta3"].chains[0].stages] == ["1", "2"]
+    easier = parse(table(beta3={"stages": [{"ratio": 1.0, "sigma": 0.1}, {}]}))["beta3"].chains[0].stages
+    assert [(s.config["ratio"], s.config["sigma"]) for s in easier] == [(1.0, 0.1), (0.2, 0.0)]
     assert [c.values for c in found["red"].chains] == [{"noise_level": 0.03}, {"noise_level": 0.1}]
     assert [c.last.folder for c in found["red"].chains] == ["noise_level-0.03", "noise_level-0.1"]
     config = found["beta3"].chains[0].last.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -375,6 +376,8 @@ def test_a_second_stage_starts_from_weights(folder: Path, tmp_path: Path) -> Non
     c = small_config(folder, tmp_path / "b", steps=4, init=str(tmp_path / "a" / "weights.safetensors"))
     second = dr.BilevelTrainer(c, progress=False)
     assert second.mu == pytest.approx(first.mu)
+    third = dr.BilevelTrainer(dataclasses.replace(c, init_mu=False, mu0=0.03), progress=False)
+    assert third.mu == pytest.approx(0.03)
     assert all(torch.equal(a, b) for a, b in zip(second.reg.parameters(), first.reg.parameters(), strict=True))
     with pytest.raises(InputError, match="init must hold a regularizer"):
         dr.AdversarialTrainer(

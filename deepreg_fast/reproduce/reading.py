@@ -97,8 +97,8 @@ def _config(method: str, problem: Problem, values: dict[str, Any], where: str) -
     for key in values:
         if key in OF_MACHINE or key in (*_OF_PROBLEM, "split"):
             raise InputError(
-                f"{where} must not set {key!r}: the problem's settings stand in [problem] or in the row, those of the "
-                "machine on the command line."
+                f"{where} must not set {key!r}: the problem's settings stand in [problem], in the row or in a stage "
+                "before its last, those of the machine on the command line."
             )
     cls = TRAINED[method][1]
     full = {k: getattr(problem, k) for k in (*_OF_PROBLEM, "split")} | {"validation": problem.tuning} | values
@@ -165,7 +165,11 @@ def _chains(
         for i, stage in enumerate(stages):
             part = str(i + 1) if len(stages) > 1 else ""
             place = f"{where}, stage {i + 1}" if part else where
-            config = _config(method, problem, {**train, **_table(stage, place), **values}, place)
+            own = dict(_table(stage, place))
+            # The last one trains for what the row is about; those before may begin with something easier.
+            other = {k: own.pop(k) for k in _OF_PROBLEM if k in own and i + 1 < len(stages)}
+            its = _made(Problem, {**dataclasses.asdict(problem), **other}, place)
+            config = _config(method, its, {**train, **own, **values}, place)
             found.append(Stage("/".join(p for p in (folder, part) if p), config))
         out.append(Chain(values, tuple(found)))
     return tuple(out)

@@ -64,6 +64,7 @@ class TrainConfig:
     clip: float = option(2.0, "Gradient norm limit as a multiple of its running median; 0 for none.")
     seed: int = option(0, "Seed of weights, crops, noise and order.")
     init: str = option("", "Weight file to start theta and mu from (also a smaller network's); empty starts afresh.")
+    init_mu: bool = option(True, "Take mu from the weight file of init, too; else start from mu0.")
     device: str = option("cpu", "Where to train: cpu, cuda, cuda:1 or auto (CUDA where there is such a device).")
     device_budget_mb: int = option(0, "Memory of a CUDA device for samples and warm starts; 0 takes half of the free.")
     threads: int = option(0, "Threads of torch; 0 leaves them as they are.")

@@ -74,7 +74,8 @@ class Trainer:
         self.counters = Counters()
 
     def start_from(self, path: str | Path) -> None:
-        """Take theta, and mu if it is told, from a weight file, which may be of a smaller one (`grow`, `grow_ridge`).
+        """Take theta, and mu if it is told and `init_mu` is set, from a weight file, which may be of a smaller
+        regularizer (`grow`, `grow_ridge`).
 
         Raises
         ------
@@ -94,7 +95,8 @@ class Trainer:
                 f"holds {reg.describe()}; change the settings or the file."
             )
         with torch.no_grad():
-            self.log_mu.fill_(math.log(float(meta.get("mu", self.config.mu0))))
+            told = meta if self.config.init_mu else {}
+            self.log_mu.fill_(math.log(float(told.get("mu", self.config.mu0))))
 
     # -- what a training defines ---------------------------------------------------------------------------------
 
