@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import deepreg_fast as dr
-from deepreg_fast.errors import InputError
+from deepreg_fast.errors import InputError, TrainingDiverged
 from deepreg_fast.regularizers.grow import grow, grow_ridge
 from deepreg_fast.training.guards import InnerAccuracy, MedianClip
 from deepreg_fast.training.samples import load_samples
@@ -347,6 +347,23 @@ def test_a_network_grows_from_its_like_only() -> None:
         grow(dr.RED(8, 3), dr.RED(4, 3))
     with pytest.raises(InputError, match="depth=4"):
         grow(dr.RED(4, 3), dr.RED(8, 4))
+
+
+class _Bottomless(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (1e-6 * self.weight - 50.0) * x.square().sum((1, 2, 3))
+
+
+def test_a_training_that_recovers_nothing_ends(folder: Path, tmp_path: Path) -> None:
+    c = small_config(folder, tmp_path / "a", steps=150, validate_every=0, beta=0.0)
+    trainer = dr.BilevelTrainer(c, _Bottomless(), progress=False)
+    with pytest.raises(TrainingDiverged, match="every recovery of the last 100 steps ran away"):
+        trainer.fit()
+    assert trainer.step_done == 99
 
 
 @pytest.mark.parametrize("convex", [True, False])

@@ -50,7 +50,8 @@ def pgd_options(meta: dict[str, Any], acceleration: str, **others: Any) -> PGDOp
     if not acceleration:
         told = card_of(meta).get("recovery") or meta.get("recovery") or {}
         others |= {k: told[k] for k in ("acceleration", "memory") if k in told}
-    return PGDOptions(**{"acceleration": acceleration or "fista"} | others)
+    others.setdefault("acceleration", acceleration or "fista")
+    return PGDOptions(**others)
 
 
 def unlike_training(meta: dict[str, Any], **problem: float) -> str:

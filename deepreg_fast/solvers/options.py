@@ -27,6 +27,9 @@ class PGDOptions:
         First step size, its growth on success (>= 1) and its factor on failure (in (0, 1)).
     memory : int
         Differences that "anderson" keeps for each image; its memory is `2 memory + 2` images.
+    monotone : bool
+        Refuse candidates of "anderson" that climb (docs/math.md, M6). Where r is not bounded below, images then run
+        away that would else stay at a stationary point.
     record : bool
         Keep the residual of every image and round in `Solution.history`.
     """
@@ -38,6 +41,7 @@ class PGDOptions:
     grow: float = 1.2
     shrink: float = 0.5
     memory: int = 5
+    monotone: bool = True
     record: bool = False
 
     def __post_init__(self) -> None:

@@ -41,7 +41,8 @@ def pgd(  # noqa: PLR0913 - the problem is these five, the rest is optional
     `x+ = prox_l2(x - tau grad r(x), y, tau/mu)` is accepted when
     `<grad r(x+) - grad r(x), x+ - x> <= ||x+ - x||^2 / tau` (Becker, Candes, Grant 2011, sec. 5.3: no difference
     of objective values, which would drown in rounding); tau then grows, else it shrinks. A candidate of Anderson's
-    acceleration is also refused where it lies above the lowest objective met by more than 1e-4 of its fall so far.
+    acceleration is also refused, if `monotone`, where it lies above the lowest objective met by more than 1e-4 of its
+    fall so far.
 
     Parameters
     ----------
@@ -97,7 +98,7 @@ class _Run:
         self.eps = torch.finfo(x0.dtype).eps
         self.rounds: list[torch.Tensor] = []
         # Anderson's extrapolation may leave for a cycle above where it came from, at small residuals.
-        self.guarded = isinstance(self.accelerator, Anderson)
+        self.guarded = options.monotone and isinstance(self.accelerator, Anderson)
 
     def begin(self) -> None:
         """The first gradient, and what later ones are compared with."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import TrainingDiverged
 from ..implicit import AdjointOptions, initial_point, parameter_gradients, solve_adjoint, unrolled_gradients
 from ..linsolve.batch import dot, expand, norm
 from ..lipschitz import PENALTIES, TwoPoint, spectrum
@@ -27,6 +28,9 @@ from .loop import Trainer
 from .placement import Rows, read
 from .samples import Noise
 from .store import Store
+
+# Steps without any image to learn from until a training gives up: no run has come back from more than a few.
+_PATIENCE = 100
 
 
 class BilevelTrainer(Trainer):
@@ -52,6 +56,7 @@ class BilevelTrainer(Trainer):
         self.store = Store(count, (1, *self.samples.size), self.placement, config.memory_budget_mb, self.folder)
         self.noise = Noise(config.seed, (count, self.A.measurements), self.placement)
         self.accuracy = InnerAccuracy(config.tolerance_start, config.tolerance_end, config.stall_window)
+        self._idle = 0
 
     def build(self) -> Regularizer:
         """The regularizer of the settings, or the one that was given."""
@@ -89,6 +94,13 @@ class BilevelTrainer(Trainer):
         self.log_mu.grad = told["log_mu"].to(self.log_mu.dtype)
         self._count(told)
         loss = scale * float(told["error"][told["sound"] > 0].sum())
+        self._idle = 0 if bool(told["sound"].any()) else self._idle + 1
+        if self._idle >= _PATIENCE:
+            raise TrainingDiverged(
+                f"Training must recover some image, but every recovery of the last {_PATIENCE} steps ran away, so that "
+                "nothing is learned any more: r is not bounded below. Begin anew with a lower lr, a longer warmup or a "
+                "smaller beta_start."
+            )
         metrics = self._metrics(told)
         self.accuracy.observe(loss)
         return {"loss": loss + self.config.xi * metrics.pop("penalty_sum"), "mse_loss": loss, **metrics}
@@ -118,7 +130,8 @@ class BilevelTrainer(Trainer):
         seen = (visits > 0) & c.warm_start
         x0 = torch.where(expand(seen, cold), self.store.get("x", rows), cold)
         tau0 = torch.where(seen, self.store.get("tau", rows), 1.0)
-        options = PGDOptions(c.inner_iterations, self.accuracy.tolerance, c.acceleration, memory=c.memory)
+        tolerance = self.accuracy.tolerance
+        options = PGDOptions(c.inner_iterations, tolerance, c.acceleration, memory=c.memory, monotone=c.monotone)
         sol = pgd(y, self.A, self.reg, mu, options, x0, tau0)
         bad = (sol.status == int(Status.NON_FINITE)) | ~torch.isfinite(sol.x).flatten(1).all(1)
         reach = 2.0 * norm(x - self.reg.center) + 0.1 * x[0].numel() ** 0.5

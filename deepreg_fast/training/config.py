@@ -140,6 +140,7 @@ class BilevelConfig(TrainConfig):
     stall_window: int = option(100, "Steps over which the loss must fall by 1 % to keep the tolerance.")
     acceleration: str = option("anderson", "Acceleration of the recovery in training: none, fista or anderson.")
     memory: int = option(5, "Differences that Anderson's acceleration keeps of each image, 1 to 20.")
+    monotone: bool = option(False, "Refuse Anderson's candidates that climb; on the way r may not be bounded below.")
     adjoint: str = option("cg", "Hypergradient: cg, minres, jfb or unrolled.")
     jfb_steps: int = option(0, "First steps that take jfb instead: training begins with the cheaper hypergradient.")
     adjoint_iterations: int = option(8, "Iterations of the adjoint solve per visit.")
