@@ -13,8 +13,7 @@ from deepreg_fast.files import write_atomically
 from deepreg_fast.report.figures import Line, lines_figure
 
 ROWS = {
-    "cs5-ridge-large": "ridge, 48 filters",
-    "cs5-ridge-weak": "ridge, 32 filters",
+    "cs5-ridge-weak": "weakly convex ridge",
     "cs5-beta10": "β = 10",
     "cs5-beta3": "β = 3",
     "cs5-beta1": "β = 1",

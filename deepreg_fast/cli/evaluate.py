@@ -93,6 +93,8 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
             _tell(method, unlike_training(meta, ratio=ratio, sigma=sigma))
         methods.append(method)
     result: dict[str, Any] = dict(compare(methods, found.x, found.y, found.A))
+    # What was done, where the weights chose it.
+    settings["acceleration"] = {m.name: m.options.acceleration for m in methods if m.reg is not None}
     result["settings"] = {**settings, "images": list(found.names)}
     text = json.dumps(result)
     if out is not None:

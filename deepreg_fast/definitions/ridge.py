@@ -47,6 +47,11 @@ def nested_dct(count: int, size: int) -> torch.Tensor:
     return torch.stack([found[n % len(found)] for n in range(count)])[:, None].float()
 
 
+def inverse_softplus(a: torch.Tensor) -> torch.Tensor:
+    """The raw parameters whose softplus is `a > 0`, without the overflow of `log(exp(a) - 1)`."""
+    return a + torch.log(-torch.expm1(-a))
+
+
 class RidgeNet(nn.Module):
     """The parameters of a ridge energy: free filters, and `a_ik = softplus(raw_ik) > 0` that make its coefficients.
 
@@ -70,7 +75,7 @@ class RidgeNet(nn.Module):
         steps = torch.full((filters, scales), math.log(2.0))
         if not convex:
             steps = steps.flip(1).cumsum(1).flip(1)
-        self.raw = nn.Parameter(torch.log(torch.expm1(steps)))
+        self.raw = nn.Parameter(inverse_softplus(steps))
 
     def numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The filters `[F, 1, k, k]` and the `c_ik` `[F, K]`, attached to autograd's graph."""

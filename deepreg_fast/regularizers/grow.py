@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..definitions.ridge import inverse_softplus
 from ..errors import InputError
 from .red import RED
 from .ridge import Ridge
@@ -69,13 +70,11 @@ def grow_ridge(small: Ridge, large: Ridge) -> None:
     kept, edge = a["filters"], (b["kernel_size"] - a["kernel_size"]) // 2
     old, new = small.net, large.net
     with torch.no_grad():
-        w = old.filters - old.filters.mean((-2, -1), keepdim=True) if old.zero_mean else old.filters
-        new.filters[:kept] = F.pad(w, [edge] * 4)
+        new.filters[:kept] = F.pad(old.numbers()[0], [edge] * 4)
         # Coefficients are divided by the number of filters.
         strength = F.softplus(old.raw) * (b["filters"] / kept)
         further = _BEGINNING * strength.mean(0).expand(b["filters"] - kept, -1)
-        strength = torch.cat([strength, further])
-        new.raw.copy_(strength + torch.log(-torch.expm1(-strength)))
+        new.raw.copy_(inverse_softplus(torch.cat([strength, further])))
 
 
 def _grows(small: dict[str, Any], large: dict[str, Any], growing: tuple[str, ...]) -> bool:

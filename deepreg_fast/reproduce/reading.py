@@ -15,7 +15,7 @@ from typing import Any
 from .. import checks
 from ..errors import InputError
 from ..evaluation import Problem
-from ..solvers import ACCELERATIONS
+from ..solvers import PGDOptions
 from .settings import GROUPS, METHODS, OF_MACHINE, TEXTS, TRAINED, Chain, Row, Settings, Stage, in_order
 
 SHIPPED = ("bsd400", "quick", "ledger")
@@ -198,14 +198,7 @@ def _recovery(given: dict[str, Any], method: str, where: str) -> dict[str, Any]:
     _only(given, ("acceleration", "memory", "max_iterations", "tolerance"), f"{where}: recovery")
     found = {"acceleration": "fista", "max_iterations": 500, "tolerance": 1e-4} if method in TRAINED else {}
     found |= given
-    if "acceleration" in found:
-        checks.choice(found["acceleration"], f"{where}: acceleration", ACCELERATIONS)
-    if "max_iterations" in found:
-        checks.integer(found["max_iterations"], f"{where}: max_iterations", 1)
-    if "memory" in found:
-        checks.integer(found["memory"], f"{where}: memory", 1, 20)
-    if "tolerance" in found:
-        checks.number(found["tolerance"], f"{where}: tolerance", 0.0)
+    _made(PGDOptions, found, where)
     return found
 
 

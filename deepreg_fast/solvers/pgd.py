@@ -109,8 +109,7 @@ class _Run:
                 x = take(s.x, s.idx)
                 value, grad = self._gradient(x)
                 if self.guarded:
-                    objective = self._objective(x, value)
-                    s.lower(torch.isfinite(objective), objective)
+                    s.begin_at(self._objective(x, value))
                 first_gradient(s, grad)
             s.drop()
         self.limit = 10.0 * (norm(s.x) + s.x[0].numel() ** 0.5) if len(s.x) else s.tau

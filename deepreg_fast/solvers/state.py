@@ -16,7 +16,7 @@ class State:
     """Iterates and gradients `[B, ...]`, the `Numbers` of all images, and the places `idx` `[b]` of those in the batch
     that the next round works on: on the CPU those at work, on a device all of them, whatever `running` says.
 
-    `lowest` is the smallest objective met and `fall` how far below the first it lies, `[B]`, where they are kept."""
+    `first` and `lowest` are the first and the smallest objective met, `[B]`, where they are kept."""
 
     def __init__(self, x0: torch.Tensor, tau0: torch.Tensor | None, options: PGDOptions, center: float) -> None:
         batch, device = x0.shape[0], x0.device
@@ -34,7 +34,7 @@ class State:
         self.status = torch.full_like(self.gradients, int(Status.MAX_ITERATIONS))
         self.running = torch.ones_like(self.cautious)
         self.lowest = torch.full_like(self.tau, torch.inf)
-        self.fall = torch.zeros_like(self.tau)
+        self.first = torch.zeros_like(self.tau)
         self.idx = torch.arange(batch, device=device)
         self.end(~finite.flatten(1).all(1))
 
@@ -73,15 +73,17 @@ class State:
     def climbs(self, objective: torch.Tensor) -> torch.Tensor:
         """Where the candidates of the images `idx` lie visibly above the lowest objective met. The margin is far above
         the rounding of the objective, and far below what a step astray climbs."""
-        lowest, fall = take(self.lowest, self.idx), take(self.fall, self.idx)
-        return ~take(self.cautious, self.idx) & (objective > lowest + 1e-4 * (lowest.abs() + fall))
+        first, lowest = take(self.first, self.idx), take(self.lowest, self.idx)
+        return ~take(self.cautious, self.idx) & (objective > lowest + 1e-4 * (lowest.abs() + first - lowest))
+
+    def begin_at(self, objective: torch.Tensor) -> None:
+        """Take the first objectives of the images `idx`."""
+        self.first, self.lowest = put(self.first, self.idx, objective), put(self.lowest, self.idx, objective)
 
     def lower(self, good: torch.Tensor, objective: torch.Tensor) -> None:
         """Take the objectives of the images of `idx` where `good`."""
-        lowest, fall = take(self.lowest, self.idx), take(self.fall, self.idx)
-        new = torch.where(good, torch.minimum(lowest, objective), lowest)
-        fall = torch.where(torch.isfinite(lowest), fall + (lowest - new), 0.0)
-        self.lowest, self.fall = put(self.lowest, self.idx, new), put(self.fall, self.idx, fall)
+        lowest = take(self.lowest, self.idx)
+        self.lowest = put(self.lowest, self.idx, torch.where(good, torch.minimum(lowest, objective), lowest))
 
     def solution(self, rounds: list[torch.Tensor]) -> Solution:
         """What there is so far."""

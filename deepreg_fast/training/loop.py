@@ -140,7 +140,8 @@ class Trainer:
         Raises
         ------
         TrainingDiverged
-            If a loss or gradient is not finite; the last good checkpoint is kept and named.
+            If a loss or gradient is not finite, the last good checkpoint being kept and named; or if a bi-level
+            training has recovered no image for 100 steps.
         OutOfMemory
             If a step does not fit the device; the last checkpoint is kept and named.
         CheckpointError
