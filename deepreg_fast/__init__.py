@@ -17,6 +17,7 @@ _HOME = {
     "LinearOperator": "operators",
     "RED": "regularizers",
     "Ridge": "regularizers",
+    "Sum": "regularizers",
     "ICNN": "regularizers",
     "TV": "regularizers",
     "DenoiserField": "regularizers",
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from .metrics import psnr, ssim
     from .operators import SRM, Identity, LinearOperator
     from .recovery import recover
-    from .regularizers import ICNN, RED, TV, DenoiserField, EnergyRegularizer, Regularizer, Ridge
+    from .regularizers import ICNN, RED, TV, DenoiserField, EnergyRegularizer, Regularizer, Ridge, Sum
     from .solvers import PGDOptions, Solution
     from .status import Status
     from .training import (

@@ -192,9 +192,11 @@ def unrolled_gradients(  # noqa: PLR0913 - a problem, a start and a schedule
     x0: torch.Tensor,
     tau: torch.Tensor,
     steps: int,
+    weights: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Gradients of `sum_b ||x_b - x_true_b||^2` in theta and log mu, backwards through `steps` plain PGD steps of
-    size `tau/2` from `x0`: the oracle of the implicit gradient. Memory grows with the steps."""
+    """Gradients of `sum_b w_b ||x_b - x_true_b||^2` (`w`, `[B]`, is 1 by default) in theta and log mu, backwards
+    through `steps` plain PGD steps of size `tau/2` from `x0`: the oracle of the implicit gradient. Memory grows with
+    the steps."""
     names, params = zip(*[(n, p) for n, p in reg.named_parameters() if p.requires_grad], strict=True)
     log_mu = torch.log(mu).detach().requires_grad_()
     step = expand(0.5 * tau, x0)
@@ -203,7 +205,8 @@ def unrolled_gradients(  # noqa: PLR0913 - a problem, a start and a schedule
         for _ in range(steps):
             (g,) = torch.autograd.grad(reg.energy(x).sum(), x, create_graph=True)
             x = A.prox_l2(x - step * g, y, 0.5 * tau.to(x0.dtype) / torch.exp(log_mu))
-        loss = (x - x_true).square().sum()
+        error = (x - x_true).square()
+        loss = (error if weights is None else expand(weights, error) * error).sum()
         grads = torch.autograd.grad(loss, [*params, log_mu], allow_unused=True)
     full = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, [*params, log_mu], strict=True)]
     return dict(zip(names, full[:-1], strict=True)), full[-1].sum()

@@ -22,7 +22,7 @@ from deepreg_fast.regularizers.grow import grow, grow_ridge
 from deepreg_fast.training.guards import InnerAccuracy, MedianClip
 from deepreg_fast.training.samples import load_samples
 
-from .helpers import log_lines, random_red, small_config
+from .helpers import log_lines, random_red, relative, small_config
 from .kill_and_resume import config as killed_config
 
 HERE = Path(__file__).parent
@@ -59,6 +59,36 @@ def test_either_backend_trains_alike(folder: Path, tmp_path: Path, norm: str, lr
         losses[name] = [d["mse_loss"] for d in log_lines(out) if "mse_loss" in d]
     assert len(losses["cpu"]) == 20
     np.testing.assert_allclose(losses["cpu"], losses["reference"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("adjoint", ["cg", "unrolled"])
+def test_psnr_loss_weighs_each_images_hypergradient(folder: Path, tmp_path: Path, adjoint: str) -> None:
+    """`d/dp mean_b 10 log10(error_b/d + 1e-5)` is the sum of the images' hypergradients by `10/ln 10` over
+    `B (error_b + 1e-5 d)`, and the loss that is told is that mean."""
+    tight = {"inner_iterations": 2000, "tolerance_start": 1e-6, "tolerance_end": 1e-6, "adjoint_iterations": 300}
+    c = small_config(
+        folder, tmp_path, adjoint=adjoint, adjoint_tolerance=1e-6, loss="psnr", beta=0.0, sigma=0.0, **tight
+    )
+    trainer = dr.BilevelTrainer(c, random_red(double=False, channels=4), progress=False)
+    rows = trainer.placement.rows(np.arange(3))
+    x = trainer.placed.batch(rows)
+    metrics = trainer.gradients(rows, x)
+    reg, d = trainer.reg.double(), x[0].numel()
+    A, x = trainer._operator(trainer.samples.size).double(), x.double()
+    theta = {k: torch.zeros_like(p) for k, p in reg.named_parameters()}
+    log_mu, losses = 0.0, []
+    for image in x.split(1):
+        options = dr.PGDOptions(5000, 1e-9, "anderson"), dr.AdjointOptions(tolerance=1e-9, max_iterations=1000)
+        g = dr.hypergradient(image, A.A(image), A, reg, trainer.mu, options=options[0], adjoint=options[1])
+        error = float(g.loss) + 1e-5 * d
+        weight = 10.0 / np.log(10.0) / 3 / error
+        log_mu += weight * float(g.log_mu)
+        theta = {k: v + weight * g.theta[k] for k, v in theta.items()}
+        losses.append(10.0 * np.log10(error / d))
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert trainer.log_mu.grad is not None and float(trainer.log_mu.grad) == pytest.approx(log_mu, rel=2e-2)
+    found = torch.cat([p.grad.flatten() for p in reg.parameters()])  # type: ignore[union-attr]
+    assert relative(found.double(), torch.cat([v.flatten() for v in theta.values()])) < 2e-2
 
 
 @pytest.mark.parametrize("adjoint", ["minres", "jfb", "unrolled"])
@@ -404,3 +434,15 @@ def test_a_second_stage_starts_from_weights(folder: Path, tmp_path: Path) -> Non
         dr.AdversarialTrainer(
             dr.BaselineConfig(data=str(folder), crop=24, validation=0, init=c.init, out=str(tmp_path / "c"))
         )
+
+
+def test_first_visits_take_their_own_number_of_gradients(folder: Path, tmp_path: Path) -> None:
+    tight = {"tolerance_start": 1e-5, "tolerance_end": 1e-5}
+    c = small_config(folder, tmp_path, steps=60, inner_iterations=3, first_iterations=40, **tight)
+    trainer = dr.BilevelTrainer(c, progress=False)
+    trainer.fit()
+    first = len(trainer.samples) // c.batch
+    taken = [line["inner_gradients"] for line in log_lines(tmp_path) if "inner_gradients" in line]
+    assert first < len(taken)
+    # The untrained r of the first step is recovered with at once.
+    assert min(taken[1:first]) > 3 and max(taken[first + 1 :]) <= 3

@@ -1,7 +1,7 @@
 """Regularizers: an energy with its three derivatives.
 
 `RED` (the conv chain with the heads of the literature), `ICNN` (input-convex), `Ridge` (filters and profiles),
-`TV` (smoothed), and `EnergyRegularizer` around any `nn.Module` that maps images to one energy each.
+`TV` (smoothed), `Sum` of several, and `EnergyRegularizer` around any `nn.Module` that maps images to one energy each.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from .icnn import ICNN
 from .red import RED
 from .ridge import Ridge
 from .scaled import Scaled
+from .sum import Sum
 from .tv import TV
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Regularizer",
     "Ridge",
     "Scaled",
+    "Sum",
     "as_regularizer",
     "from_description",
     "register",

@@ -6,6 +6,7 @@ perturbation, add the penalty's gradient where `beta_hat > beta`; Adam.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,8 @@ from .store import Store
 
 # Steps without any image to learn from until a training gives up: no run has come back from more than a few.
 _PATIENCE = 100
+
+_MSE_SCALE, _MSE_FLOOR = 1e3, 1e-5
 
 
 class BilevelTrainer(Trainer):
@@ -79,21 +82,23 @@ class BilevelTrainer(Trainer):
         y = self._measure(rows, x)
         mu = torch.full((len(x),), self.mu, dtype=x.dtype, device=x.device)
         sol, sound, seen = self._recover(rows, x, y, mu)
+        error = dot(sol.x - x, sol.x - x)
+        weights = self._weights(error, x)
         if self.adjoint.method == "unrolled":
-            theta, log_mu, found = self._unrolled_gradient(x, y, sol, sound, mu)
+            theta, log_mu, found = self._unrolled_gradient(x, y, sol, sound, mu, weights)
         else:
-            theta, log_mu, found = self._implicit_gradient(rows, x, sol, sound, mu)
-        scale = 1e3 / x.numel()
-        seen |= found | {"error": dot(sol.x - x, sol.x - x), "log_mu": scale * log_mu}
+            theta, log_mu, found = self._implicit_gradient(rows, x, sol, sound, mu, weights)
+        seen |= found | {"error": error, "log_mu": log_mu}
         point, ascended = self._ascend(rows, x)
         told = read(seen | ascended)
         penalty = self._penalty_gradient(point, told)
         for name, p in self.reg.named_parameters():
             if p.requires_grad:
-                p.grad = scale * theta[name] + penalty[name] if penalty else scale * theta[name]
+                p.grad = theta[name] + penalty[name] if penalty else theta[name]
         self.log_mu.grad = told["log_mu"].to(self.log_mu.dtype)
         self._count(told)
-        loss = scale * float(told["error"][told["sound"] > 0].sum())
+        errors = told["error"][told["sound"] > 0]
+        mse = _MSE_SCALE / x.numel() * float(errors.sum())
         self._idle = 0 if bool(told["sound"].any()) else self._idle + 1
         if self._idle >= _PATIENCE:
             raise TrainingDiverged(
@@ -102,8 +107,12 @@ class BilevelTrainer(Trainer):
                 "smaller beta_start."
             )
         metrics = self._metrics(told)
-        self.accuracy.observe(loss)
-        return {"loss": loss + self.config.xi * metrics.pop("penalty_sum"), "mse_loss": loss, **metrics}
+        self.accuracy.observe(mse)
+        loss = mse
+        if self.config.loss == "psnr":
+            per_pixel = errors.double() / x[0].numel() + _MSE_FLOOR
+            loss = float(10.0 * torch.log10(per_pixel).sum()) / len(x)
+        return {"loss": loss + self.config.xi * metrics.pop("penalty_sum"), "mse_loss": mse, **metrics}
 
     def after_update(self) -> None:
         """Keep mu in its bounds."""
@@ -114,6 +123,16 @@ class BilevelTrainer(Trainer):
             self.log_mu.clamp_(low, high)
 
     # -- the pieces of a visit -------------------------------------------------------------------------------------
+
+    def _weights(self, error: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`[B]`: the loss's derivative in each image's squared error (docs/math.md, M7).
+
+        "mse" is `1000/N sum_b error_b` over the N pixels of the batch, "psnr" the mean over its images of
+        `10 log10(error_b / d + 1e-5)`: minus their PSNR, images beyond 50 dB counting less.
+        """
+        if self.config.loss == "mse":
+            return torch.full_like(error, _MSE_SCALE / x.numel())
+        return 10.0 / (math.log(10.0) * len(x)) / (error + _MSE_FLOOR * x[0].numel())
 
     def _measure(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         """`A x` with each sample's own noise, the same at every visit."""
@@ -131,7 +150,10 @@ class BilevelTrainer(Trainer):
         x0 = torch.where(expand(seen, cold), self.store.get("x", rows), cold)
         tau0 = torch.where(seen, self.store.get("tau", rows), 1.0)
         tolerance = self.accuracy.tolerance
-        options = PGDOptions(c.inner_iterations, tolerance, c.acceleration, memory=c.memory, monotone=c.monotone)
+        # Known on the host from the order of the samples: each is drawn once in an epoch.
+        first = self.step_done * len(rows) < len(self.samples)
+        limit = (c.first_iterations if first else 0) or c.inner_iterations
+        options = PGDOptions(limit, tolerance, c.acceleration, memory=c.memory, monotone=c.monotone)
         sol = pgd(y, self.A, self.reg, mu, options, x0, tau0)
         bad = (sol.status == int(Status.NON_FINITE)) | ~torch.isfinite(sol.x).flatten(1).all(1)
         reach = 2.0 * norm(x - self.reg.center) + 0.1 * x[0].numel() ** 0.5
@@ -145,7 +167,13 @@ class BilevelTrainer(Trainer):
         return sol, sound, told | {"gradients": sol.gradients, "residual": sol.residual}
 
     def _implicit_gradient(
-        self, rows: Rows, x: torch.Tensor, sol: Solution, sound: torch.Tensor, mu: torch.Tensor
+        self,
+        rows: Rows,
+        x: torch.Tensor,
+        sol: Solution,
+        sound: torch.Tensor,
+        mu: torch.Tensor,
+        weights: torch.Tensor,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
         """gamma from its warm start, then the parameter products."""
         c = self.config
@@ -158,19 +186,26 @@ class BilevelTrainer(Trainer):
         gamma = torch.where(expand(usable, x), adj.x, 0.0)
         keep = usable & ~negative
         self.store.put("gamma", rows, torch.where(expand(keep, x), gamma, 0.0))
-        theta, log_mu = parameter_gradients(lin, mu, gamma)
+        # Both are linear in gamma; its warm start is kept without the weights, which change with every visit.
+        theta, log_mu = parameter_gradients(lin, mu, expand(weights, gamma).to(gamma.dtype) * gamma)
         unconverged = adj.status != int(Status.CONVERGED)
         told = {"adjoint_iterations": adj.iterations, "negative": negative, "adjoint_unconverged": unconverged}
         return theta, log_mu, told
 
     def _unrolled_gradient(
-        self, x: torch.Tensor, y: torch.Tensor, sol: Solution, sound: torch.Tensor, mu: torch.Tensor
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        sol: Solution,
+        sound: torch.Tensor,
+        mu: torch.Tensor,
+        weights: torch.Tensor,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
         """Back through `adjoint_iterations` further steps of the sound recoveries (whose number the host reads)."""
         steps = self.config.adjoint_iterations
         good = sound.nonzero()[:, 0]
         theta, log_mu = unrolled_gradients(
-            x[good], y[good], self.A, self.reg, mu[good], sol.x[good], sol.tau[good], steps
+            x[good], y[good], self.A, self.reg, mu[good], sol.x[good], sol.tau[good], steps, weights[good].to(x.dtype)
         )
         return theta, log_mu, {"adjoint_iterations": torch.full_like(sol.iterations, steps)}
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from ..regularizers import RED, Ridge
+from ..regularizers import RED, Ridge, Sum
 from ..regularizers.base import Regularizer
 from .config import TrainConfig
 
 
 def regularizer_of(c: TrainConfig) -> Regularizer:
-    """`RED` or `Ridge` with the settings' fields and initial weights of their seed."""
-    if c.regularizer == "ridge":
-        return Ridge(c.filters, c.kernel_size or 9, c.scales, c.convex, center=c.center, seed=c.seed)
-    return RED(**c.chain(), alpha=c.alpha, head=c.head)
+    """`RED`, `Ridge` or the `Sum` of both with the settings' fields and initial weights of their seed.
+
+    The network of the sum has `alpha = -1`, so that it adds nothing before it is trained.
+    """
+    if c.regularizer == "red":
+        return RED(**c.chain(), alpha=c.alpha, head=c.head)
+    ridge = Ridge(c.filters, c.kernel_size or 9, c.scales, c.convex, center=c.center, seed=c.seed)
+    return ridge if c.regularizer == "ridge" else Sum([ridge, RED(**c.chain(), alpha=-1.0, head=c.head)])

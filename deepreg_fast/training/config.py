@@ -13,9 +13,10 @@ from ..implicit import METHODS
 from ..lipschitz import PENALTIES
 from ..solvers import ACCELERATIONS
 
-REGULARIZERS = ("red", "ridge")
+REGULARIZERS = ("red", "ridge", "ridge+red")
 
 T = TypeVar("T", bound="TrainConfig")
+LOSSES = ("mse", "psnr")
 DELTA_BALLS = ("sphere", "free")
 
 
@@ -42,7 +43,7 @@ class TrainConfig:
     keep_dc: bool | None = option(None, "Keep the SRM's coefficients of the means; none: for a permutation only.")
     operator_seed: int = option(0, "Seed of the SRM.")
     sigma: float = option(0.0, "Standard deviation of the measurement noise.")
-    regularizer: str = option("red", "What is trained: red (the network) or ridge (filters and profiles).")
+    regularizer: str = option("red", "What is trained: red (the network), ridge (filters and profiles) or ridge+red.")
     channels: int = option(16, "Width of the network.")
     depth: int = option(3, "Number of convolutions.")
     norm: str = option("none", "LayerNorm: none, pixel or image.")
@@ -52,7 +53,7 @@ class TrainConfig:
     gain: float = option(10.0, "Input gain of the network.")
     center: float = option(0.5, "Grey value that the regularizer is centred about.")
     alpha: float = option(0.0, "Strong convexity added to r.")
-    kernel_size: int = option(0, "Side of the filters, odd; 0 takes 3 for red and 9 for ridge.")
+    kernel_size: int = option(0, "Side of the filters (of ridge in ridge+red), odd; 0 takes 3 for red, 9 for ridge.")
     filters: int = option(32, "Filters of ridge.")
     scales: int = option(4, "Steps in each profile of ridge.")
     convex: bool = option(True, "Keep ridge convex; without it, weakly convex.")
@@ -78,10 +79,12 @@ class TrainConfig:
         checks.integer(self.filters, "filters", 1)
         checks.integer(self.scales, "scales", 1, 8)
         side = checks.integer(self.kernel_size, "kernel_size", 0)
-        if (side and side % 2 == 0) or (side == 1 and self.regularizer == "ridge"):
+        if (side and side % 2 == 0) or (side == 1 and self.regularizer != "red"):
             raise InputError(f"kernel_size must be odd (3 or more for ridge) or 0, but is {side}.")
-        if self.alpha and self.regularizer == "ridge":
-            raise InputError(f"alpha is a setting of red and must be 0 for ridge, but is {self.alpha}; leave it out.")
+        if self.alpha and self.regularizer != "red":
+            raise InputError(
+                f"alpha is a setting of red and must be 0 for {self.regularizer}, but is {self.alpha}; leave it out."
+            )
         checks.integer(self.device_budget_mb, "device_budget_mb", 0)
         checks.device_name(self.device)
         for name, low in (("steps", 1), ("batch", 1), ("channels", 1), ("depth", 2)):
@@ -97,7 +100,7 @@ class TrainConfig:
         """Arguments of the network that `RED` and `DenoiserField` share."""
         same = ("channels", "depth", "norm", "norm_place", "gain", "center", "seed")
         return {name: getattr(self, name) for name in same} | {
-            "kernel_size": self.kernel_size or 3,
+            "kernel_size": self.kernel_size if self.kernel_size and self.regularizer == "red" else 3,
             "eps": self.norm_eps,
         }
 
@@ -126,6 +129,7 @@ class BilevelConfig(TrainConfig):
     penalty: str = option("lipschitz", "What beta bounds: lipschitz (of grad s) or curvature (of s, from above).")
     beta: float = option(5.0, "Lipschitz constant, or curvature, that grad s is held to; 0 for no penalty.")
     beta_start: float = option(0.0, "beta at the first step, raised linearly over the first half; 0 starts at beta.")
+    loss: str = option("mse", "What recoveries are judged by: mse (squared error) or psnr (its logarithm, by image).")
     xi: float = option(1.0, "Weight of the penalty sum_b relu(beta_hat_b - beta).")
     delta_radius: float = option(0.05, "Norm of the perturbations, as a fraction of the image's norm about its centre.")
     delta_ball: str = option("sphere", "Perturbations: of fixed norm (sphere), or ascending without a bound (free).")
@@ -135,6 +139,7 @@ class BilevelConfig(TrainConfig):
     mu_min: float = option(1e-4, "Lower bound of mu.")
     mu_max: float = option(1.0, "Upper bound of mu.")
     inner_iterations: int = option(30, "Gradients per visit of an image in the recovery.")
+    first_iterations: int = option(0, "The same at its first visit, which starts cold; 0 takes inner_iterations.")
     tolerance_start: float = option(3e-3, "Tolerance of the recovery at the first step.")
     tolerance_end: float = option(1e-4, "Tolerance that it is tightened to, by halves, when the loss stalls.")
     stall_window: int = option(100, "Steps over which the loss must fall by 1 % to keep the tolerance.")
@@ -153,6 +158,7 @@ class BilevelConfig(TrainConfig):
         checks.choice(self.penalty, "penalty", tuple(PENALTIES))
         checks.number(self.beta, "beta", 0.0)
         checks.number(self.beta_start, "beta_start", 0.0)
+        checks.choice(self.loss, "loss", LOSSES)
         checks.number(self.xi, "xi", 0.0)
         checks.number(self.delta_radius, "delta_radius", 0.0, 10.0, open_low=True)
         checks.choice(self.delta_ball, "delta_ball", DELTA_BALLS)
@@ -162,6 +168,7 @@ class BilevelConfig(TrainConfig):
         checks.number(self.mu_min, "mu_min", 0.0, self.mu_max, open_low=True)
         checks.number(self.mu0, "mu0", self.mu_min, self.mu_max)
         checks.integer(self.inner_iterations, "inner_iterations", 2)
+        checks.integer(self.first_iterations, "first_iterations", 0)
         checks.number(self.tolerance_start, "tolerance_start", self.tolerance_end, open_low=False)
         checks.integer(self.stall_window, "stall_window", 1)
         checks.choice(self.acceleration, "acceleration", ACCELERATIONS)

@@ -20,9 +20,8 @@ from ..files import write_atomically
 from ..metrics import psnr
 from ..operators import SRM
 from ..recovery import recover
-from ..regularizers import RED, Ridge
 from ..regularizers.base import Regularizer
-from ..regularizers.grow import grow, grow_ridge
+from ..regularizers.grow import begin_as
 from ..solvers import PGDOptions
 from ..status import counts
 from ..weights import load, save
@@ -75,7 +74,7 @@ class Trainer:
 
     def start_from(self, path: str | Path) -> None:
         """Take theta, and mu if it is told and `init_mu` is set, from a weight file, which may be of a smaller
-        regularizer (`grow`, `grow_ridge`).
+        regularizer, or of the ridge of ridge+red (`begin_as`).
 
         Raises
         ------
@@ -83,13 +82,7 @@ class Trainer:
             If the file holds another regularizer than the settings make.
         """
         reg, meta = load(path)
-        if reg.describe() == self.reg.describe():
-            self.reg.load_state_dict(reg.state_dict())
-        elif isinstance(reg, RED) and isinstance(self.reg, RED):
-            grow(reg, self.reg)
-        elif isinstance(reg, Ridge) and isinstance(self.reg, Ridge):
-            grow_ridge(reg, self.reg)
-        else:
+        if not begin_as(reg, self.reg):
             raise InputError(
                 f"init must hold a regularizer like the one of the settings ({self.reg.describe()}), but {path} "
                 f"holds {reg.describe()}; change the settings or the file."

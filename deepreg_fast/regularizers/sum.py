@@ -1,0 +1,96 @@
+"""The sum of regularizers, such as a ridge and a network that corrects it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backend import Linearization
+from ..errors import InputError
+from .base import Regularizer, from_description, register
+
+
+class Sum(Regularizer):
+    """`r(x) = sum_i r_i(x)`; every derivative is the sum of the parts', each with its own kernels.
+
+    As each part is `r_i = (1+alpha_i)/2 ||u||^2 - s_i`, the sum has `1 + alpha = sum_i (1 + alpha_i)` and
+    `s = sum_i s_i`. A `RED` with `alpha=-1` adds nothing but `-s_i`: nothing at all before it is trained.
+
+    Parameters
+    ----------
+    parts : Regularizers, or their `describe()`s; at least one, all with the same `center`.
+
+    Raises
+    ------
+    InputError
+        If there is no part, or the centres differ.
+    """
+
+    def __init__(self, parts: Sequence[Regularizer | dict[str, Any]]) -> None:
+        super().__init__()
+        built = [p if isinstance(p, Regularizer) else from_description(p) for p in parts]
+        centers = sorted({p.center for p in built})
+        if len(centers) != 1:
+            raise InputError(
+                f"Sum takes one regularizer or more with the same center, but {len(built)} came, with the centers "
+                f"{centers}; build them with one center."
+            )
+        self.parts = nn.ModuleList(built)
+        self.center = centers[0]
+        self.alpha = sum(1.0 + p.alpha for p in built) - 1.0
+
+    def __iter__(self) -> Iterator[Regularizer]:
+        yield from self.parts  # type: ignore[misc]
+
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        """`sum_i r_i(x_b)`, `[B]`."""
+        return torch.stack([p.energy(x) for p in self]).sum(0)
+
+    def value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`r(x_b)` `[B]` and `grad r(x_b)`, as `Regularizer` has them."""
+        value, grad = zip(*[p.value_and_grad(x) for p in self], strict=True)
+        return _total(value), _total(grad)
+
+    def linearize(self, x: torch.Tensor) -> Linearization:
+        """Keep what the Hessian at `x` needs."""
+        return _SumLinearization([p.linearize(x) for p in self])
+
+    def rescaled(self, scale: float) -> Regularizer:
+        """The sum of the rescaled parts."""
+        return Sum([p.rescaled(scale) for p in self])
+
+    def describe(self) -> dict[str, Any]:
+        """The descriptions of the parts."""
+        return {"kind": "sum", "parts": [p.describe() for p in self]}
+
+
+class _SumLinearization:
+    """The parts' linearizations at the same x."""
+
+    def __init__(self, parts: list[Linearization]) -> None:
+        self._parts = parts
+        self.x = parts[0].x
+        self.value = _total([p.value for p in parts])
+        self.grad = _total([p.grad for p in parts])
+
+    def hvp(self, v: torch.Tensor) -> torch.Tensor:
+        """`hess r(x_b) v_b`."""
+        return _total([p.hvp(v) for p in self._parts])
+
+    def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
+        return {f"parts.{i}.{k}": g for i, p in enumerate(self._parts) for k, g in p.param_vjp(v).items()}
+
+
+def _total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum, in the order of the parts."""
+    total = terms[0]
+    for t in terms[1:]:
+        total = total + t
+    return total
+
+
+register("sum", Sum)
