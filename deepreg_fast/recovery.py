@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import backend, checks
+from . import checks
 from .errors import InputError
 from .fidelity import resolve_mu
 from .implicit import initial_point
@@ -78,7 +78,7 @@ def recover(  # noqa: PLR0913 - the problem, then what is optional
         empty = torch.zeros(0, dtype=torch.float64, device=y.device)
         return Solution(x0, none, none, none, empty, empty)
     sol = pgd(y, A, reg, mu_b, options, x0, tau0, observer)
-    sol.backend = backend.select(reg, x0).name
+    sol.backend = reg.served_by(x0).name
     return sol
 
 

@@ -77,6 +77,18 @@ def test_it_is_rescaled_as_each_part_is() -> None:
     assert torch.allclose(both.rescaled(s).energy(x), expected, rtol=1e-12)
 
 
+def test_it_is_computed_by_its_parts_kernels() -> None:
+    both, x = dr.Sum(parts()), images(torch.float32)
+    if (missing := dr.backends()["cpu"]) is not None:
+        pytest.skip(missing)
+    assert both.served_by(x).name == "cpu" and both.rescaled(1.3).served_by(x).name == "cpu"
+    A = dr.SRM((1, 13, 17), 0.4)
+    with dr.use_backend("cpu"):
+        assert dr.recover(A.A(x), A, both, mu=0.1).backend == "cpu"
+    mixed = dr.Sum([*parts(), dr.TV(0.1)])
+    assert mixed.served_by(x).name == "reference"
+
+
 def test_it_refuses_different_centres_and_no_parts() -> None:
     with pytest.raises(InputError, match="same center"):
         dr.Sum([dr.RED(4, center=0.0), dr.RED(4, center=0.5)])

@@ -54,6 +54,10 @@ class Regularizer(nn.Module):
         self._check(x)
         return backend.select(self, x).linearize(self, x)
 
+    def served_by(self, x: torch.Tensor) -> backend.Backend:
+        """The backend whose kernels answer for `x` under the choice in force."""
+        return backend.select(self, x)
+
     def grad_s(self, x: torch.Tensor) -> torch.Tensor:
         """`grad s(x) = (1+alpha)(x - center) - grad r(x)`."""
         return (1.0 + self.alpha) * (x - self.center) - self.value_and_grad(x)[1]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from .. import checks
-from ..backend import Linearization
+from ..backend import Backend, Linearization
 from .base import Regularizer, from_description, register
 
 R = TypeVar("R", bound=Regularizer)
@@ -59,6 +59,10 @@ class Scaled(Regularizer):
     def linearize(self, x: torch.Tensor) -> Linearization:
         """Keep what the Hessian at `x` needs."""
         return _ScaledLinearization(self.reg.linearize(self._inner(x)), x, self.scale)
+
+    def served_by(self, x: torch.Tensor) -> Backend:
+        """That of the inner regularizer."""
+        return self.reg.served_by(x)
 
     def rescaled(self, scale: float) -> Regularizer:
         """One wrapper with the product of both scales."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backend import Linearization
+from ..backend import Backend, Linearization
 from ..errors import InputError
 from .base import Regularizer, from_description, register
 
@@ -57,6 +57,11 @@ class Sum(Regularizer):
     def linearize(self, x: torch.Tensor) -> Linearization:
         """Keep what the Hessian at `x` needs."""
         return _SumLinearization([p.linearize(x) for p in self])
+
+    def served_by(self, x: torch.Tensor) -> Backend:
+        """That of the parts; if they differ, the first whose bits depend on the batch, for then so do the sum's."""
+        found = [p.served_by(x) for p in self]
+        return next((b for b in found if not b.batch_invariant), found[0])
 
     def rescaled(self, scale: float) -> Regularizer:
         """The sum of the rescaled parts."""

@@ -121,7 +121,7 @@ class _Run:
         x, ours = self.state.x, type(self.reg).value_and_grad is Regularizer.value_and_grad
         if not x.is_cuda or not ours or self.options.max_iterations < 2 * WARM_UP or not self.A.capturable(x):
             return None
-        return x.device if getattr(backend.select(self.reg, x), "capturable", False) else None
+        return x.device if getattr(self.reg.served_by(x), "capturable", False) else None
 
     def solution(self) -> Solution:
         """What there is so far."""
@@ -172,7 +172,7 @@ class _Run:
         """`r` and `grad r` at `x`. Unless the backend's bits are the same for any batch, the last image of one is
         evaluated as a pair of itself: torch has other convolution kernels for a single image, and its bits would
         depend on when its neighbours ended."""
-        if len(x) == 1 and len(self.state.x) > 1 and not backend.select(self.reg, x).batch_invariant:
+        if len(x) == 1 and len(self.state.x) > 1 and not self.reg.served_by(x).batch_invariant:
             v, g = self.reg.value_and_grad(torch.cat([x, x]))
             return v[:1], g[:1]
         return self.reg.value_and_grad(x)
