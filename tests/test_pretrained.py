@@ -182,9 +182,9 @@ def test_info_lists_them_and_prints_a_card(run: Run) -> None:
 
 def test_weights_tell_how_they_are_recovered() -> None:
     card = pretrained.card(NAME) | {"recovery": {"acceleration": "anderson", "memory": 10, "max_iterations": 3}}
-    assert pgd_options({"card": card}, "", tolerance=1e-3) == dr.PGDOptions(500, 1e-3, "anderson", memory=10)
-    assert pgd_options({"card": card}, "fista") == dr.PGDOptions(acceleration="fista")
-    assert pgd_options({}, "") == dr.PGDOptions(acceleration="fista")
+    assert pgd_options({"card": card}, "", 0, tolerance=1e-3) == dr.PGDOptions(3, 1e-3, "anderson", memory=10)
+    assert pgd_options({"card": card}, "fista", 7) == dr.PGDOptions(7, acceleration="fista")
+    assert pgd_options({}, "", 0) == dr.PGDOptions(500, acceleration="fista")
 
 
 def test_recover_and_evaluate_by_name(run: Run, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ..files import write_atomically
 from ..pretrained import card_of
 from ..weights import load
 from .options import (
+    MAX_ITERATIONS,
     AccelerationOption,
     DeviceOption,
     KeepDcOption,
@@ -60,7 +61,7 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     ] = False,
     acceleration: AccelerationOption = "",
     tolerance: Annotated[float, typer.Option(help="Relative residual at which a recovery has converged.")] = 1e-4,
-    max_iterations: Annotated[int, typer.Option(help="Gradients per image.")] = 500,
+    max_iterations: Annotated[int, typer.Option(min=0, help=MAX_ITERATIONS)] = 0,
     device: DeviceOption = "cpu",
     out: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,

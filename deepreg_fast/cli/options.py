@@ -45,13 +45,19 @@ def default_mu(meta: dict[str, Any], sigma: float) -> float:
     return mu_with_noise(mu, sigma, card_of(meta).get("lam") or (mu / trained**2 if trained else LAM))
 
 
-def pgd_options(meta: dict[str, Any], acceleration: str, **others: Any) -> PGDOptions:
-    """Options of a recovery; an empty `acceleration` takes what the weights' file tells of theirs, else FISTA."""
+LIMIT = 500
+"""Gradients of a recovery where neither the command nor the weights' file tells."""
+MAX_ITERATIONS = f"Gradients per image; 0 takes what the weights' file tells, else {LIMIT}."
+
+
+def pgd_options(meta: dict[str, Any], acceleration: str, max_iterations: int, **others: Any) -> PGDOptions:
+    """Options of a recovery; an empty `acceleration` and 0 `max_iterations` take what the weights' file tells of
+    theirs, else FISTA and `LIMIT`."""
+    told = card_of(meta).get("recovery") or meta.get("recovery") or {}
     if not acceleration:
-        told = card_of(meta).get("recovery") or meta.get("recovery") or {}
         others |= {k: told[k] for k in ("acceleration", "memory") if k in told}
     others.setdefault("acceleration", acceleration or "fista")
-    return PGDOptions(**others)
+    return PGDOptions(max_iterations=max_iterations or told.get("max_iterations", LIMIT), **others)
 
 
 def unlike_training(meta: dict[str, Any], **problem: float) -> str:

@@ -24,6 +24,7 @@ from ..solvers import Solution
 from ..status import statuses
 from ..weights import load
 from .options import (
+    MAX_ITERATIONS,
     AccelerationOption,
     DeviceOption,
     KeepDcOption,
@@ -53,7 +54,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     operator_seed: Annotated[int, typer.Option(help="Seed of the operator.")] = 0,
     acceleration: AccelerationOption = "",
     tolerance: Annotated[float, typer.Option(help="Relative residual at which the recovery has converged.")] = 1e-4,
-    max_iterations: Annotated[int, typer.Option(help="Gradients per image.")] = 500,
+    max_iterations: Annotated[int, typer.Option(min=0, help=MAX_ITERATIONS)] = 0,
     device: DeviceOption = "cpu",
 ) -> None:
     """Recover images and write each as PNG and float32 .npy, with results.json and a figure.
