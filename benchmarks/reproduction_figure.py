@@ -15,7 +15,7 @@ from deepreg_fast.report.figures import Line, lines_figure
 ROWS = {
     "cs5-ridge-net": "ridge and network",
     "cs5-ridge-weak": "weakly convex ridge",
-    "cs5-residual": "residual head",
+    "cs5-full-size": "residual head",
     "cs5-beta10": "β = 10",
     "cs5-beta3": "β = 3",
     "cs5-beta1": "β = 1",
