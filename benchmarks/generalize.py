@@ -4,7 +4,7 @@
 
 Other images and sizes, other seeds of the operator, ratios, transforms, randomizers, and noise. Each case changes one
 thing of the training's problem. The weights keep the mu they were trained with; with noise they are also run with the
-mu of the library's rule (`fidelity.mu_with_noise`; lam is the card's where there is one) and with mu tuned. TV is
+mu of the library's rule (`default_mu`, which `recover` and `evaluate` take too) and with mu tuned. TV is
 tuned anew in each case. All tuning is on crops of BSD400's validation images, and every figure is of other images. One
 row for each weight file, case and mu:
 what, images, size, ratio, operator_seed, transform, randomizer, sigma, mu, how mu was chosen, PSNR and SSIM, TV's and
@@ -27,9 +27,10 @@ import torch
 
 import deepreg_fast as dr
 from deepreg_fast.bench.machine import describe
+from deepreg_fast.cli.options import default_mu
 from deepreg_fast.data import carve_validation, centre_crop, load_folder, load_image, load_split
 from deepreg_fast.evaluation import Method, evaluate, tune_mu, tuned_tv
-from deepreg_fast.fidelity import LAM, add_noise
+from deepreg_fast.fidelity import add_noise
 from deepreg_fast.files import write_atomically
 
 PHOTOGRAPHS = ("astronaut.png", "camera.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "moon.png")
@@ -112,8 +113,7 @@ def methods(name: str, path: str, case: Case, y: torch.Tensor, x: torch.Tensor, 
     trained = Method(f"{name} trained", reg, float(meta["mu"]), dr.PGDOptions(500, 1e-4, ACCELERATION))
     if case.sigma == 0:
         return [trained]
-    lam = meta.get("card", {}).get("lam") or LAM
-    ruled = replace(trained, name=f"{name} rule", mu=dr.mu_with_noise(float(meta["mu"]), case.sigma, lam))
+    ruled = replace(trained, name=f"{name} rule", mu=default_mu(meta, case.sigma))
     tuned = tune_mu(replace(trained, name=f"{name} tuned"), x, y, A, 1e-3, 10.0)
     return [trained, ruled, tuned]
 

@@ -95,7 +95,8 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
         methods.append(method)
     result: dict[str, Any] = dict(compare(methods, found.x, found.y, found.A))
     # What was done, where the weights chose it.
-    settings["acceleration"] = {m.name: m.options.acceleration for m in methods if m.reg is not None}
+    for chosen in ("acceleration", "max_iterations"):
+        settings[chosen] = {m.name: getattr(m.options, chosen) for m in methods if m.reg is not None}
     result["settings"] = {**settings, "images": list(found.names)}
     text = json.dumps(result)
     if out is not None:

@@ -187,7 +187,7 @@ class BilevelTrainer(Trainer):
         keep = usable & ~negative
         self.store.put("gamma", rows, torch.where(expand(keep, x), gamma, 0.0))
         # Both are linear in gamma; its warm start is kept without the weights, which change with every visit.
-        theta, log_mu = parameter_gradients(lin, mu, expand(weights, gamma).to(gamma.dtype) * gamma)
+        theta, log_mu = parameter_gradients(lin, mu, expand(weights, gamma) * gamma)
         unconverged = adj.status != int(Status.CONVERGED)
         told = {"adjoint_iterations": adj.iterations, "negative": negative, "adjoint_unconverged": unconverged}
         return theta, log_mu, told
@@ -205,7 +205,7 @@ class BilevelTrainer(Trainer):
         steps = self.config.adjoint_iterations
         good = sound.nonzero()[:, 0]
         theta, log_mu = unrolled_gradients(
-            x[good], y[good], self.A, self.reg, mu[good], sol.x[good], sol.tau[good], steps, weights[good].to(x.dtype)
+            x[good], y[good], self.A, self.reg, mu[good], sol.x[good], sol.tau[good], steps, weights[good]
         )
         return theta, log_mu, {"adjoint_iterations": torch.full_like(sol.iterations, steps)}
 
