@@ -83,12 +83,12 @@ class BilevelTrainer(Trainer):
         mu = torch.full((len(x),), self.mu, dtype=x.dtype, device=x.device)
         sol, sound, seen = self._recover(rows, x, y, mu)
         error = dot(sol.x - x, sol.x - x)
-        weights = self._weights(error, x)
+        losses, weights = self._loss(error, x)
         if self.adjoint.method == "unrolled":
             theta, log_mu, found = self._unrolled_gradient(x, y, sol, sound, mu, weights)
         else:
             theta, log_mu, found = self._implicit_gradient(rows, x, sol, sound, mu, weights)
-        seen |= found | {"error": error, "log_mu": log_mu}
+        seen |= found | {"error": error, "losses": losses, "log_mu": log_mu}
         point, ascended = self._ascend(rows, x)
         told = read(seen | ascended)
         penalty = self._penalty_gradient(point, told)
@@ -97,9 +97,10 @@ class BilevelTrainer(Trainer):
                 p.grad = theta[name] + penalty[name] if penalty else theta[name]
         self.log_mu.grad = told["log_mu"].to(self.log_mu.dtype)
         self._count(told)
-        errors = told["error"][told["sound"] > 0]
-        mse = _MSE_SCALE / x.numel() * float(errors.sum())
-        self._idle = 0 if bool(told["sound"].any()) else self._idle + 1
+        kept = told["sound"] > 0
+        mse = _MSE_SCALE / x.numel() * float(told["error"][kept].sum())
+        loss = float(told["losses"][kept].sum())
+        self._idle = 0 if bool(kept.any()) else self._idle + 1
         if self._idle >= _PATIENCE:
             raise TrainingDiverged(
                 f"Training must recover some image, but every recovery of the last {_PATIENCE} steps ran away, so that "
@@ -108,10 +109,6 @@ class BilevelTrainer(Trainer):
             )
         metrics = self._metrics(told)
         self.accuracy.observe(mse)
-        loss = mse
-        if self.config.loss == "psnr":
-            per_pixel = errors.double() / x[0].numel() + _MSE_FLOOR
-            loss = float(10.0 * torch.log10(per_pixel).sum()) / len(x)
         return {"loss": loss + self.config.xi * metrics.pop("penalty_sum"), "mse_loss": mse, **metrics}
 
     def after_update(self) -> None:
@@ -124,15 +121,18 @@ class BilevelTrainer(Trainer):
 
     # -- the pieces of a visit -------------------------------------------------------------------------------------
 
-    def _weights(self, error: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`[B]`: the loss's derivative in each image's squared error (docs/math.md, M7).
+    def _loss(self, error: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B]` twice: each image's share of the loss, its derivative in the squared error (docs/math.md, M7).
 
         "mse" is `1000/N sum_b error_b` over the N pixels of the batch, "psnr" the mean over its images of
         `10 log10(error_b / d + 1e-5)`: minus their PSNR, images beyond 50 dB counting less.
         """
         if self.config.loss == "mse":
-            return torch.full_like(error, _MSE_SCALE / x.numel())
-        return 10.0 / (math.log(10.0) * len(x)) / (error + _MSE_FLOOR * x[0].numel())
+            weight = _MSE_SCALE / x.numel()
+            return weight * error, torch.full_like(error, weight)
+        pixels = x[0].numel()
+        floored = error / pixels + _MSE_FLOOR
+        return 10.0 / len(x) * torch.log10(floored), 10.0 / (math.log(10.0) * len(x) * pixels) / floored
 
     def _measure(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         """`A x` with each sample's own noise, the same at every visit."""
