@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
 import deepreg_fast as dr
 
 from .kill_and_resume import config as killed_config
+
+EPS = 2.0**-23
 
 
 def random_red(seed: int = 0, scale: float = 0.15, double: bool = True, **options: object) -> dr.RED:
@@ -42,6 +45,19 @@ def central(f: Callable[[float], torch.Tensor], h: float = 1e-4) -> torch.Tensor
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """`||a - b|| / ||b||`."""
     return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def assert_as_exact_as_torch(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
+) -> None:
+    """The median over rows of our error is at most twice that of torch in the same precision, answer by answer."""
+
+    def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+        return median(relative(f.double(), w) for f, w in zip(found, wanted, strict=True))
+
+    for name, wanted in exact.items():
+        # Where torch is exact by luck, an answer is still allowed its own rounding.
+        assert error(ours[name], wanted) <= max(2.0 * error(theirs[name], wanted), 2.0 * EPS), name
 
 
 def moved(
