@@ -241,12 +241,13 @@ def test_changed_settings_are_refused_and_named(tmp_path: Path) -> None:
         agree(folder, parse({**TINY, "problem": {"tuning": 3}}))
 
 
-def test_new_rows_and_rows_not_begun_are_taken_over(tmp_path: Path) -> None:
+def test_new_rows_and_rows_not_begun_are_taken_over_or_dropped(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "out")
     agree(folder, parse(only("tv", "beta1")))
     (folder.path / "rows/tv").mkdir(parents=True)
     found = agree(folder, parse({**TINY, "row": [*only("beta1", "adjoint")["row"]]}).with_data("elsewhere"))
     assert [r.name for r in found.rows] == ["adjoint", "beta1", "tv"]
+    assert [r.name for r in agree(folder, parse(only("adjoint"))).rows] == ["adjoint", "tv"]
     changed = table(beta1={"train": {"beta": 9.0}})
     assert agree(folder, parse(changed))["beta1"].chains[0].last.config["beta"] == 9.0
 

@@ -99,7 +99,7 @@ def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
 
 def agree(folder: Folder, new: Settings) -> Settings:
     """Compare the settings with those that the folder was begun with, and write them down: what is there stays, new
-    rows and rows of which nothing is there yet are taken over, and `data` may have moved.
+    rows and rows of which nothing is there yet are taken over or dropped, and `data` may have moved.
 
     Raises
     ------
@@ -127,7 +127,8 @@ def agree(folder: Folder, new: Settings) -> Settings:
             f"them, remove {folder.path / 'rows'}/<row> to train such a row anew, or name another folder with --out "
             "(nothing was changed)."
         )
-    kept = tuple(r for r in old.rows if r.name not in new)
+    begun = tuple(r.name for r in old.rows if folder.begun(r))
+    kept = tuple(r for r in old.select(begun).rows if r.name not in new) if begun else ()
     whole = Settings((*new.rows, *kept))
     write_atomically(folder.settings, whole.to_json().encode())
     return whole
