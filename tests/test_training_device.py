@@ -95,13 +95,13 @@ def test_a_step_reads_the_host_twice(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool, options: dict[str, Any]
 ) -> None:
     """Apart from the loops of the solvers, and whether or not the device holds the samples: once what guards and log
-    want to know, 13 numbers of each image and one of all, once the squared norms of the gradients. The operands
+    want to know, 12 numbers of each image and one of all, once the squared norms of the gradients. The operands
     of every operation are on one device, or the step would not end."""
     monkeypatch.setattr(Placement, "take", lambda *_: fits)
     c = small_config(folder, tmp_path, device="cuda", delta_steps=2, device_budget_mb=1, **options)
     monkeypatch.setattr(dr.BilevelTrainer, "build", lambda _: Plain())
     told, norms = _step_on_fake_cuda(dr.BilevelTrainer, c, monkeypatch)
-    assert told == Read("cpu", 13 * c.batch + 1, "deepreg_fast.training.placement")
+    assert told == Read("cpu", 12 * c.batch + 1, "deepreg_fast.training.placement")
     assert norms == Read("cpu", 1, "deepreg_fast.training.guards")
 
 

@@ -83,12 +83,12 @@ class BilevelTrainer(Trainer):
         mu = torch.full((len(x),), self.mu, dtype=x.dtype, device=x.device)
         sol, sound, seen = self._recover(rows, x, y, mu)
         error = dot(sol.x - x, sol.x - x)
-        losses, weights = self._loss(error, x)
+        _, weights = self._loss(error, x)
         if self.adjoint.method == "unrolled":
             theta, log_mu, found = self._unrolled_gradient(x, y, sol, sound, mu, weights)
         else:
             theta, log_mu, found = self._implicit_gradient(rows, x, sol, sound, mu, weights)
-        seen |= found | {"error": error, "losses": losses, "log_mu": log_mu}
+        seen |= found | {"error": error, "log_mu": log_mu}
         point, ascended = self._ascend(rows, x)
         told = read(seen | ascended)
         penalty = self._penalty_gradient(point, told)
@@ -97,10 +97,10 @@ class BilevelTrainer(Trainer):
                 p.grad = theta[name] + penalty[name] if penalty else theta[name]
         self.log_mu.grad = told["log_mu"].to(self.log_mu.dtype)
         self._count(told)
-        kept = told["sound"] > 0
-        mse = _MSE_SCALE / x.numel() * float(told["error"][kept].sum())
-        loss = float(told["losses"][kept].sum())
-        self._idle = 0 if bool(kept.any()) else self._idle + 1
+        errors = told["error"][told["sound"] > 0]
+        mse = _MSE_SCALE / x.numel() * float(errors.sum())
+        loss = float(self._loss(errors, x)[0].sum())
+        self._idle = 0 if len(errors) else self._idle + 1
         if self._idle >= _PATIENCE:
             raise TrainingDiverged(
                 f"Training must recover some image, but every recovery of the last {_PATIENCE} steps ran away, so that "
