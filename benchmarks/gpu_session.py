@@ -1,54 +1,78 @@
-"""One command for a machine with an NVIDIA GPU: tests, precision, benchmarks, sweeps, in less than ten minutes.
+"""Two commands for a machine with an NVIDIA GPU, each complete in itself (docs/devices.md).
 
-    python benchmarks/gpu_session.py --out results --data BSD400 --minutes 9
+    python benchmarks/gpu_session.py --call 1 --out OUT
+    python benchmarks/gpu_session.py --call 2 --out OUT --before benchmarks/results/gpu/call1/session.json
 
-It needs torch, and from a checkout nothing else: the package need not be installed. Stages run one after another, the
-most important first, each in a process of its own with its own limit, so that a fault or a hang costs one stage.
-`session.json` and `session.log` in the folder are complete up to what is running whenever the session is cut. With
-`--dry-run` the same runs on the host's tensors in tiny sizes, which tests this script and measures nothing.
+From a checkout they need torch and Triton and nothing installed. `prebuild.py` makes the compiled kernels beforehand;
+`--cache` names its archive. Stages run one after another, the most important first. Those of one group share a
+process; an item that hangs or that loses the CUDA context ends that process alone, and another goes on behind it.
+`summary.txt` and `session.json` in OUT are complete up to what is running, whenever the command is killed.
+
+`--dry-run` runs everything on the host in tiny sizes with Triton's interpreter. `--stand-in` sends the launches of the
+real sizes through the real compilers and launchers of a machine without a GPU. Neither measures anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path("/tmp/deepreg-fast-gpu-cache")
+"""Where compiled kernels lie, on every machine: Triton's cache holds absolute paths."""
+ARCHIVE = ROOT / ".gpu-cache" / "cache.tar.xz"
+RESERVE = 4.0
+"""Seconds at the end for writing the results."""
+PATIENCE = {"gpu": 1.0, "dry": 60.0, "stand-in": 60.0}
+"""Factor of every limit: a rehearsal is slow, and its machine may be busy."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A name in `gpu_stages.STAGES`, the seconds that it may take, and what it is for."""
+    """A name in `gpu_stages.__main__.MODULES`, the seconds that it may take, the process it shares, its purpose."""
 
     name: str
     seconds: int
+    group: str
     purpose: str
 
 
-STAGES = (
-    Stage("machine", 40, "versions, ceilings"),
-    Stage("tests", 110, "the tests marked gpu"),
-    Stage("precision", 45, "errors and CG by precision"),
-    Stage("kernels", 100, "the conv chain beside its peers"),
-    Stage("sweep", 80, "launch options"),
-    Stage("srm", 45, "the structurally random matrix beside a copy"),
-    Stage("loops", 60, "CG iteration, recovery, step"),
-    Stage("scale", 60, "sizes, memory, same bits"),
-    Stage("sanitizer", 50, "memcheck and racecheck"),
-    Stage("training", 60, "bi-level training on --data"),
-    Stage("compiled", 80, "torch.compile and JAX as peers"),
-)
-NAMES = tuple(s.name for s in STAGES)
+CALLS = {
+    1: (
+        Stage("machine", 14, "main", "versions, ceilings"),
+        Stage("smoke", 32, "main", "every kernel family once, against float64"),
+        Stage("timing", 46, "main", "our kernels alone"),
+        Stage("micro", 6, "main", "instruction rates"),
+        Stage("ncu", 30, "ncu", "hardware counters of a few launches"),
+        Stage("peers", 58, "main", "the conv chain and CG beside their peers"),
+        Stage("tests", 95, "tests", "the tests marked gpu"),
+        Stage("memcheck", 35, "memcheck", "compute-sanitizer"),
+    ),
+    2: (
+        Stage("machine", 10, "main", "versions, ceilings"),
+        Stage("smoke", 25, "main", "what failed in the first call"),
+        Stage("tests", 35, "tests", "what failed in the first call"),
+        Stage("timing", 46, "main", "our kernels alone"),
+        Stage("precision", 35, "main", "CG and errors by precision"),
+        Stage("compiled", 45, "main", "torch.compile as a peer"),
+        Stage("loops", 35, "main", "whole solves beside their peers"),
+        Stage("training", 35, "main", "an epoch of bi-level training"),
+        Stage("scale", 25, "main", "large batches and images"),
+        Stage("racecheck", 25, "racecheck", "compute-sanitizer"),
+    ),
+}
 
 
 def site(folder: Path) -> Path:
@@ -61,80 +85,159 @@ def site(folder: Path) -> Path:
     return folder
 
 
-def environment(folder: Path, dry: bool) -> dict[str, str]:
-    """Of a stage's process."""
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT / "benchmarks")))}
-    found |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    found["TRITON_DEFAULT_FP_FUSION"] = "1"
-    # Nothing compiled is taken from elsewhere, or left behind; the stages share it.
-    caches = {"TRITON_CACHE_DIR": "triton", "CUPY_CACHE_DIR": "cupy", "XDG_CACHE_HOME": "cache"}
-    found |= {name: str(folder / place) for name, place in caches.items()}
-    if dry:
-        found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return found
+def environment(folder: Path, mode: str, cache: Path) -> dict[str, str]:
+    """The environment of the workers."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT / "benchmarks")))}
+    env |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # As every version of Triton up to 3.9 does unasked; a part of the cache's keys.
+    env["TRITON_DEFAULT_FP_FUSION"] = "1"
+    places = {"TRITON_CACHE_DIR": "triton", "CUPY_CACHE_DIR": "cupy", "XDG_CACHE_HOME": "cache"}
+    env |= {name: str(cache / place) for name, place in places.items()}
+    env["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    env.pop("TRITON_INTERPRET", None)
+    if mode != "gpu":
+        env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if mode == "dry":
+        env["TRITON_INTERPRET"] = "1"
+    return env
+
+
+def unpack(archive: Path, cache: Path) -> str:
+    """Put the prebuilt cache into its place; one line on what there was."""
+    cache.mkdir(parents=True, exist_ok=True)
+    if not archive.exists():
+        return f"no prebuilt cache at {archive}: everything is compiled here"
+    began = time.monotonic()
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(cache, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        return f"the prebuilt cache {archive} cannot be unpacked ({error}): everything is compiled here"
+    entries = sum(1 for _ in (cache / "triton").glob("*")) if (cache / "triton").exists() else 0
+    size = archive.stat().st_size / 2**20
+    return f"prebuilt cache: {entries} entries, {size:.1f} MiB packed, unpacked in {time.monotonic() - began:.1f} s"
+
+
+class Worker:
+    """A process that runs the stages of one group, in a process group of its own."""
+
+    def __init__(self, mode: str, env: dict[str, str], log: IO[bytes]) -> None:
+        command = [sys.executable, "-P", "-m", "gpu_stages", mode]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        )
+
+    def start(self, request: dict[str, Any]) -> None:
+        """Hand it a stage."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def alive(self) -> bool:
+        """Whether it can be handed another."""
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        """End it and everything that it has started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 class Session:
-    """What has been found so far, in `session.json` and `session.log`."""
+    """Runs the stages and keeps `summary.txt`, `session.json` and `session.log`."""
 
-    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, arguments: argparse.Namespace, folder: Path, cache: Path) -> None:
         self.arguments, self.folder, self.began = arguments, folder, time.monotonic()
+        self.mode = "dry" if arguments.dry_run else "stand-in" if arguments.stand_in else "gpu"
+        self.env = environment(folder, self.mode, cache)
+        self.env["DEEPREG_FAST_GPU_OUT"] = str(Path(arguments.out).resolve())
+        if arguments.before and Path(arguments.before).exists():
+            self.env["DEEPREG_FAST_GPU_BEFORE"] = str(Path(arguments.before).resolve())
         self.out = Path(arguments.out).resolve()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.log = (self.out / "session.log").open("w", encoding="utf-8")
-        self.found: dict[str, Any] = {"dry_run": arguments.dry_run, "stages": {}}
+        self.log = (self.out / "session.log").open("ab", buffering=0)
+        self.record: dict[str, Any] = {"call": arguments.call, "mode": self.mode, "notes": [], "stages": {}}
+        self.workers: dict[str, Worker] = {}
 
     def left(self) -> float:
         """Seconds until the end of the session."""
-        return 60.0 * self.arguments.minutes - (time.monotonic() - self.began)
+        return float(self.arguments.seconds) * PATIENCE[self.mode] - (time.monotonic() - self.began)
+
+    def note(self, line: str) -> None:
+        """A line at the head of the summary."""
+        self.record["notes"].append(line)
+        self.write()
 
     def run(self, stage: Stage) -> None:
-        """One stage in its own process; its findings are kept as they come."""
-        # Some seconds are for ending in order.
-        limit = min(float(stage.seconds), self.left() - 8.0)
-        if self.left() < 18.0:
-            self.keep(stage.name, {"state": "no time left"})
+        """One stage: its findings are written as they come, also those of processes that end on the way."""
+        limit, began = min(PATIENCE[self.mode] * stage.seconds, self.left() - RESERVE), time.monotonic()
+        if limit < 3.0:
+            self.keep(stage.name, {"state": "no time left", "seconds": 0.0})
             return
-        partial, began = self.folder / f"{stage.name}.json", time.monotonic()
-        command = [sys.executable, "-P", "-m", "gpu_stages", stage.name, "--json", str(partial)]
-        command += ["--seconds", str(int(limit)), *(["--data", self.arguments.data] if self.arguments.data else [])]
-        command += ["--dry-run"] if self.arguments.dry_run else []
-        self.write(f"\n== {stage.name}: {stage.purpose}, at most {limit:.0f} s\n")
-        # A session of its own, so that what the stage has started ends with it.
-        child = subprocess.Popen(
-            command, cwd=ROOT, env=environment(self.folder, self.arguments.dry_run), stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        assert child.stdout is not None
-        os.set_blocking(child.stdout.fileno(), False)
-        state = "running"
-        while state == "running":
-            time.sleep(0.2)
-            self.write((child.stdout.read() or b"").decode(errors="replace"))
-            if child.poll() is not None:
-                state = "done" if child.returncode == 0 else f"ended with code {child.returncode}"
-            elif time.monotonic() - began > limit:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-                state = "cut"
-            self.keep(stage.name, {"state": state, "seconds": round(time.monotonic() - began, 1), **_read(partial)})
-        self.write((child.stdout.read() or b"").decode(errors="replace"))
-        print(f"{stage.name}: {state}, {time.monotonic() - began:.0f} s", flush=True)
-
-    def write(self, text: str) -> None:
-        """To the log, at once."""
-        if text:
-            self.log.write(text)
-            self.log.flush()
-
-    def keep(self, name: str, found: dict[str, Any]) -> None:
-        """Put a stage's findings into `session.json`, if they are new."""
-        if self.found["stages"].get(name) == found:
+        partial = self.folder / f"{stage.name}.json"
+        while True:
+            remaining = limit - (time.monotonic() - began)
+            skip = sorted(_read(partial).get("items", {}))
+            request = {"stage": stage.name, "path": str(partial), "seconds": remaining - 0.5, "skip": skip}
+            state = self._watch(stage, {**request, "data": self.arguments.data}, began, limit)
+            record = _read(partial)
+            if state == "again" and set(record.get("items", {})) > set(skip) and time.monotonic() - began < limit - 2:
+                continue
+            state = record.get("state", "cut") if state == "again" else state
+            self.keep(stage.name, {**record, "state": state, "seconds": round(time.monotonic() - began, 1)})
+            print(f"{stage.name}: {state}, {time.monotonic() - began:.0f} s", flush=True)
             return
-        self.found["stages"][name] = found
-        scratch = self.out / ".session.json"
-        scratch.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(self.out / "session.json")
+
+    def _watch(self, stage: Stage, request: dict[str, Any], began: float, limit: float) -> str:
+        """Hand the stage to its worker and wait: "done", "cut" by the stage's limit, or "again" for what is left."""
+        worker = self.workers.get(stage.group)
+        if worker is None or not worker.alive():
+            worker = self.workers[stage.group] = Worker(self.mode, self.env, self.log)
+        partial = Path(request["path"])
+        worker.start(request)
+        while True:
+            time.sleep(0.05)
+            record = _read(partial)
+            self.keep(stage.name, {**record, "state": "running", "seconds": round(time.monotonic() - began, 1)})
+            if record.get("state") == "done":
+                return "done"
+            if not worker.alive():
+                _mark(partial, f"ended its process (status {worker.process.returncode})")
+                return "again"
+            running = record.get("running")
+            if time.monotonic() - began > limit:
+                worker.kill()
+                _mark(partial, "was cut by the stage's limit")
+                return "cut"
+            if running and time.time() - running["since"] > PATIENCE[self.mode] * running["seconds"]:
+                worker.kill()
+                _mark(partial, f"hung: killed after {PATIENCE[self.mode] * running['seconds']:.0f} s")
+                return "again"
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self.workers.values():
+            worker.kill()
+
+    def keep(self, name: str, record: dict[str, Any]) -> None:
+        """Put a stage's record into the results, if it is new."""
+        known = self.record["stages"].get(name, {})
+        if {**known, "seconds": 0} == {**record, "seconds": 0}:
+            return
+        self.record["stages"][name] = record
+        self.write()
+
+    def write(self) -> None:
+        """Write the summary and the record, each whole at any time."""
+        self.record["seconds"] = round(time.monotonic() - self.began, 1)
+        for name, text in (("session.json", json.dumps(self.record, indent=1)), ("summary.txt", summary(self.record))):
+            scratch = self.folder / f".{name}"
+            scratch.write_text(text + "\n", encoding="utf-8")
+            # The folder of the results may be another file system.
+            shutil.copyfile(scratch, self.out / f".{name}")
+            (self.out / f".{name}").replace(self.out / name)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -144,35 +247,97 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def summary(found: dict[str, Any]) -> str:
-    """The short lines of every stage, in order."""
-    lines = []
-    for name, stage in found["stages"].items():
-        lines.append(f"[{name}] {stage['state']}, {stage.get('seconds', 0):.0f} s")
-        lines += [f"  {line}" for line in stage.get("summary", [])]
+def _mark(path: Path, why: str) -> None:
+    """Say in a stage's record what has become of the item that was running."""
+    record = _read(path)
+    running = record.pop("running", None)
+    record.pop("state", None)
+    if running:
+        record["items"][running["item"]] = why
+        record["summary"].append(f"{running['item']}: FAILED: {why}")
+    elif not record:
+        record = {"items": {"start": why}, "summary": [f"start: FAILED: {why}"]}
+    path.write_text(json.dumps(record), encoding="utf-8")
+
+
+def summary(record: dict[str, Any]) -> str:
+    """What a reader needs first: verdicts, then the lines of every stage in order."""
+    lines = [f"call {record['call']} ({record['mode']}), {record.get('seconds', 0):.0f} s", *record["notes"]]
+    for name, stage in record["stages"].items():
+        compile_record = stage.get("compile", {})
+        anew = compile_record.get("compiled", {})
+        head = f"[{name}] {stage['state']}, {stage.get('seconds', 0):.0f} s"
+        if compile_record:
+            head += (
+                f"; {len(anew)} compiled anew in {compile_record['seconds']:.1f} s, {compile_record['cached']} cached"
+            )
+        verdicts = list(stage.get("verdicts", {}).values())
+        if verdicts:
+            head += "; " + ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+        lines += ["", head, *(f"  {line}" for line in stage.get("summary", []))]
+        lines += [f"  compiled anew: {n}, {s:.1f} s" for n, s in list(anew.items())[:20]]
+        lines += [f"  warning: {w}" for w in stage.get("warnings", [])[:10]]
+        if stage.get("graphs_off"):
+            lines.append(f"  CUDA graphs were given up on {', '.join(stage['graphs_off'])}")
     return "\n".join(lines)
 
 
+def compile_ahead(session: Session) -> subprocess.Popen[bytes] | None:
+    """Start torch.compile of the peers in the background, whose results the stage `compiled` finds on disk."""
+    if session.mode != "gpu":
+        return None
+    partial = session.folder / "compile_ahead.json"
+    worker = Worker(session.mode, session.env, session.log)
+    request = {"stage": "compile_ahead", "path": str(partial), "seconds": 240.0, "skip": [], "data": ""}
+    worker.start(request)
+    session.workers["compile_ahead"] = worker
+    return worker.process
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the stages; 0 if every one was done."""
+    """Run the stages of one call; 0 if every one was done and nothing was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder for session.json and session.log")
-    parser.add_argument("--data", default="", help="folder of BSD400, for a short training")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole session")
-    parser.add_argument("--stages", default=",".join(NAMES), help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--call", type=int, choices=sorted(CALLS), default=1, help="which of the two")
+    parser.add_argument("--out", required=True, help="folder for summary.txt, session.json, session.log and tables")
+    parser.add_argument("--data", default="", help="folder of BSD400, for the training")
+    parser.add_argument("--cache", default=str(ARCHIVE), help="archive of prebuild.py")
+    parser.add_argument("--before", default="", help="session.json of the first call: what failed is run again")
+    parser.add_argument("--seconds", type=float, default=322.0, help="of the whole call")
+    parser.add_argument("--stages", default="", help="some of the call's stages, separated by commas")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the host's tensors; measures nothing")
+    parser.add_argument("--stand-in", action="store_true", help="launches without a GPU; measures nothing")
     arguments = parser.parse_args(argv)
-    chosen = [n for n in arguments.stages.split(",") if n]
-    unknown = [n for n in chosen if n not in NAMES]
+    stages = CALLS[arguments.call]
+    names = [n for n in arguments.stages.split(",") if n] or [s.name for s in stages]
+    unknown = [n for n in names if n not in [s.name for s in stages]]
     if unknown:
-        parser.error(f"--stages must be among {', '.join(NAMES)}, but has {unknown[0]!r}")
+        known = ", ".join(s.name for s in stages)
+        parser.error(f"--stages must be among {known} for call {arguments.call}, but has {unknown[0]!r}")
     with tempfile.TemporaryDirectory(prefix="gpu_session_") as name:
-        session = Session(arguments, site(Path(name)))
-        for stage in STAGES:
-            if stage.name in chosen:
-                session.run(stage)
-    print(summary(session.found), flush=True)
-    return int(any(s["state"] != "done" for s in session.found["stages"].values()))
+        folder = site(Path(name))
+        cache = CACHE if not arguments.dry_run else folder / "cache"
+        session = Session(arguments, folder, cache)
+        if not arguments.dry_run:
+            session.note(unpack(Path(arguments.cache), cache))
+        # A signal ends the session in order, with its workers.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            if "compiled" in names:
+                compile_ahead(session)
+            for stage in stages:
+                if stage.name in names:
+                    session.run(stage)
+        finally:
+            session.close()
+            session.write()
+    print(summary(session.record), flush=True)
+    return int(any(_failed(s) for s in session.record["stages"].values()))
+
+
+def _failed(stage: dict[str, Any]) -> bool:
+    if stage["state"] != "done" or any(v in ("WRONG", "not written") for v in stage.get("verdicts", {}).values()):
+        return True
+    return any(state != "done" for state in stage.get("items", {}).values())
 
 
 if __name__ == "__main__":

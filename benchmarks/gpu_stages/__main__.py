@@ -1,41 +1,76 @@
-"""Run one stage: `python -m gpu_stages NAME --json FILE`."""
+"""A worker of `gpu_session.py`: runs the stages that it reads from its standard input, one JSON object a line."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import json
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
-HOMES = {
-    **dict.fromkeys(("machine", "tests", "precision", "sanitizer"), "checks"),
-    **dict.fromkeys(("kernels", "compiled", "srm", "loops", "sweep", "warm"), "speed"),
+MODULES = {
+    **dict.fromkeys(("machine", "tests", "precision", "memcheck", "racecheck"), "checks"),
+    **dict.fromkeys(("peers", "loops", "compiled", "compile_ahead"), "peers"),
     **dict.fromkeys(("scale", "training"), "scale"),
+    **{name: name for name in ("smoke", "timing", "micro", "ncu")},
 }
 
 
+def _run(request: dict[str, Any], log: Any, mode: str) -> None:
+    from gpu_stages.common import STICKY, DeviceLost, Stage, one_line
+
+    stage = Stage(
+        request["stage"], Path(request["path"]), request["seconds"], mode, request["data"], frozenset(request["skip"]),
+        log=log,
+    )  # fmt: skip
+    if stage.path.exists():
+        # A process before this one has begun the stage.
+        stage.record = json.loads(stage.path.read_text(encoding="utf-8"))
+    lost = False
+    try:
+        module = importlib.import_module(f"gpu_stages.{MODULES[stage.name]}")
+        getattr(module, stage.name)(stage)
+    except DeviceLost as error:
+        stage.say(f"the CUDA context is lost: {error}")
+        lost = True
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        stage.record.setdefault("items", {})[stage.name] = one_line(error)
+        stage.say(f"{stage.name}: FAILED: {one_line(error)}")
+    stage.note_compiled()
+    from deepreg_fast.linsolve import progress
+
+    lost_graphs = [str(device) for device in getattr(progress, "_WITHOUT", ())]
+    if lost_graphs:
+        stage.say(f"CUDA graphs are off on {', '.join(lost_graphs)}: a capture failed (see the warnings)")
+    stage.save(graphs_off=lost_graphs, state="lost" if lost else "done", running=None)
+    if lost:
+        os._exit(STICKY)
+
+
 def main() -> None:
-    """Find the stage's function and call it."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=HOMES)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--data", default="")
-    parser.add_argument("--options", default="", help="of the stage warm: launch options as JSON")
-    parser.add_argument("--dry-run", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"
+    """Serve stages until the input ends."""
+    mode = sys.argv[1]
+    if mode == "stand-in":
+        from gpu_stages import stand_in
 
-    from gpu_stages.common import Stage
+        stand_in.install()
+    from gpu_stages.compile_log import CompileLog
 
-    stage = Stage(arguments.json, arguments.seconds, arguments.dry_run, arguments.data)
-    stage.found["options"] = arguments.options
-    module = importlib.import_module(f"gpu_stages.{HOMES[arguments.name]}")
-    stage.attempt(arguments.name, lambda: getattr(module, arguments.name)(stage))
-    stage.save()
-    sys.exit(bool(stage.found.get("errors")))
+    log = CompileLog().start()
+    began = time.monotonic()
+    if mode == "gpu":
+        import torch
+
+        # The context, which the first stage need not wait for twice.
+        torch.zeros(1, device="cuda")
+    print(f"worker ready after {time.monotonic() - began:.1f} s", flush=True)
+    for line in sys.stdin:
+        _run(json.loads(line), log, mode)
 
 
 if __name__ == "__main__":

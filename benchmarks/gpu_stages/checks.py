@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
+import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,11 +19,13 @@ from typing import Any
 
 import torch
 
-from gpu_stages.common import PRECISIONS, Ours, Stage, problem, relative
+from gpu_stages.common import PRECISIONS, Kernels, Stage, chain_products, one_line, problem, relative
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "cupy-cuda13x", "nvidia-cuda-nvrtc", "numpy", "scipy", "jax", "pytest", "hypothesis")
 PACKAGES += ("typer", "rich", "safetensors", "pooch", "scikit-image", "tensorboard", "matplotlib", "pybind11")
+WORKERS = 14
+"""Processes of the stage `tests`."""
 
 
 def _version(package: str) -> str | None:
@@ -29,62 +35,92 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _told(*command: str) -> str:
+def _output(*command: str) -> str:
     """What a command prints; why there is nothing, where there is none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
         return (done.stdout or done.stderr).strip()
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{type(error).__name__}: {error}"
+        return one_line(error)
 
 
 def machine(stage: Stage) -> None:
     """Versions, backends, ceilings."""
+    stage.item("versions", lambda: _versions(stage), 10.0)
+    stage.item("ceilings", lambda: _ceilings(stage), 10.0)
+
+
+def _versions(stage: Stage) -> None:
+    import deepreg_fast as dr
+
     query = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.sm,temperature.gpu"
+    packages = {p: _version(p) for p in PACKAGES}
     stage.save(
         python=platform.python_version(),
         system=platform.platform(),
-        packages={p: _version(p) for p in PACKAGES},
-        nvidia_smi=_told("nvidia-smi", f"--query-gpu={query}", "--format=csv"),
-        nvcc=_told("nvcc", "--version"),
-        compilers=_told("gcc", "--version").split("\n")[0],
+        packages=packages,
+        nvidia_smi=_output("nvidia-smi", f"--query-gpu={query}", "--format=csv"),
+        nvcc=_output("nvcc", "--version"),
+        compilers=_output("gcc", "--version").split("\n")[0],
+        deepreg_fast=dr.__version__,
+        backends=dr.backends(),
+        date=time.strftime("%Y-%m-%d %H:%M"),
     )
-    import deepreg_fast as dr
-
-    stage.save(deepreg_fast=dr.__version__, backends=dr.backends())
+    shown = ", ".join(f"{p} {packages[p]}" for p in ("torch", "triton", "cupy-cuda13x"))
+    stage.say(f"Python {platform.python_version()}, {shown}; {stage.record['nvidia_smi'].splitlines()[-1:]}")
     for name, reason in dr.backends().items():
         stage.say(f"backend {name}: {reason or 'ready'}")
+
+
+def _ceilings(stage: Stage) -> None:
     from deepreg_fast.bench import ceilings
-    from deepreg_fast.bench.events import EventClock
     from deepreg_fast.bench.timing import HOST
 
-    if stage.dry:
-        found = ceilings.measure(stage.device, HOST, side=64, megabytes=1, rounds=2)
+    if stage.mode == "stand-in":
+        stage.say("no ceilings without a device")
+        return
+    if not stage.on_gpu:
+        measured = ceilings.measure(stage.device, HOST, side=64, megabytes=1, rounds=2)
     else:
         stage.save(gpu=ceilings.describe(stage.device))
-        found = ceilings.measure(stage.device, EventClock())
-    stage.save(ceilings=vars(found))
-    stage.say(str(found))
+        measured = ceilings.measure(stage.device, problem(stage).target.clock, rounds=3)
+    stage.save(ceilings=vars(measured))
+    stage.say(str(measured))
 
 
 def tests(stage: Stage) -> None:
-    """Those that are marked gpu; where pytest or what they import is missing, `precision` has to do."""
+    """Those that are marked gpu, or with the results of a call before those that failed there."""
+    stage.item("pytest", lambda: _tests(stage), seconds=max(5.0, stage.left() - 0.5))
+
+
+def _tests(stage: Stage) -> None:
     lacking = [p for p in ("pytest", "hypothesis") if importlib.util.find_spec(p) is None]
     if lacking:
-        stage.say(f"not run, as {' and '.join(lacking)} is missing here; the stage precision checks the answers")
+        stage.say(f"not run, as {' and '.join(lacking)} is missing here; the stage smoke checks the answers")
         return
-    junit = stage.path.with_suffix(".xml")
     marked = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text("utf-8")]
-    command = [sys.executable, "-P", "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+    again = _failed_before()
+    if again is not None and not again:
+        stage.say("nothing failed in the first call")
+        return
+    command = [sys.executable, "-P", "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors"]
-    command += ["tests/test_metrics.py"] if stage.dry else ["-m", "gpu", *marked]
-    if importlib.util.find_spec("xdist") is not None and not stage.dry:
-        # Compiling takes most of the time, and runs on the host.
-        command += ["-n", "6"]
+    if stage.mode == "dry":
+        command += ["tests/test_metrics.py"]
+    elif stage.mode == "stand-in":
+        # Nothing is computed, so nothing is asserted: what counts is that every launch is reached.
+        command = [sys.executable, "-P", "-O", *command[2:], "--assert=plain", "-p", "gpu_stages.stand_in_tests"]
+        command += ["-m", "gpu", *(again or marked)]
+    else:
+        command += ["-m", "gpu", *(again or marked)]
+    if importlib.util.find_spec("xdist") is not None and stage.on_gpu:
+        # Files share their fixtures, and a worker's launches are those that it has loaded.
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadfile"]
     done = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.stdout is not None
     lines: list[str] = []
     counts: dict[str, int] = {}
+    last = len(stage.record["summary"])
     for line in done.stdout:
         print(line, end="", flush=True)
         lines.append(line.rstrip())
@@ -93,56 +129,63 @@ def tests(stage: Stage) -> None:
         if outcome:
             counts[outcome[1]] = counts.get(outcome[1], 0) + 1
             # Should the stage be cut, this line is what it leaves.
-            stage.save(counts=counts, summary=[f"so far {counts}"])
+            stage.record["summary"][last:] = [f"so far {counts}"]
+            stage.save(counts=counts)
     done.wait()
-    stage.save(returncode=done.returncode, tail=lines[-200:], summary=[])
+    failed = [re.split(r" - ", line.split(" ", 1)[1])[0] for line in lines if re.match(r"(FAILED|ERROR) tests/", line)]
+    stage.record["summary"][last:] = []
+    stage.save(returncode=done.returncode, tail=lines[-200:], failed=failed)
     stage.say(lines[-1] if lines else "pytest printed nothing")
+    if stage.mode == "stand-in":
+        return
     for line in [t for t in lines if t.startswith(("FAILED", "ERROR"))][:20]:
         stage.say(line[:200])
     if done.returncode not in (0, 5):
         raise RuntimeError(f"pytest ended with code {done.returncode}")
 
 
+def _failed_before() -> list[str] | None:
+    path = os.environ.get("DEEPREG_FAST_GPU_BEFORE")
+    if not path:
+        return None
+    return json.loads(Path(path).read_text(encoding="utf-8"))["stages"].get("tests", {}).get("failed")
+
+
 def precision(stage: Stage) -> None:
-    """Errors against float64 of ours at each precision and of torch, and what CG makes of them."""
+    """What CG makes of each precision, then the errors against float64 of ours and of torch."""
+    p = replace(problem(stage, 16), size=12) if stage.mode == "dry" else problem(stage, 16)
+    for name in PRECISIONS[:1] if stage.mode == "dry" else PRECISIONS:
+        stage.item(f"CG {name}", lambda n=name: _solved(stage, p, n), 12.0)
+    if stage.mode == "stand-in":
+        return
+    stage.item("errors", lambda: _errors(stage, p), 15.0)
+
+
+def _errors(stage: Stage, p: Any) -> None:
     from deepreg_fast.bench.ceilings import tf32
     from deepreg_fast.bench.peers import BestTorch
     from deepreg_fast.bench.problem import double
 
-    p = replace(problem(stage, 16), size=12) if stage.dry else problem(stage, 16)
     reg, x, v = p.regularizer(), p.images(1)[0], p.images(2)[0]
+    exact = chain_products(double(reg).linearize(x.double()), v.double())
 
-    def products(lin: Any, v: torch.Tensor) -> dict[str, torch.Tensor]:
-        theta = torch.cat([t.flatten() for t in lin.param_vjp(v).values()])
-        return {"linearize": lin.grad, "hvp": lin.hvp(v), "theta": theta}
+    def errors(name: str, answers: dict[str, torch.Tensor], gradient: torch.Tensor) -> None:
+        each = {k: relative(answers[k], exact[k]) for k in exact}
+        each["gradient"] = relative(gradient, exact["linearize"])
+        stage.record.setdefault("errors_by_precision", {})[name] = each
+        stage.say(f"{name}: " + ", ".join(f"{k} {e:.1e}" for k, e in each.items()))
 
-    wide = double(reg)
-    exact = products(wide.linearize(x.double()), v.double())
-
-    def errors(name: str, found: dict[str, torch.Tensor], gradient: torch.Tensor) -> None:
-        told = {k: relative(found[k], exact[k]) for k in exact}
-        told["gradient"] = relative(gradient, exact["linearize"])
-        stage.found.setdefault("errors_by_precision", {})[name] = told
-        stage.say(f"{name}: " + ", ".join(f"{k} {e:.1e}" for k, e in told.items()))
-
-    def of_torch(allow: bool) -> None:
+    for allow in (False, True):
         with tf32(allow):
             best = BestTorch(reg)
             hvp, theta = best.products(x)
-            found = {"linearize": best.graph(x)[1].detach(), "hvp": hvp(v)}
-            found["theta"] = torch.cat([t.flatten() for t in theta(v)])
-            errors(f"torch {'tf32' if allow else 'fp32'}", found, best.grad(x))
-
-    def of_ours(name: str, kernels: Ours) -> None:
-        errors(name, products(kernels.linearize(reg, x), v), kernels.gradient(reg, x))
-
-    for allow in (False, True):
-        stage.attempt("torch", lambda a=allow: of_torch(a))
-    stage.attempt("ours", lambda: of_ours("ours as it comes", Ours(stage)))
-    for name in PRECISIONS:
-        stage.attempt(name, lambda n=name: of_ours(f"ours {n}", Ours(stage, precision=n)))
-    for name in PRECISIONS[:1] if stage.dry else PRECISIONS:
-        stage.attempt(f"cg {name}", lambda n=name: _solved(stage, p, n))
+            answers = {"linearize": best.graph(x)[1].detach(), "hvp": hvp(v)}
+            answers["theta"] = torch.cat([t.flatten() for t in theta(v)])
+            errors(f"torch {'tf32' if allow else 'fp32'}", answers, best.grad(x))
+    for options in ({}, *({"precision": n} for n in PRECISIONS), {"storage": "bfloat16"}):
+        kernels = Kernels(stage, **options)
+        name = "ours as it comes" if not options else f"ours {next(iter(options.values()))}"
+        errors(name, chain_products(kernels.linearize(reg, x), v), kernels.value_and_grad(reg, x)[1])
 
 
 def _solved(stage: Stage, p: Any, name: str) -> None:
@@ -151,48 +194,71 @@ def _solved(stage: Stage, p: Any, name: str) -> None:
     from deepreg_fast.implicit import AdjointOptions, solve_adjoint
 
     xs, bs = p.images(1), [0.1 * b for b in p.images(2)]
+    if stage.mode == "stand-in":
+        Kernels(stage, precision=name).linearize(p.regularizer(), xs[0]).hvp(xs[0])
+        stage.say(f"CG {name}: launched")
+        return
     reg, A = under("reference", lambda: p.solvable(xs, 0.9)), p.operator()
     residual = true_residual(p, reg, A, xs[0], bs)
-    lin = Ours(stage, precision=name).linearize(reg, xs[0])
+    lin = Kernels(stage, precision=name).linearize(reg, xs[0])
     mu = xs[0].new_full((p.batch,), MU)
-    for tolerance in (1e-2,) if stage.dry else (1e-2, 1e-4, 1e-5):
+    for tolerance in (1e-2,) if stage.mode == "dry" else (1e-2, 1e-4, 1e-5):
         options = AdjointOptions("cg", 100, tolerance)
         sol = under(p.target.ours, lambda o=options: solve_adjoint(lin, A, mu, bs[0], o))
-        told = {
+        record = {
             "iterations": float(sol.iterations.double().mean()),
             "converged": int((sol.status == 0).sum()),
             "images": p.batch,
             "true_residual": residual(sol.x.double().flatten(), 0),
         }
-        stage.found.setdefault("cg", {}).setdefault(name, {})[f"{tolerance:g}"] = told
+        stage.record.setdefault("cg", {}).setdefault(name, {})[f"{tolerance:g}"] = record
         stage.say(
-            f"CG {name} to {tolerance:g}: {told['converged']} of {p.batch} converged in {told['iterations']:.1f} "
-            f"iterations, true residual {told['true_residual']:.1e}"
+            f"CG {name} to {tolerance:g}: {record['converged']} of {p.batch} converged in {record['iterations']:.1f} "
+            f"iterations, true residual {record['true_residual']:.1e}"
         )
 
 
-def sanitizer(stage: Stage) -> None:
-    """compute-sanitizer over every product of small SRMs."""
+def memcheck(stage: Stage) -> None:
+    """Accesses beyond a tensor's memory."""
+    stage.item("memcheck", lambda: _sanitized(stage, "memcheck"), seconds=max(5.0, stage.left() - 0.5))
+
+
+def racecheck(stage: Stage) -> None:
+    """Unordered accesses to shared memory."""
+    stage.item("racecheck", lambda: _sanitized(stage, "racecheck"), seconds=max(5.0, stage.left() - 0.5))
+
+
+def _sanitized(stage: Stage, name: str) -> None:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not stage.dry and not Path(tool).exists():
-        stage.say("compute-sanitizer is not here")
+    if stage.on_gpu and not Path(tool).exists():
+        stage.say("compute-sanitizer is not installed")
         return
-    driver = [sys.executable, "-P", "-m", "gpu_stages.sanitized", *(["--dry-run"] if stage.dry else [])]
-    for name in ("memcheck", "racecheck"):
-        options = (
-            [] if stage.dry else [tool, "--tool", name, "--error-exitcode", "9", "--kernel-name-exclude", "kns=at::"]
-        )
-        done = _told_all([*options, *driver], max(10.0, stage.left() / (2 if name == "memcheck" else 1) - 2))
-        stage.save(**{name: done})
-        last = [t for t in done["output"] if "ERROR SUMMARY" in t or "RACECHECK SUMMARY" in t] or done["output"][-1:]
-        stage.say(f"{name}: {done['state']}; {' '.join(last)[:160]}")
+    driver = [sys.executable, "-P", "-m", "gpu_stages.sanitized", stage.mode]
+    # Kernels of torch are not ours to watch; where a version lacks the option, all are watched.
+    choices = (["--kernel-name-exclude", "kns=at::"], []) if stage.on_gpu else ([],)
+    for options in choices:
+        tooled = [tool, "--tool", name, "--error-exitcode", "9", *options] if stage.on_gpu else []
+        output, state = _limited([*tooled, *driver], max(4.0, stage.left() - 2.0))
+        if not any("unrecognised option" in t or "unrecognized option" in t for t in output):
+            break
+    stage.save(**{name: {"state": state, "output": output[-60:]}})
+    last = [t for t in output if "ERROR SUMMARY" in t or "RACECHECK SUMMARY" in t] or output[-1:]
+    reached = sum(t.startswith("ran ") for t in output)
+    stage.say(f"{name}: {state}; {reached} groups of kernels ran; {' '.join(last)[:160]}")
+    if state == "status 9":
+        raise RuntimeError(f"{name} found errors: see the record")
 
 
-def _told_all(command: list[str], seconds: float) -> dict[str, Any]:
+def _limited(command: list[str], seconds: float) -> tuple[list[str], str]:
+    """The lines that a command printed, and how it ended."""
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired as error:
-        told = (error.stdout or b"").decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-        return {"state": "cut", "output": told.splitlines()[-40:]}
-    print(done.stdout, done.stderr)
-    return {"state": f"code {done.returncode}", "output": (done.stdout + done.stderr).splitlines()[-40:]}
+        text, _ = child.communicate(timeout=seconds)
+        state = f"status {child.returncode}"
+    except subprocess.TimeoutExpired:
+        child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            text, _ = child.communicate(timeout=5.0)
+        state = "cut"
+    print(text[-8000:])
+    return text.splitlines(), state

@@ -1,11 +1,13 @@
-"""What the stages share: sizes, the device, findings that are written as they come, options of the kernels."""
+"""What the stages share: the record that is written as it grows, items with limits, sizes, the device, the kernels."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import time
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -13,89 +15,174 @@ from typing import Any
 
 import torch
 
+from gpu_stages.compile_log import CompileLog
+
+EPS = 2.0**-23
 PRECISIONS = ("tf32x3", "ieee", "tf32")
+STICKY = 70
+"""Exit status of a worker whose CUDA context is lost: the parent starts another for what is left."""
+
+
+class DeviceLost(Exception):
+    """The CUDA context answers every call with an error."""
 
 
 @dataclass
 class Stage:
-    """One stage at work.
+    """One stage. `record` is written to `path` at every change, so that a process that is killed loses nothing.
 
-    `found` is written to `path` by `save`; its entry `summary` holds the lines that are printed last.
+    `mode`: `"gpu"`; `"dry"`, Triton's interpreter on small CPU tensors, whose answers are right; `"stand-in"`, the
+    launches of the real sizes without a device, whose outputs are never written (`stand_in.py`).
+    `skip`: items that an earlier process of this stage has begun.
     """
 
+    name: str
     path: Path
     seconds: float
-    dry: bool = False
+    mode: str = "gpu"
     data: str = ""
-    found: dict[str, Any] = field(default_factory=lambda: {"summary": []})
+    skip: frozenset[str] = frozenset()
+    record: dict[str, Any] = field(default_factory=lambda: {"summary": [], "items": {}})
     began: float = field(default_factory=time.monotonic)
+    log: CompileLog | None = None
 
-    def save(self, **findings: Any) -> None:
-        """Add findings and write all."""
-        self.found.update(findings)
+    @property
+    def on_gpu(self) -> bool:
+        """Whether times and answers mean something."""
+        return self.mode == "gpu"
+
+    def save(self, **entries: Any) -> None:
+        """Add entries to the record and write it."""
+        self.record.update(entries)
         scratch = self.path.with_suffix(".part")
-        scratch.write_text(json.dumps(self.found, indent=1, default=str), encoding="utf-8")
+        scratch.write_text(json.dumps(self.record, indent=1, default=str), encoding="utf-8")
         scratch.replace(self.path)
 
     def say(self, line: str) -> None:
-        """A line of the summary, also printed."""
+        """Add a line to the summary."""
         print(line, flush=True)
-        self.found["summary"].append(line)
+        self.record["summary"].append(line)
         self.save()
 
-    def attempt(self, name: str, f: Callable[[], object]) -> object:
-        """`f()`; an error becomes a finding and a line, and the stage goes on."""
-        try:
-            return f()
-        except Exception as error:  # whatever fails here, the rest of the session is worth having
-            import traceback
+    def item(self, name: str, f: Callable[[], object], seconds: float = 10.0) -> None:
+        """Run `f`, at most `seconds` long: the parent kills the process after that, and another goes on behind it.
 
-            traceback.print_exc()
-            told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-            self.found.setdefault("errors", {})[name] = told
-            self.say(f"{name}: {told}")
-            return None
+        An exception becomes one line of the summary. Where it has cost the CUDA context, the process ends.
+        """
+        if name in self.skip:
+            return
+        if self.left() < 1.0:
+            self.record["items"][name] = "no time left"
+            self.say(f"{name}: no time left")
+            return
+        self.record["items"][name] = "running"
+        self.save(running={"item": name, "seconds": seconds, "since": time.time()})
+        began, state = time.perf_counter(), "done"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                f()
+                self.synchronize()
+            except Exception as error:
+                # Whatever fails, the rest of the session is worth having.
+                traceback.print_exc()
+                state = one_line(error)
+                self.say(f"{name}: FAILED: {state}")
+        for line in dict.fromkeys(f"{w.category.__name__}: {w.message}"[:200] for w in caught):
+            self.record.setdefault("warnings", []).append(f"{name}: {line}")
+        self.record["items"][name] = state
+        self.record.setdefault("seconds_of_items", {})[name] = round(time.perf_counter() - began, 2)
+        self.note_compiled()
+        self.save(running=None)
+        if state != "done":
+            self.check_context()
+
+    def note_compiled(self) -> None:
+        """Add what has been compiled since the last call."""
+        if self.log is None:
+            return
+        before = self.record.get("compile", {"cached": 0, "compiled": {}, "seconds": 0.0})
+        now = self.log.take()
+        self.record["compile"] = {
+            "cached": before["cached"] + now["cached"],
+            "compiled": {**before["compiled"], **now["compiled"]},
+            "seconds": round(before["seconds"] + now["seconds"], 2),
+        }
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that an error of a kernel belongs to the item that launched it."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def check_context(self) -> None:
+        """Raises DeviceLost where the device no longer computes."""
+        if self.on_gpu:
+            try:
+                torch.zeros(1, device="cuda").add_(1).item()
+            except Exception as error:
+                raise DeviceLost(one_line(error)) from error
 
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the stage's end."""
         return self.seconds - (time.monotonic() - self.began)
 
     @property
     def device(self) -> torch.device:
-        """The current CUDA device; the host in a dry run."""
-        return torch.device("cpu") if self.dry else torch.device("cuda", torch.cuda.current_device())
+        """The CUDA device; the host without one."""
+        return torch.device("cuda", torch.cuda.current_device()) if self.on_gpu else torch.device("cpu")
 
-    def size(self, whole: int, dry: int) -> int:
-        """A size, or the dry run's."""
-        return dry if self.dry else whole
+    def batch(self, images: int) -> int:
+        """Images of a batch; two where nothing is measured, as no compiled kernel depends on their number."""
+        return images if self.on_gpu else min(images, 2)
+
+    def side(self, pixels: int) -> int:
+        """Pixels of a side; few for the interpreter."""
+        return min(pixels, 24) if self.mode == "dry" else pixels
+
+    def rounds(self, count: int) -> int:
+        """Repetitions of a measurement."""
+        return count if self.on_gpu else min(count, 3)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def target(stage: Stage) -> Any:
-    """The benchmark's target: the CUDA device, whose clock is set once, or the host."""
-    return _target(stage.dry)
+    """The benchmark's target: the CUDA device, whose clock is calibrated once, or the host."""
+    return _target(stage.mode)
 
 
 @cache
-def _target(dry: bool) -> Any:
+def _target(mode: str) -> Any:
     from deepreg_fast import backends
     from deepreg_fast.bench.target import Target, cuda
 
-    if not dry:
+    if mode == "gpu":
         return cuda()
+    if mode == "stand-in":
+        return Target(ours="gpu")
     return Target(ours="cpu" if backends()["cpu"] is None else "reference")
 
 
-class Ours:
+def problem(stage: Stage, batch: int = 256, side: int = 180, norm: str = "pixel") -> Any:
+    """The benchmark's problem on the stage's device."""
+    from deepreg_fast.bench import Problem
+
+    return Problem(stage.batch(batch), stage.side(side), 16, 3, norm, target=target(stage))
+
+
+class Kernels:
     """The conv chain's kernels with launch options: fields of `ChainOptions`, such as `precision` and `tile`.
 
-    Without options what the package's backend does; in a dry run of a machine without Triton the host's kernels.
+    Without options what the package's backend chooses. In a dry run the interpreter, with one program per image.
     """
 
     def __init__(self, stage: Stage, **options: Any) -> None:
-        # One program of Triton's interpreter per image is what a dry run has time for.
-        few = {"tile": (16, 16, 4)} if stage.dry else {}
+        few = {"tile": (16, 16, 4)} if stage.mode == "dry" else {}
         self.backend, self.options = target(stage).ours, {**few, **options}
-        self.direct = bool(options) and importlib.util.find_spec("triton") is not None
+        self.direct = bool(self.options) and importlib.util.find_spec("triton") is not None
 
     def _chain(self, reg: Any) -> tuple[Any, Any, Any]:
         from deepreg_fast.backend import gpu_chain
@@ -103,12 +190,12 @@ class Ours:
 
         return gpu_chain, reg.conv_chain_form(), replace(DEFAULT, **self.options)
 
-    def gradient(self, reg: Any, x: torch.Tensor) -> torch.Tensor:
-        """`grad r(x)`."""
+    def value_and_grad(self, reg: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`r(x)` and `grad r(x)`."""
         if not self.direct:
-            return self._under(lambda: reg.value_and_grad(x)[1])
+            return self._under(lambda: reg.value_and_grad(x))
         chain, form, options = self._chain(reg)
-        return chain.value_and_grad(form, x, options)[1]
+        return chain.value_and_grad(form, x, options)
 
     def linearize(self, reg: Any, x: torch.Tensor) -> Any:
         """The linearization at x."""
@@ -123,14 +210,63 @@ class Ours:
         return under(self.backend, f)
 
 
+def chain_products(lin: Any, v: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradient of a linearization and both of its products."""
+    theta = torch.cat([t.flatten() for t in lin.param_vjp(v).values()])
+    return {"linearize": lin.grad, "hvp": lin.hvp(v), "theta": theta}
+
+
+def poison(stage: Stage, pixels: int, channels: int = 16) -> None:
+    """Fill the memory that the next outputs will take with NaN, so that what a kernel does not write is seen."""
+    blocks = [torch.full((n,), torch.nan, device=stage.device) for n in (pixels, channels * pixels) for _ in range(8)]
+    blocks += [torch.full((n,), torch.nan, device=stage.device) for n in (64, 1024, 16384) for _ in range(16)]
+    stage.synchronize()
+    del blocks
+
+
 def relative(a: torch.Tensor, exact: torch.Tensor) -> float:
     """`||a - exact|| / ||exact||` in float64; infinite where a is not finite."""
-    e = float((a.double() - exact).norm() / exact.norm())
+    exact = exact.double()
+    e = float((a.double() - exact).norm() / exact.norm().clamp_min(1e-300))
     return e if e == e else float("inf")
 
 
-def problem(stage: Stage, batch: int = 256, size: int = 180, norm: str = "pixel") -> Any:
-    """The benchmark's problem on the stage's device."""
-    from deepreg_fast.bench import Problem
+Answers = Mapping[str, torch.Tensor]
 
-    return Problem(stage.size(batch, 2), stage.size(size, 24), 16, 3, norm, target=target(stage))
+
+def compare(
+    stage: Stage, name: str, ours: Answers, torchs: Callable[[], Answers], exact: Callable[[], Answers]
+) -> None:
+    """One line: each answer's error against float64 beside torch's.
+
+    "ok" up to twice torch's error (or 4 eps), "loose" up to four times (or 8 eps), as hardware approximations of exp
+    and division may cost a few bits, WRONG beyond, "not written" where poison is left. Without a device the launches
+    are all that there is.
+    """
+    if stage.mode == "stand-in":
+        stage.say(f"{name}: launched")
+        return
+    lines, verdicts = [], []
+    reference, answers = torchs(), exact()
+    for key, e in answers.items():
+        error, bound = relative(ours[key], e), relative(reference[key], e)
+        stage.record.setdefault("errors", {}).setdefault(name, {})[key] = {"ours": error, "torch": bound}
+        if not bool(torch.isfinite(ours[key]).all()):
+            verdicts.append("not written")
+        elif error <= max(2 * bound, 4 * EPS):
+            verdicts.append("ok")
+        else:
+            verdicts.append("loose" if error <= max(4 * bound, 8 * EPS) else "WRONG")
+        lines.append(f"{key} {error:.1e} ({error / max(bound, EPS):.1f}x)")
+    worst = max(verdicts, key=("ok", "loose", "WRONG", "not written").index)
+    stage.record.setdefault("verdicts", {})[name] = worst
+    stage.say(f"{name}: {worst}: " + ", ".join(lines))
+
+
+def verdict(stage: Stage, name: str, good: bool, text: str) -> None:
+    """One line of a check that is either right or wrong."""
+    if stage.mode == "stand-in":
+        stage.say(f"{name}: launched")
+        return
+    stage.record.setdefault("verdicts", {})[name] = "ok" if good else "WRONG"
+    stage.say(f"{name}: {'ok' if good else 'WRONG'}: {text}")

@@ -16,15 +16,22 @@ from gpu_stages.common import Stage, problem
 
 def scale(stage: Stage) -> None:
     """Sizes, then determinism, then the end of the memory."""
-    for batch, side in ((4096, 180), (4, 2048)):
-        if not stage.dry:
-            torch.cuda.empty_cache()
-        stage.attempt(f"{batch} of {side}", lambda b=batch, s=side: _sizes(stage, b, s))
-    stage.attempt("repeats", lambda: _repeats(stage))
-    stage.attempt("streams and threads", lambda: _side_by_side(stage))
-    if not stage.dry:
+    sizes = ((4096, 180), (4, 2048)) if stage.mode != "dry" else ((2, 24), (1, 32))
+    for batch, side in sizes:
+        _freed(stage)
+        stage.item(f"{batch} of {side}", lambda b=batch, s=side: _sizes(stage, b, s), 12.0)
+    if stage.mode == "stand-in":
+        return
+    stage.item("repeats", lambda: _repeats(stage), 10.0)
+    stage.item("streams and threads", lambda: _side_by_side(stage), 8.0)
+    if stage.on_gpu:
+        _freed(stage)
+        stage.item("memory", lambda: _out_of_memory(stage), 8.0)
+
+
+def _freed(stage: Stage) -> None:
+    if stage.on_gpu:
         torch.cuda.empty_cache()
-        stage.attempt("memory", lambda: _out_of_memory(stage))
 
 
 def _work(stage: Stage, batch: int, side: int) -> dict[str, Callable[[], torch.Tensor]]:
@@ -52,7 +59,7 @@ def _sizes(stage: Stage, batch: int, side: int) -> None:
         seconds = p.target.clock.measure(lambda _, f=f: f(), 0, 3)
         peak = p.target.peak(lambda _, f=f: f())
         told = f"{1e3 * seconds:.3g} ms" + ("" if peak is None else f", peak {peak / 2**30:.2f} GiB")
-        stage.found.setdefault("sizes", {})[f"{name}, {what}"] = {"seconds": seconds, "peak_bytes": peak}
+        stage.record.setdefault("sizes", {})[f"{name}, {what}"] = {"seconds": seconds, "peak_bytes": peak}
         stage.say(f"{name}, {what}: {told}")
 
 
@@ -60,10 +67,10 @@ def _repeats(stage: Stage, times: int = 100) -> None:
     """The same bits every time, at the largest batch for which a hundred calls are quick."""
     for name, f in _work(stage, 1024, 180).items():
         first, changed, done = f().clone(), 0, 0
-        while done < times and stage.left() > 20:
+        while done < stage.rounds(times) and stage.left() > 8:
             changed += int(not torch.equal(f(), first))
             done += 1
-        stage.found.setdefault("repeats", {})[name] = {"calls": done, "different": changed}
+        stage.record.setdefault("repeats", {})[name] = {"calls": done, "different": changed}
         stage.say(f"{name}: {changed} of {done} repeats differ in a bit")
 
 
@@ -74,7 +81,7 @@ def _side_by_side(stage: Stage) -> None:
     wrong: list[str] = []
 
     def run(i: int) -> None:
-        stream = None if stage.dry else torch.cuda.Stream()
+        stream = None if not stage.on_gpu else torch.cuda.Stream()
         for _ in range(5):
             for n, f in jobs[i].items():
                 if stream is None:
@@ -86,7 +93,7 @@ def _side_by_side(stage: Stage) -> None:
                 if not torch.equal(got, alone[i][n]):
                     wrong.append(n)
 
-    if not stage.dry:
+    if stage.on_gpu:
         torch.cuda.synchronize()
     threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
     for t in threads:
@@ -116,23 +123,33 @@ def _out_of_memory(stage: Stage) -> None:
     stage.say(f"{batch} images: {told} ({'usable' if usable else 'NOT usable'} afterwards)")
 
 
+EPOCH = 1480
+"""Images of an epoch, as in the paper's training."""
+
+
 def training(stage: Stage) -> None:
-    """A short bi-level training on the device: images per second."""
+    """Bi-level training on the device: an epoch in batches of 64, and of 8, where the host counts."""
+    data = stage.data or ("" if stage.on_gpu else "embedded")
+    if not data:
+        stage.say("not run: no --data")
+        return
+    for images, share in ((64, 1.0), (8, 0.125)):
+        steps = round(share * EPOCH / images) if stage.on_gpu else 1
+        stage.item(f"batches of {images}", lambda b=images, n=steps: _train(stage, data, stage.batch(b), n), 25.0)
+
+
+def _train(stage: Stage, data: str, images: int, steps: int) -> None:
     import tempfile
 
     import deepreg_fast as dr
 
-    data = stage.data or ("embedded" if stage.dry else "")
-    if not data:
-        stage.say("not run: no --data")
-        return
     with tempfile.TemporaryDirectory() as out:
         settings: dict[str, Any] = {
-            "out": out, "data": data, "norm": "pixel", "steps": stage.size(60, 2), "batch": stage.size(64, 2),
-            "crop": stage.size(0, 24), "validation": 4, "validate_every": 0,
+            "out": out, "data": data, "norm": "pixel", "steps": steps, "batch": images, "validation": 4,
+            "crop": 0 if stage.on_gpu else 24, "validate_every": 0, "device": stage.device.type,
         }  # fmt: skip
-        if "device" in dr.BilevelConfig.__dataclass_fields__:
-            settings["device"] = stage.device.type
+        if not stage.on_gpu:
+            settings |= {"inner_iterations": 2, "adjoint_iterations": 2}
         config = dr.BilevelConfig(**settings)
         trainer = dr.BilevelTrainer(config, progress=False)
         began = time.monotonic()
@@ -140,7 +157,8 @@ def training(stage: Stage) -> None:
         seconds = time.monotonic() - began
         lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
     rate = config.steps * config.batch / seconds
-    stage.save(training={"settings": settings, "seconds": seconds, "images_per_second": rate, "log": lines[-3:]})
+    entry = {"settings": settings, "seconds": seconds, "images_per_second": rate, "log": lines[-3:]}
+    stage.record.setdefault("training", {})[str(config.batch)] = entry
     stage.say(f"{config.steps} steps of {config.batch} images: {rate:.1f} images/s, {seconds:.0f} s in all")
 
 

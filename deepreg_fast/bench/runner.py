@@ -104,22 +104,35 @@ def run(
 
 def measure(case: Case, target: Target, rounds: int) -> Result:
     """One case: checked, timed, and checked again."""
+    result, errors = check(case)
+    if result.wrong:
+        return result
+    time_candidates(result, target, rounds, errors)
+    result.wrong = _judge(case, _errors(case))
+    return result
+
+
+def check(case: Case) -> tuple[Result, dict[str, float]]:
+    """Compare every candidate with the float64 answers; candidates that cannot run here become `missing`."""
     result = Result(case)
     _drop_broken(case)
     errors = _errors(case)
     result.wrong = _judge(case, errors)
-    if result.wrong:
-        return result
+    return result, errors
+
+
+def time_candidates(result: Result, target: Target, rounds: int, errors: dict[str, float]) -> None:
+    """Time the candidates in turns and put their rows into `result`."""
+    case = result.case
     result.timing = timing = interleave(case.candidates, rounds, clock=target.clock)
     chilled = cold(case.candidates, min(rounds, 9), target.clock)
     peaks = {n: target.peak(f) for n, f in case.candidates.items()}
-    result.void, result.wrong = timing.void, _judge(case, _errors(case))
+    result.void = timing.void
     for n in (*case.candidates, CONTROL, PLANTED):
         row = Row(case.name, n, 1e3 * timing.median(n), timing.spread(n), timing.ratio(n), errors.get(n, 0.0))
         row.cold = 1e3 * chilled[n] if n in chilled else None
         row.peak = peaks.get(n)
         result.rows.append(row)
-    return result
 
 
 def _drop_broken(case: Case) -> None:

@@ -1,0 +1,168 @@
+"""What the kernels and the solvers cost beside their peers; answers are checked at 16 images and timed at more."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from gpu_stages.common import Stage, problem
+
+CHECKED = 16
+"""Images at which the answers are compared with float64."""
+
+
+def peers(stage: Stage) -> None:
+    """The conv chain and an iteration of CG at the size of the targets."""
+    with _without_compilers():
+        _cases(stage, ("hvp", "gradient", "cg iteration", "theta"), 256, 5, 14.0)
+        _cases(stage, ("hvp", "gradient"), 256, 5, 14.0, norm="none")
+        _cases(stage, ("dct",), 256, 5, 14.0)
+
+
+def loops(stage: Stage) -> None:
+    """Whole solves: an adjoint system, a step of a training, a recovery."""
+    with _without_compilers():
+        _cases(stage, ("cg", "step", "recover"), 32, 5, 15.0)
+
+
+def compiled(stage: Stage) -> None:
+    """Hessian-vector product and gradient with torch.compile and JAX among the peers."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")
+    # Inductor compiles for the device that is here: a rehearsal without one has nothing to compile.
+    with contextlib.nullcontext() if stage.on_gpu else _without_compilers():
+        _cases(stage, ("hvp", "gradient"), 256, 5, 30.0)
+
+
+def compile_ahead(stage: Stage) -> None:
+    """Compile what `compiled` times, into the cache on disk that both use; one call of each on the device."""
+    from deepreg_fast.bench import peers as known
+    from deepreg_fast.bench import peers_cuda
+
+    p = problem(stage, 256)
+    reg, x, v = p.regularizer(), p.images(1)[0], p.images(2)[0]
+    known.compiled_grad(reg)(x)
+    peers_cuda.fastest(peers_cuda.compiled_products(reg, x), v, lambda f: 0.0)
+    stage.say("torch.compile has compiled its peers")
+
+
+def _cases(stage: Stage, names: Iterable[str], batch: int, rounds: int, seconds: float, norm: str = "pixel") -> None:
+    """Each case: check it at few images, time it at `batch`, keep its rows as soon as they are there."""
+    for name in names:
+        label = f"{name}, {norm}" if norm != "pixel" else name
+        stage.item(label, lambda n=name: _case(stage, n, batch, rounds, norm), seconds)
+        gc.collect()
+        if stage.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def _case(stage: Stage, name: str, batch: int, rounds: int, norm: str) -> None:
+    from deepreg_fast.bench import runner
+    from deepreg_fast.bench.cuda_cases import CUDA_CASES
+
+    if stage.mode == "stand-in":
+        _launch_ours(stage, name, norm)
+        return
+    # Triton's interpreter has time for little.
+    side = 8 if stage.mode == "dry" else 180
+    few, many = (problem(stage, n, side, norm) for n in (min(CHECKED, batch), batch))
+    with many.target.fair():
+        errors: dict[str, dict[str, float]] = {}
+        for case in CUDA_CASES[name](few):
+            result, errors[case.name] = runner.check(case)
+            case.release()
+            if result.wrong:
+                stage.record.setdefault("verdicts", {})[case.name] = "WRONG"
+                stage.say(f"{case.name}: WRONG: {result.wrong}")
+                errors.pop(case.name)
+        for case in CUDA_CASES[name](_unchecked(many)):
+            if case.name in errors:
+                runner._drop_broken(case)
+                result = runner.Result(case)
+                runner.time_candidates(result, many.target, stage.rounds(rounds), errors[case.name])
+                _keep(stage, many, result)
+            case.release()
+
+
+def _launch_ours(stage: Stage, name: str, norm: str) -> None:
+    """What the case launches of ours; its peers need no kernel of ours."""
+    p = problem(stage, 2, norm=norm)
+    reg, x, v, A = p.regularizer(), p.images(1)[0], p.images(2)[0], p.operator()
+    reg.value_and_grad(x)
+    lin = reg.linearize(x)
+    lin.hvp(v)
+    lin.param_vjp(v)
+    A.prox_l2(x, A.A(x), 2.0)
+    A.normal(x)
+    if name in ("cg", "cg iteration", "step", "recover"):
+        import deepreg_fast as dr
+
+        options, adjoint = dr.PGDOptions(2, 1e-3), dr.AdjointOptions("cg", 2, 1e-4)
+        for acceleration in ("none", "anderson"):
+            options = dr.PGDOptions(2, 1e-3, acceleration)
+            dr.hypergradient(x, A.A(x), A, reg, 0.1, options=options, adjoint=adjoint)
+        dr.beta_hat(reg, x, 0.05 * v).ascend(x.new_ones(len(x)))
+    stage.say(f"{name}: launched")
+
+
+def _unchecked(p: Any) -> Any:
+    """The problem without its float64 answers."""
+    from deepreg_fast.bench import Problem
+
+    class Unchecked(Problem):
+        """Computes none of them."""
+
+        def exactly(self, f: Any, *tensors: torch.Tensor) -> torch.Tensor:
+            """Nothing."""
+            return torch.empty(0)
+
+    return Unchecked(**{f.name: getattr(p, f.name) for f in fields(p)})
+
+
+def _keep(stage: Stage, p: Any, result: Any) -> None:
+    from deepreg_fast.bench import runner
+
+    bounds = _bounds(stage, p)
+    table: Any = runner.to_json([result], p, bounds, {})["cases"]
+    key = f"{result.case.name}, {p.batch} of {p.size}, {p.norm}"
+    stage.record.setdefault("cases", {})[key] = table[result.case.name]
+    rows = {r.name: r for r in result.rows}
+    ours = rows["ours"]
+    share = bounds.share(result.case.flops, result.case.bytes, ours.milliseconds)
+    ratios = ", ".join(
+        f"{n} {r.ratio.median:.2f}x" for n, r in rows.items() if n != "ours" and not n.startswith("ours +")
+    )
+    void = f"; VOID: {result.void}" if result.void else ""
+    missing = f"; not run: {', '.join(result.case.missing)}" if result.case.missing else ""
+    stage.say(f"{key}: {ours.milliseconds:.3g} ms, {share}; {ratios}{void}{missing}")
+
+
+def _bounds(stage: Stage, p: Any) -> Any:
+    from deepreg_fast.bench import ceilings
+
+    if "ceilings" not in stage.record:
+        small = {"rounds": 3} if stage.on_gpu else {"side": 64, "megabytes": 1, "rounds": 1}
+        stage.save(ceilings=vars(ceilings.measure(stage.device, p.target.clock, **small)))
+    return ceilings.Ceilings(**stage.record["ceilings"])
+
+
+@contextlib.contextmanager
+def _without_compilers() -> Iterator[None]:
+    """Leave torch.compile and JAX to the stage `compiled`: they take a minute, and memory of their own."""
+    from deepreg_fast.bench import peers as known
+
+    def later(*_: object, **__: object) -> Any:
+        raise RuntimeError("measured in the stage 'compiled'")
+
+    module: Any = known
+    usual = module.torch.compile, module.why_no_jax
+    module.torch.compile, module.why_no_jax = later, lambda _: "measured in the stage 'compiled'"
+    try:
+        yield
+    finally:
+        module.torch.compile, module.why_no_jax = usual

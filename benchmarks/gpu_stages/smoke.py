@@ -1,0 +1,412 @@
+"""Does it run, and is it right? Every kernel family by itself, its outputs poisoned, against float64."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from gpu_stages.common import EPS, Kernels, Stage, chain_products, compare, poison, relative, target, verdict
+
+Family = Callable[[Stage, str], None]
+SIZES = ((3, 180, 180), (2, 33, 47))
+"""Images, rows and columns: those of the measurements, and odd ones."""
+
+
+def smoke(stage: Stage) -> None:
+    """All families, or with the results of a call before those that were not right there."""
+    again = _failed_before()
+    families = {**_chains(), **_solver_kernels(), **_operators(), **_solves()}
+    for name, f in families.items():
+        if again is None or name in again:
+            stage.item(name, lambda f=f, name=name: f(stage, name), seconds=12.0)
+
+
+def _failed_before() -> set[str] | None:
+    path = os.environ.get("DEEPREG_FAST_GPU_BEFORE")
+    if not path:
+        return None
+    record = json.loads(Path(path).read_text(encoding="utf-8"))["stages"].get("smoke", {})
+    wrong = {n for n, v in record.get("verdicts", {}).items() if v != "ok"}
+    return wrong | {n for n, state in record.get("items", {}).items() if state != "done"}
+
+
+def _chains() -> dict[str, Family]:
+    def family(channels: int = 16, depth: int = 3, active: bool = False, **options: Any) -> Family:
+        norm, head = options.pop("norm", "pixel"), options.pop("head", "red")
+
+        def run(stage: Stage, name: str) -> None:
+            sizes = SIZES if channels == 16 and not options else SIZES[1:]
+            for images, rows, columns in sizes if stage.mode != "dry" else ((2, 12, 17),):
+                # Two lines of one name would hide the first.
+                label = name if (rows, columns) == (sizes[-1][1:]) or stage.mode == "dry" else f"{name} {rows}"
+                _chain(stage, label, (channels, depth, norm, head), (images, rows, columns), active, options)
+
+        return run
+
+    found = {f"chain {n} {h}": family(norm=n, head=h) for n in ("pixel", "none", "image") for h in _HEADS}
+    found |= {
+        "chain inactive images": family(active=True),
+        "chain image inactive images": family(active=True, norm="image"),
+        "chain 5 channels, 2 layers": family(5, 2),
+        "chain 32 channels, 4 layers": family(32, 4, norm="none"),
+        "chain 64 channels": family(64),
+        "chain image 64 channels": family(64, norm="image"),
+        "chain ieee": family(precision="ieee"),
+    }
+    return found
+
+
+_HEADS = ("red", "residual", "norm")
+
+
+def _chain(
+    stage: Stage,
+    name: str,
+    network: tuple[int, int, str, str],
+    size: tuple[int, int, int],
+    active: bool,
+    options: dict[str, Any],
+) -> None:
+    """Value, gradient, linearization and both products of one network."""
+    from deepreg_fast.backend import only
+    from deepreg_fast.bench.problem import under
+
+    channels, depth, norm, head = network
+    images, rows, columns = size
+    reg = _network(channels, depth, norm, head).to(stage.device)
+    g = torch.Generator().manual_seed(1)
+    x, v = (torch.randn(images, 1, rows, columns, generator=g).to(stage.device) for _ in range(2))
+    kernels, pixels = Kernels(stage, **options), x.numel()
+    mask = torch.ones(images, dtype=torch.bool, device=stage.device)
+    if active:
+        mask[0] = False
+
+    def ours() -> dict[str, torch.Tensor]:
+        poison(stage, pixels, channels)
+        value, grad = kernels.value_and_grad(reg, x)
+        return {"value": value, "gradient": grad, **chain_products(kernels.linearize(reg, x), v)}
+
+    def torchs(net: Any, x: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+        def f() -> dict[str, torch.Tensor]:
+            value, grad = net.value_and_grad(x)
+            return {"value": value, "gradient": grad, **chain_products(net.linearize(x), v)}
+
+        return under("reference", f)
+
+    with only(mask if active else None):
+        answers = ours()
+    # Without the inactive images the definition gives what is left, the parameters' product included.
+    few = [t[mask] for t in (x, v)]
+    answers = {k: t[mask] if len(t) == images and k != "theta" else t for k, t in answers.items()}
+    wide, exact = copy.deepcopy(reg).double(), [t.double() for t in few]
+    compare(stage, name, answers, lambda: torchs(reg, *few), lambda: torchs(wide, *exact))
+
+
+def _network(channels: int, depth: int, norm: str, head: str) -> Any:
+    import deepreg_fast as dr
+
+    reg = dr.RED(channels, depth, norm, head=head, seed=0)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in reg.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=g))
+    return reg
+
+
+# The solvers' fused updates.
+
+
+def _solver_kernels() -> dict[str, Family]:
+    return {
+        "vectors": lambda stage, name: _vectors(stage, name, _few_vectors),
+        "steps of CG and PGD": lambda stage, name: _vectors(stage, name, _steps),
+        "steps of MINRES": lambda stage, name: _vectors(stage, name, _minres_steps),
+        "anderson": lambda stage, name: _vectors(stage, name, _anderson),
+        "decisions": _decisions,
+    }
+
+
+Inputs = Callable[..., torch.Tensor]
+
+
+def _vectors(stage: Stage, name: str, f: Callable[[Inputs, Inputs], dict[str, Any]]) -> None:
+    """What `f` computes of random images and numbers by the kernels, by torch and in float64."""
+    from deepreg_fast.bench.problem import under
+
+    images, rows, columns = (3, 9, 11) if stage.mode == "dry" else SIZES[0]
+
+    def run(dtype: torch.dtype) -> dict[str, Any]:
+        g = torch.Generator().manual_seed(2)
+
+        def image() -> torch.Tensor:
+            return torch.randn(images, 1, rows, columns, generator=g).to(stage.device, dtype)
+
+        def number() -> torch.Tensor:
+            return (0.5 + torch.rand(images, generator=g, dtype=torch.float64)).to(stage.device)
+
+        return f(image, number)
+
+    poison(stage, images * rows * columns)
+    ours = under(_kernel_backend(stage), lambda: run(torch.float32))
+    torchs, exact = (lambda d=d: under("reference", lambda: run(d)) for d in (torch.float32, torch.float64))
+    compare(stage, name, ours, torchs, exact)
+
+
+def _kernel_backend(stage: Stage) -> str:
+    return target(stage).ours
+
+
+def _few_vectors(image: Inputs, number: Inputs) -> dict[str, Any]:
+    from deepreg_fast.linsolve import batch
+
+    a, b, c, d = (image() for _ in range(4))
+    every = torch.ones(len(a), dtype=torch.bool, device=a.device)
+    out, square = batch.add(a, number(), b, every)
+    idx = torch.arange(len(a), device=a.device)
+    return {"dot": batch.dot(a, a), "add": out, "square": square, "secant": batch.secant(idx, a, b, c, d)}
+
+
+def _steps(image: Inputs, number: Inputs) -> dict[str, Any]:
+    from deepreg_fast.linsolve import passes
+
+    a, b, c, d = (image() for _ in range(4))
+    on = torch.ones(len(a), dtype=torch.bool, device=a.device)
+    dots = passes.dots((a, a), (a, b.abs() * a.sign()), (b, b))
+    direction = passes.cg_direction(a.clone(), b, number(), on)
+    x, r, moved = passes.cg_move(a.clone(), b.clone(), c, d, number(), on)
+    tau = number()
+    descended = passes.descend(a, tau, b, on)
+    step, candidate, sums = passes.pgd_step(a, b, c, on)
+    judged = passes.judge(a, b, c, d, on)[[0, 1, 3, 4, 5]]
+    return {
+        "dots": dots, "direction": direction, "x": x, "r": r, "moved": moved, "descend": descended, "step": step,
+        "candidate": candidate, "sums": sums, "judge": judged,
+    }  # fmt: skip
+
+
+def _minres_steps(image: Inputs, number: Inputs) -> dict[str, Any]:
+    from deepreg_fast.linsolve import passes
+
+    a, b, c, d, e, f = (image() for _ in range(6))
+    on = torch.ones(len(a), dtype=torch.bool, device=a.device)
+    u, first = passes.lanczos_first(a.clone(), number(), b, c, on)
+    r1, r2, second = passes.lanczos_second(a.clone(), number(), b.clone(), c.clone(), on)
+    state = (a.clone(), b.clone(), c.clone(), d.clone())
+    moved, sums = passes.minres_move(state, e, f, tuple(number() for _ in range(6)), on)
+    return {
+        "u": u, "first": first[:2], "r1": r1, "r2": r2, "second": second, "x": moved[0], "r": moved[1], "w": moved[2],
+        "sums": sums,
+    }  # fmt: skip
+
+
+def _anderson(image: Inputs, number: Inputs) -> dict[str, Any]:
+    from deepreg_fast.solvers.acceleration import Anderson
+
+    x, f = image(), image()
+    accelerator = Anderson(x, 3)
+    idx = torch.arange(len(x), device=x.device)
+    out: dict[str, Any] = {}
+    for k in range(5):
+        proposed = accelerator.propose(x, f, idx)
+        out[f"step {k}"] = proposed
+        # The same points for every precision.
+        x, f = x + 0.5 * f, 0.5 * f + 0.3 * image()
+    return out
+
+
+def _decisions(stage: Stage, name: str) -> None:
+    """The per-image decisions of CG and PGD: the same bits as torch's."""
+    from importlib import import_module
+
+    from deepreg_fast.backend.gpu_vectors import GpuVectors
+    from deepreg_fast.linsolve.system import OPEN
+    from deepreg_fast.solvers.decide import Numbers, judge_candidate, judge_residual
+    from deepreg_fast.solvers.options import PGDOptions
+
+    cg: Any = import_module("deepreg_fast.linsolve.cg")
+    kernels, images, g = GpuVectors(), 77, torch.Generator().manual_seed(3)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        draw = torch.randn(*shape, images, generator=g, dtype=torch.float64)
+        return (draw.abs() * 10.0 ** torch.randint(-3, 4, draw.shape, generator=g)).to(stage.device)
+
+    def flags() -> torch.Tensor:
+        return (torch.rand(images, generator=g) < 0.8).to(stage.device)
+
+    def counts(most: int) -> torch.Tensor:
+        return torch.randint(most, (images,), generator=g).to(stage.device)
+
+    status = torch.full((images,), OPEN, device=stage.device)
+    n = Numbers(numbers(), numbers(), numbers(), flags(), counts(4), counts(9), counts(1) + 2, flags())
+    options, sums, scale, limit = PGDOptions(3, 1e-4, "anderson"), numbers(5), numbers(), numbers()
+    settings = (options.tolerance, options.tau, options.grow, options.shrink, options.max_iterations)
+    value = numbers().float()
+    wanted = judge_residual(n, sums[:3], scale, options, EPS)
+    pairs = list(
+        zip(
+            kernels.pgd_residual(n, sums[:3].contiguous(), scale, settings, EPS),
+            (wanted.residual, wanted.status, wanted.running),
+            strict=True,
+        )
+    )
+    candidate, good, _ = judge_candidate(n, sums, value, limit, options, EPS)
+    ours, accepted, _ = kernels.pgd_candidate(n, sums, value, limit, settings, EPS, False)
+    pairs += list(zip((*ours, accepted), (*candidate, good), strict=True))
+    rz, old, fresh, active = numbers(), numbers(), flags(), flags()
+    factor, _ = cg.turn(rz, old, fresh)
+    pairs.append((kernels.cg_turn(rz, old, fresh, status, active)[0], factor))
+    moved, idle, aim, length = numbers(2), counts(4), numbers(), numbers()
+    idle_after, done = cg.arrived(moved, length * torch.sqrt(sums[0]), idle, aim, EPS)
+    arrived = kernels.cg_arrived(moved, sums[:3].contiguous(), length, idle, aim, active, EPS)
+    kernels.cg_stride(sums[:3].contiguous(), moved, rz, numbers(), status, active, EPS, 1e38)
+    pairs += [(arrived[0], idle_after), (arrived[1], active & ~done)]
+    different = [i for i, (a, b) in enumerate(pairs) if not torch.equal(a, b)]
+    verdict(stage, name, not different, f"{len(pairs) - len(different)} of {len(pairs)} results with torch's bits")
+
+
+# Operators.
+
+
+def _operators() -> dict[str, Family]:
+    def family(transform: str, shape: tuple[int, int, int], dry: tuple[int, int, int]) -> Family:
+        return lambda stage, name: _operator(stage, name, transform, dry if stage.mode == "dry" else shape)
+
+    return {
+        "SRM dct": family("dct", (1, 180, 180), (1, 12, 10)),
+        "SRM dct odd": family("dct", (1, 181, 179), (1, 9, 11)),
+        "SRM hadamard": family("hadamard", (1, 180, 180), (1, 12, 12)),
+        "SRM walsh": family("walsh", (1, 180, 180), (1, 12, 12)),
+        "SRM walsh 256": family("walsh", (1, 256, 256), (1, 16, 16)),
+    }
+
+
+def _operator(stage: Stage, name: str, transform: str, shape: tuple[int, int, int]) -> None:
+    import deepreg_fast as dr
+    from deepreg_fast.bench.problem import under
+
+    A = dr.SRM(shape, 0.2, transform=transform, randomizer="both").to(stage.device)
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(3, *shape, generator=g).to(stage.device)
+    y = torch.randn(3, A.measurements, generator=g).to(stage.device)
+    gamma = torch.tensor([0.5, 2.0, 30.0], dtype=torch.float32, device=stage.device)
+
+    def products(op: Any, x: torch.Tensor, y: torch.Tensor, gamma: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            "A": op.A(x), "adjoint": op.A_adjoint(y), "normal": op.normal(x), "prox": op.prox_l2(x, y, gamma),
+            "shifted": op.shifted_inverse(x, gamma),
+        }  # fmt: skip
+
+    poison(stage, x.numel())
+    ours = under(_kernel_backend(stage), lambda: products(A, x, y, gamma))
+    wide, exact = copy.deepcopy(A).double(), [t.double() for t in (x, y, gamma)]
+    single = lambda: under("reference", lambda: products(A, x, y, gamma))  # noqa: E731
+    compare(stage, name, ours, single, lambda: under("reference", lambda: products(wide, *exact)))
+
+
+# Whole solves, long enough for their CUDA graphs.
+
+
+def _solves() -> dict[str, Family]:
+    found: dict[str, Family] = {
+        f"solve {n}": lambda stage, name, n=n: _solve(stage, name, n)
+        for n in ("cg", "minres", "pgd none", "pgd fista", "pgd anderson")
+    }
+    found["hypergradient"] = lambda stage, name: _hypergradient(stage, name)
+    found["custom operators"] = lambda stage, name: _custom_operators(stage, name)
+    return found
+
+
+def _problem(stage: Stage) -> tuple[Any, Any, torch.Tensor]:
+    """A network whose Hessian is positive, an operator, images."""
+    import deepreg_fast as dr
+
+    images, rows, columns = (2, 9, 10) if stage.mode == "dry" else SIZES[0]
+    reg = _network(16, 3, "pixel", "red").to(stage.device)
+    with torch.no_grad():
+        for p in cast(torch.nn.Conv2d, reg.net.convs[-1]).parameters():
+            p.mul_(0.2)
+    A = dr.SRM((1, rows, columns), 0.4).to(stage.device)
+    g = torch.Generator().manual_seed(5)
+    return reg, A, torch.rand(images, 1, rows, columns, generator=g).to(stage.device)
+
+
+def _solve(stage: Stage, name: str, method: str) -> None:
+    """The end point against the same solve in float64, within what the tolerance allows."""
+    import deepreg_fast as dr
+    from deepreg_fast.bench.problem import under
+    from deepreg_fast.implicit import AdjointOptions, solve_adjoint
+
+    reg, A, x = _problem(stage)
+    few = 3 if stage.mode == "stand-in" else 400
+
+    def run(reg: Any, A: Any, x: torch.Tensor, tolerance: float) -> Any:
+        if method in ("cg", "minres"):
+            options = AdjointOptions(method, few, tolerance)
+            return solve_adjoint(reg.linearize(x), A, x.new_full((len(x),), 0.1), torch.sin(9 * x), options)
+        acceleration = method.split()[1]
+        return dr.recover(A.A(x), A, reg, 0.1, options=dr.PGDOptions(few, tolerance, acceleration))
+
+    ours = under(_kernel_backend(stage), lambda: run(reg, A, x, 1e-4))
+    if stage.mode == "stand-in":
+        verdict(stage, name, True, "")
+        return
+    reg, A, x = copy.deepcopy(reg).double(), copy.deepcopy(A).double(), x.double()
+    exact = under("reference", lambda: run(reg, A, x, 1e-8))
+    error, converged = relative(ours.x, exact.x), int((ours.status == 0).sum())
+    iterations = float(ours.iterations.double().mean())
+    text = f"{converged} of {len(x)} converged in {iterations:.0f} iterations, error {error:.1e}"
+    verdict(stage, name, error <= 1e-2 and converged == len(x), text)
+
+
+def _hypergradient(stage: Stage, name: str) -> None:
+    import deepreg_fast as dr
+    from deepreg_fast.bench.problem import under
+
+    reg, A, x = _problem(stage)
+    few = 3 if stage.mode == "stand-in" else 400
+
+    def run(reg: Any, A: Any, x: torch.Tensor, tolerance: float) -> torch.Tensor:
+        options = dr.PGDOptions(few, tolerance, "anderson")
+        adjoint = dr.AdjointOptions("cg", few, tolerance)
+        gradients = dr.hypergradient(x, A.A(x), A, reg, 0.1, options=options, adjoint=adjoint).theta.values()
+        return torch.cat([t.flatten().double() for t in gradients])
+
+    ours = under(_kernel_backend(stage), lambda: run(reg, A, x, 1e-4))
+    if stage.mode == "stand-in":
+        verdict(stage, name, True, "")
+        return
+    reg, A, x = copy.deepcopy(reg).double(), copy.deepcopy(A).double(), x.double()
+    exact = under("reference", lambda: run(reg, A, x, 1e-8))
+    cosine = float(torch.nn.functional.cosine_similarity(ours, exact, dim=0))
+    verdict(stage, name, cosine > 0.999, f"cosine with float64 {cosine:.6f}, error {relative(ours, exact):.1e}")
+
+
+def _custom_operators(stage: Stage, name: str) -> None:
+    """`dr.ops` under autograd."""
+    import deepreg_fast as dr
+    from deepreg_fast.bench.problem import under
+
+    reg, A, x = _problem(stage)
+
+    def run(reg: Any, A: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = x.detach().requires_grad_()
+        energy = dr.ops.energy(reg, x).sum() + 0.5 * A.A(x).square().sum()
+        (grad,) = torch.autograd.grad(energy, x, create_graph=True)
+        (product,) = torch.autograd.grad(grad, x, torch.sin(9 * x.detach()))
+        return {"gradient": grad.detach(), "product": product}
+
+    ours = under(_kernel_backend(stage), lambda: run(reg, A, x))
+    wide = copy.deepcopy(reg).double(), copy.deepcopy(A).double()
+    single = lambda: under("reference", lambda: run(reg, A, x))  # noqa: E731
+    compare(stage, name, ours, single, lambda: under("reference", lambda: run(*wide, x.double())))
+
+
+def families() -> Iterator[str]:
+    """The names, in order."""
+    yield from {**_chains(), **_solver_kernels(), **_operators(), **_solves()}
