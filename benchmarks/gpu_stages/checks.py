@@ -113,9 +113,9 @@ def _tests(stage: Stage) -> None:
         command += ["-m", "gpu", *(again or marked)]
     else:
         command += ["-m", "gpu", *(again or marked)]
-    if importlib.util.find_spec("xdist") is not None and stage.on_gpu:
+    if importlib.util.find_spec("xdist") is not None and stage.mode != "dry":
         # Files share their fixtures, and a worker's launches are those that it has loaded.
-        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadfile"]
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadfile" if stage.on_gpu else "load"]
     done = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.stdout is not None
     lines: list[str] = []

@@ -239,7 +239,7 @@ def _patch_torch() -> None:
         "get_device_capability": lambda *_: divmod(CAPABILITY, 10), "get_device_name": lambda *_: "stand-in",
         "Event": _Event, "Stream": _Stream, "CUDAGraph": _Graph, "graph": _nothing, "stream": _nothing,
         "device": _nothing, "current_stream": _Stream, "graph_pool_handle": _ignore, "_sleep": _ignore,
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: False, "set_sync_debug_mode": _ignore, "_lazy_init": _ignore,
     }  # fmt: skip
     for name, value in replaced.items():
         setattr(cuda, name, value)
@@ -282,7 +282,9 @@ def install() -> Driver:
     refusal: Callable[[Any], str] = lambda like: f"it takes float32 tensors, not {like.dtype}."  # noqa: E731
     backend.unavailable = lambda self: None
     backend.serves = lambda self, like: None if like.dtype == torch.float32 else refusal(like)
-    nvrtc.shared_limit = lambda _: SHARED_LIMIT
+    loader: Any = nvrtc
+    loader.shared_limit = lambda _: SHARED_LIMIT
+    loader.CudaModule = loader.module = lambda name, options, device: _CudaSources(name, options)
     gpu_srm.find = find
     progress._AS_DEVICE.set(True)
     Devices().__enter__()
