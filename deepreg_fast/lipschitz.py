@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from . import checks
-from .linsolve.batch import dot, expand, norm
+from .linsolve.batch import dot, expand, hypot, norm
 from .linsolve.lanczos import extreme_eigenvalues
 from .regularizers.base import Regularizer
 
@@ -114,9 +114,14 @@ class Curvature(TwoPoint):
         off = length / self._size
         p = self._rest / expand(length.clamp_min(1e-30), self._rest)
         own = dot(p, self._hess_s(p))
-        angle = 0.5 * torch.atan2(2.0 * off, self.beta - own)
-        kept = ~(off > 100 * torch.finfo(p.dtype).eps) | ~torch.isfinite(angle)
-        moved = expand(radius * angle.sin(), p) * p - expand(radius * angle.cos(), p) * self.u
+        # Half the angle whose tangent is 2 off / gap, by square roots: atan2 has other bits at the end of a batch.
+        gap = self.beta - own
+        reach = hypot(2.0 * off, gap)
+        major = torch.sqrt(0.5 + 0.5 * gap.abs() / reach)
+        minor = off / (reach * major)
+        cos, sin = torch.where(gap > 0, major, minor), torch.where(gap > 0, minor, major)
+        kept = ~(off > 100 * torch.finfo(p.dtype).eps) | ~torch.isfinite(cos + sin)
+        moved = expand(radius * sin, p) * p - expand(radius * cos, p) * self.u
         return torch.where(expand(kept, moved), self.delta, moved), kept
 
 

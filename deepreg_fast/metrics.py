@@ -6,6 +6,7 @@ import torch
 
 from . import checks
 from .errors import InputError
+from .linsolve.batch import dot
 
 _SIGMA = 1.5
 _WINDOW = 11
@@ -23,8 +24,8 @@ def psnr(x: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
         If the two are not images of one shape.
     """
     _pair(x, ref)
-    mse = (x.detach().double() - ref.detach().to(x.device).double()).square().flatten(1).mean(1)
-    return -10 * torch.log10(mse)
+    error = x.detach().double() - ref.detach().to(x.device).double()
+    return -10 * torch.log10(dot(error, error) / error[:1].numel())
 
 
 def ssim(x: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:

@@ -107,6 +107,19 @@ def eliminate(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return t[..., 0]
 
 
+def hypot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`sqrt(a^2 + b^2)` for numbers `[B]`, without overflow; NaN where either is.
+
+    `torch.hypot` computes the last numbers of a vector by other code than the others, so that the bits of an image
+    would depend on the size of the batch (docs/design.md).
+    """
+    a, b = a.abs(), b.abs()
+    large, small = torch.maximum(a, b), torch.minimum(a, b)
+    # Equal numbers may be zeros or infinities, which have no quotient.
+    ratio = torch.where(small == large, 1.0, small / large)
+    return large * torch.sqrt(1.0 + ratio * ratio)
+
+
 def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     """`2^e` in float64 for int64 `e` in [-1022, 1023] (others are clamped), exact on every device."""
     return ((exponent.clamp(-1022, 1023) + 1023) << 52).view(torch.float64)

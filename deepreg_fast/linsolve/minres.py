@@ -9,7 +9,7 @@ import torch
 from .. import checks
 from ..status import Status
 from . import passes
-from .batch import dot, expand, select
+from .batch import dot, expand, hypot, select
 from .system import LinearSolution, Map, System, drive, empty
 
 
@@ -126,11 +126,11 @@ class _Minres:
         rows = s.running
         oldeps, delta = self.epsln, self.cs * self.dbar + self.sn * alfa
         gbar, epsln, dbar = self.sn * self.dbar - self.cs * alfa, self.sn * beta, -self.cs * beta
-        self.a_est = torch.where(rows, torch.maximum(self.a_est, torch.hypot(alfa, beta)), self.a_est)
+        self.a_est = torch.where(rows, torch.maximum(self.a_est, hypot(alfa, beta)), self.a_est)
         tiny = s.eps * self.a_est
-        gamma = torch.hypot(gbar, beta)
+        gamma = hypot(gbar, beta)
         # ||A r|| = phibar ||(gbar, dbar)||: where that vanishes, x is a least-squares solution of a singular system.
-        s.end(rows & (torch.minimum(torch.hypot(gbar, dbar), gamma) <= 10.0 * tiny), Status.STAGNATED)
+        s.end(rows & (torch.minimum(hypot(gbar, dbar), gamma) <= 10.0 * tiny), Status.STAGNATED)
         gamma = torch.where(gamma > 0, gamma, 1.0)
         cs, sn = gbar / gamma, beta / gamma
         phi, phibar = cs * self.phibar, sn * self.phibar

@@ -114,8 +114,8 @@ class Anderson:
         self.dx[idx, slot] = torch.where(fresh[:, None], (x - take(self.x, idx)).flatten(1), 0.0)
         self.df[idx, slot] = new_df
         self.x[idx], self.f[idx] = x, f
-        df = take(self.df, idx).double()
-        return (df * new_df.double()[:, None]).sum(-1), (df * f.flatten(1).double()[:, None]).sum(-1)
+        df = take(self.df, idx)
+        return _products(df, new_df), _products(df, f.flatten(1))
 
     def _combine(
         self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor, c: torch.Tensor, limit: torch.Tensor
@@ -125,7 +125,11 @@ class Anderson:
             return kernels.combine(idx, (self.dx, self.df, self.x, self.f), c, limit, x, f)
         used = (c != 0)[..., None]
         differences = torch.where(used, take(self.dx, idx) + take(self.df, idx), 0.0)
-        shift = (c[..., None] * differences).sum(1).reshape(x.shape)
+        shift = torch.zeros_like(x).flatten(1)
+        # torch's sum over the memory adds in another order at the end of a line, and threads split lines.
+        for k in range(self.memory):
+            shift = shift + c[:, k, None] * differences[:, k]
+        shift = shift.reshape(x.shape)
         length = norm(shift)
         factor = torch.where(length > limit, limit / length.clamp_min(1e-300), 1.0)
         return x + f - expand(factor, shift) * shift
@@ -133,6 +137,11 @@ class Anderson:
     def reset(self, idx: torch.Tensor, forget: torch.Tensor) -> None:
         """Drop the memory of the images of `idx` where `forget` `[b]`."""
         self.count = put(self.count, idx, torch.where(forget, 0, take(self.count, idx)))
+
+
+def _products(df: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`<df_bk, v_b>`, `[b, memory]`, of `[b, memory, n]` and `[b, n]`."""
+    return dot(df.flatten(0, 1), v[:, None].expand_as(df).flatten(0, 1)).reshape(df.shape[:2])
 
 
 def _solve(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -180,7 +180,7 @@ class _Run:
     def _objective(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """`1/2 ||y - A x||^2 / mu + r(x)` of the images `idx`, `[b]`, float64."""
         misfit = self.A.A(x) - take(self.y, self.state.idx)
-        return 0.5 * misfit.double().square().sum(1) / take(self.mu, self.state.idx).double() + value.double()
+        return 0.5 * dot(misfit, misfit) / take(self.mu, self.state.idx).double() + value.double()
 
     def _compare(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>, <x, x>`, `[5, b]`, of the images `idx` and their candidates."""
