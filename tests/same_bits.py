@@ -19,7 +19,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import deepreg_fast as dr
 from deepreg_fast.backend.extension import extension, instruction_set
 from deepreg_fast.fidelity import objective
-from deepreg_fast.linsolve import CGOptions, MinresOptions, batch, cg, extreme_eigenvalues, minres, passes
+from deepreg_fast.linsolve import (
+    CGOptions,
+    LinearSolution,
+    MinresOptions,
+    batch,
+    cg,
+    extreme_eigenvalues,
+    minres,
+    passes,
+)
 from deepreg_fast.linsolve.cg import arrived, overflow, stride, turn
 from deepreg_fast.lipschitz import beta_hat, curvature
 from deepreg_fast.metrics import psnr
@@ -133,7 +142,7 @@ def systems() -> Iterator[Case]:
 
             return product
 
-        def solved(solver: Function, options: object) -> Function:
+        def solved(solver: Callable[..., LinearSolution], options: object) -> Function:
             def f(matrix: torch.Tensor, rhs: torch.Tensor) -> object:
                 s = solver(matvec(matrix), rhs, options)
                 return s.x, s.status, s.iterations, s.residual
