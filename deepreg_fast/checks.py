@@ -1,20 +1,38 @@
-"""Checks of what comes in, each with a sentence that says what was expected and what came."""
+"""Checks of what comes in, each with a sentence that says what was expected and what came.
+
+torch is imported by the checks of tensors and devices alone: the command line's help does without it.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-
-import torch
+import sys
+from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
 
-FLOATS = (torch.float32, torch.float64)
+if TYPE_CHECKING:
+    import torch
+
+    FLOATS: tuple[torch.dtype, ...]
 
 
-def describe(value: object) -> str:
+def _floats() -> tuple[torch.dtype, ...]:
+    import torch
+
+    return torch.float32, torch.float64
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FLOATS":
+        return _floats()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def describe(value: Any) -> str:
     """A short description of a value for an error message."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ())):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
     return f"{value!r} ({type(value).__name__})"
 
@@ -27,7 +45,9 @@ def images(x: object, name: str = "x", shape: tuple[int, int, int] | None = None
     InputError
         If `x` is not such a tensor, or its `C, H, W` differ from `shape`.
     """
-    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.dtype not in FLOATS:
+    import torch
+
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.dtype not in _floats():
         raise InputError(
             f"{name} must be a float32 or float64 tensor [B, C, H, W], but is {describe(x)}; "
             "add the missing dimensions with x[None, None] or convert with x.float()."
@@ -42,7 +62,9 @@ def images(x: object, name: str = "x", shape: tuple[int, int, int] | None = None
 
 def vectors(y: object, m: int, name: str = "y") -> torch.Tensor:
     """Check that `y` is a batch of measurements `[B, m]` in float32 or float64; return it."""
-    if not isinstance(y, torch.Tensor) or y.ndim != 2 or y.dtype not in FLOATS or y.shape[1] != m:
+    import torch
+
+    if not isinstance(y, torch.Tensor) or y.ndim != 2 or y.dtype not in _floats() or y.shape[1] != m:
         raise InputError(
             f"{name} must be a float32 or float64 tensor [B, {m}] (one row of measurements per image), "
             f"but is {describe(y)}; were these measurements made by another operator?"
@@ -61,6 +83,8 @@ def same_kind(a: torch.Tensor, b: torch.Tensor, names: str) -> None:
 
 def finite(x: torch.Tensor, name: str) -> torch.Tensor:
     """Check that every entry of `x` is finite; return it."""
+    import torch
+
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise InputError(
@@ -118,6 +142,8 @@ def device(value: object, name: str = "device") -> torch.device:
     InputError
         If it is none of these, or torch does not see that device.
     """
+    import torch
+
     text = device_name(value, name)
     here = torch.cuda.is_available()
     if text == "cpu" or (text == "auto" and not here):

@@ -17,6 +17,7 @@ from PIL import Image
 
 import deepreg_fast as dr
 from deepreg_fast.cli import info, main
+from deepreg_fast.machine import may_have_cuda, torch_build
 from deepreg_fast.measurements import load_measurements, save_measurements
 from deepreg_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -87,6 +88,13 @@ def test_info(run: Run) -> None:
         assert f"not here: {reason[:40]}" in text
     for state in facts["optional"].values():
         assert state[:30] in text
+
+
+def test_info_agrees_with_torch() -> None:
+    """What `info` says without torch is what torch says."""
+    assert torch_build() == {"version": str(torch.__version__), "cuda": torch.version.cuda}
+    assert may_have_cuda() or not torch.cuda.is_available()
+    assert info.facts()["backends"] == dr.backends()
 
 
 def test_info_lists_the_devices(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,3 +387,24 @@ def test_a_full_disk_leaves_what_was_there(weights: Path) -> None:
     )
     assert "unharmed" in answer.stdout
     assert weights.read_bytes() == before and sorted(p.name for p in weights.parent.iterdir()) == [weights.name]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("--version",), ("train", "--help"), ("train", "bilevel", "--help"), ("recover", "--help")]
+    + [("evaluate", "--help"), ("reproduce", "--help"), ("demo", "--help"), ("data", "bsd400", "--help")]
+    + [("bench", "--help"), ("info",), ("info", "cs5-beta10")],
+    ids=" ".join,
+)
+def test_help_and_info_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
+    if arguments[0] == "info" and may_have_cuda():
+        pytest.skip("torch has to be asked for the CUDA devices of this machine")
+    code = (
+        "import sys; from deepreg_fast.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(sorted({'torch', 'numpy', 'scipy', 'matplotlib', 'skimage', 'PIL'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert len(done.stdout.splitlines()) > 1

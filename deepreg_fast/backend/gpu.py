@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..machine import NO_CUDA
 from .gpu_sweeps import DEFAULT, ChainOptions
 from .reference import Linearization
 
@@ -121,7 +122,7 @@ def _form(energy: Any) -> ConvChainForm | None:
 def _unavailable(cuda: Callable[[], bool], find: Callable[[str], object]) -> str | None:
     # Asked at every product, so it is looked up once.
     if not cuda():
-        return "torch sees no CUDA device; install a CUDA build of torch on a machine with an NVIDIA GPU."
+        return NO_CUDA
     for package, name in (("triton", "triton"), ("cupy", "cupy-cuda13x")):
         if find(package) is None:
             return f"the package {name} is missing; pip install 'deepreg-fast[gpu]'."

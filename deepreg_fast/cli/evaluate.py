@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..data import is_bsd400
-from ..evaluation import Method, Problem, measure, tuned_tv
-from ..evaluation import evaluate as compare
-from ..evaluation import tune_mu as tuned
 from ..files import write_atomically
 from ..pretrained import card_of
-from ..weights import load
 from .options import (
     MAX_ITERATIONS,
     AccelerationOption,
@@ -25,6 +20,9 @@ from .options import (
     unlike_training,
     use_device,
 )
+
+if TYPE_CHECKING:
+    from ..evaluation import Method
 
 
 def evaluate(  # noqa: PLR0913 - one argument for each option of the command line
@@ -76,6 +74,12 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     """
     split = _split(data, split)
     settings = {k: v for k, v in locals().items() if k not in ("weights", "out", "as_json")}
+
+    from ..evaluation import Method, Problem, measure, tuned_tv
+    from ..evaluation import evaluate as compare
+    from ..evaluation import tune_mu as tuned
+    from ..weights import load
+
     place = use_device(device)
     settings["device"] = str(place)
     problem = Problem(data, split, transform, randomizer, operator_seed, sigma, ratio, crop, validation, keep_dc)
@@ -108,6 +112,8 @@ def _split(data: str, split: str) -> str:
     """The split to take: the one named, else that of BSD400 for its images, else none."""
     if split or data == "embedded":
         return "" if split == "none" else split
+    from ..data import is_bsd400
+
     if not is_bsd400(data):
         return ""
     typer.echo(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..machine import NO_CUDA, extension, instruction_set, may_have_cuda, torch_build
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +42,9 @@ def _driver() -> str | None:
 
 def _cuda() -> dict[str, Any]:
     """The CUDA version that torch is built with, the driver, and every device that torch sees."""
+    driver = _driver()
+    if driver is None and not may_have_cuda():
+        return {"torch": torch_build()["cuda"], "driver": None, "devices": []}
     import torch
 
     devices = []
@@ -46,25 +52,33 @@ def _cuda() -> dict[str, Any]:
         p = torch.cuda.get_device_properties(i)
         gib = round(p.total_memory / 2**30, 1)
         devices.append({"name": p.name, "memory_gib": gib, "compute_capability": f"{p.major}.{p.minor}"})
-    return {"torch": torch.version.cuda, "driver": _driver(), "devices": devices}
+    return {"torch": torch.version.cuda, "driver": driver, "devices": devices}
+
+
+def _backends() -> dict[str, str | None]:
+    """`deepreg_fast.backends()`, without torch where that has nothing to tell."""
+    if not may_have_cuda():
+        module, reason = extension()
+        return {"gpu": NO_CUDA, "cpu": None if module is not None else reason, "reference": None}
+    from ..backend import backends
+
+    return backends()
 
 
 def facts() -> dict[str, Any]:
     """Everything that `info` tells, as JSON values."""
-    import torch
+    from .. import __version__, pretrained
 
-    from .. import __version__, backends, pretrained
-    from ..backend.cpu import instruction_set
-
+    backends = _backends()
     return {
         "version": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "torch": torch_build()["version"],
+        "machine": platform.machine(),
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cuda": _cuda(),
-        "backends": backends(),
-        "kernels on the cpu": None if backends()["cpu"] else instruction_set(),
+        "backends": backends,
+        "kernels on the cpu": None if backends["cpu"] else instruction_set(),
         "optional": {p: _version(p) or f"missing: {how}" for p, how in _OPTIONAL.items()},
         "weights": {n: _brief(pretrained.card(n)) for n in pretrained.names()},
     }
@@ -103,7 +117,7 @@ def info(
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
-    for key in ("version", "python", "torch", "cpu", "threads"):
+    for key in ("version", "python", "torch", "machine", "processors"):
         table.add_row(key, str(found[key]))
     cuda = found["cuda"]
     built = f"torch is built with {cuda['torch']}" if cuda["torch"] else "torch is built without it"

@@ -6,15 +6,17 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-import torch
 import typer
 
 from .. import checks
-from ..fidelity import LAM, mu_with_noise
 from ..pretrained import card_of
-from ..solvers import PGDOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..solvers import PGDOptions
 
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 or auto (CUDA if it is here).")]
 
@@ -40,6 +42,8 @@ def default_mu(meta: dict[str, Any], sigma: float) -> float:
     """The weight mu to take with weights where none is given: the one they came with (1e-2 where a file tells none),
     or `lam sigma^2` where that is larger. lam is the card's, else that of the noise the weights were trained with, else
     the one that suited weights trained without (`mu_with_noise`)."""
+    from ..fidelity import LAM, mu_with_noise
+
     mu = float(meta.get("mu", 1e-2))
     trained = float((card_of(meta).get("operator") or meta.get("config", {})).get("sigma", 0.0))
     return mu_with_noise(mu, sigma, card_of(meta).get("lam") or (mu / trained**2 if trained else LAM))
@@ -53,6 +57,8 @@ MAX_ITERATIONS = f"Gradients per image; 0 takes what the weights' file tells, el
 def pgd_options(meta: dict[str, Any], acceleration: str, max_iterations: int, **others: Any) -> PGDOptions:
     """Options of a recovery; an empty `acceleration` and 0 `max_iterations` take what the weights' file tells of
     theirs, else FISTA and `LIMIT`."""
+    from ..solvers import PGDOptions
+
     told = card_of(meta).get("recovery") or meta.get("recovery") or {}
     if not acceleration:
         others |= {k: told[k] for k in ("acceleration", "memory") if k in told}
@@ -73,6 +79,8 @@ def unlike_training(meta: dict[str, Any], **problem: float) -> str:
 def use_device(name: str) -> torch.device:
     """The device that `--device` names, made the current one of this process; torch's convolutions there are float32
     proper, not in TF32 as is their default."""
+    import torch
+
     device = checks.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -5,24 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import torch
 import typer
 
 from .. import checks
-from ..data import load_image, save_image
 from ..errors import InputError
-from ..fidelity import add_noise
 from ..files import write_atomically
-from ..measurements import load_measurements
-from ..metrics import psnr, ssim
-from ..operators import SRM, LinearOperator
-from ..recovery import recover as solve
-from ..solvers import Solution
-from ..status import statuses
-from ..weights import load
 from .options import (
     MAX_ITERATIONS,
     AccelerationOption,
@@ -33,6 +22,12 @@ from .options import (
     unlike_training,
     use_device,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..operators import LinearOperator
+    from ..solvers import Solution
 
 MU = (
     "Weight of the regularizer. Default: the one it was trained with, or lam sigma^2 where the noise is larger than in "
@@ -65,6 +60,13 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
 
     deepreg-fast recover measured.npz --weights runs/beta10/weights.safetensors --mu 1e-3 --out recovered
     """
+    from ..data import load_image, save_image
+    from ..fidelity import add_noise
+    from ..measurements import load_measurements
+    from ..operators import SRM
+    from ..recovery import recover as solve
+    from ..weights import load
+
     place = use_device(device)
     reg, meta = load(weights)
     truth: torch.Tensor | None = None
@@ -105,12 +107,17 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
 def _npy(image: torch.Tensor) -> bytes:
     import io
 
+    import numpy as np
+
     buffer = io.BytesIO()
     np.save(buffer, image.numpy(), allow_pickle=False)
     return buffer.getvalue()
 
 
 def _results(sol: Solution, truth: torch.Tensor | None) -> dict[str, Any]:
+    from ..metrics import psnr, ssim
+    from ..status import statuses
+
     rows: list[dict[str, Any]] = []
     for i, s in enumerate(statuses(sol.status)):
         row: dict[str, Any] = {

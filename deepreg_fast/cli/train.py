@@ -5,23 +5,17 @@ from __future__ import annotations
 import inspect
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import training
 from ..errors import InputError
-from ..training import (
-    AdversarialTrainer,
-    BaselineConfig,
-    BilevelConfig,
-    BilevelTrainer,
-    DenoiserTrainer,
-    GradientStepTrainer,
-    TrainConfig,
-    Trainer,
-)
-from ..training.checkpoint import load_checkpoint
+from ..training import BaselineConfig, BilevelConfig
 from .options import command_from
+
+if TYPE_CHECKING:
+    from ..training import TrainConfig
 
 app = typer.Typer(help="Train a regularizer: bilevel, or one of the baselines.", no_args_is_help=True)
 
@@ -45,6 +39,8 @@ def _settings(cls: type[TrainConfig], given: dict[str, Any], config: Path | None
     """Settings from the checkpoint or the file, overridden by what was given."""
     base: dict[str, Any] = {}
     if resume is not None:
+        from ..training.checkpoint import load_checkpoint
+
         where = resume / "last.safetensors" if resume.is_dir() else resume
         base = load_checkpoint(where)[1]["config"]
         base["out"] = str(where.parent)
@@ -60,14 +56,14 @@ def _settings(cls: type[TrainConfig], given: dict[str, Any], config: Path | None
     return cls(**{**base, **given})
 
 
-def _run(trainer: type[Trainer], cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None) -> None:
+def _run(trainer: str, cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None) -> None:
     settings = _settings(cls, given, extra["config"], extra["resume"])
     if extra["resume"] is None and (Path(settings.out) / "last.safetensors").exists():
         raise InputError(
             f"{settings.out} must be a new folder, but holds a run; go on with it by --resume {settings.out}, or name "
             "another folder with --out."
         )
-    run = trainer(settings)
+    run = getattr(training, trainer)(settings)
     try:
         if extra["resume"] is not None:
             run.resume(extra["resume"])
@@ -79,7 +75,7 @@ def _run(trainer: type[Trainer], cls: type[TrainConfig], given: dict[str, Any], 
     typer.echo(f"Trained {run.step_done} steps; weights are in {run.folder / 'weights.safetensors'}.")
 
 
-def _register(name: str, trainer: type[Trainer], config: type[TrainConfig], text: str) -> None:
+def _register(name: str, trainer: str, config: type[TrainConfig], text: str) -> None:
     def body(given: dict[str, Any], **extra: Any) -> None:
         _run(trainer, config, given, **extra)
 
@@ -89,11 +85,11 @@ def _register(name: str, trainer: type[Trainer], config: type[TrainConfig], text
 
 _register(
     "bilevel",
-    BilevelTrainer,
+    "BilevelTrainer",
     BilevelConfig,
     "Train a regularizer so that recovery with it gives back the images.\n\n"
     "Example: deepreg-fast train bilevel --data BSD400 --split bsd400 --steps 5000 --beta 10 --out runs/beta10",
 )
-_register("denoiser", DenoiserTrainer, BaselineConfig, "RED: train a denoiser d, recover with the field x - d(x).")
-_register("gradient-step", GradientStepTrainer, BaselineConfig, "Train x - grad r(x) to denoise.")
-_register("adversarial", AdversarialTrainer, BaselineConfig, "Train an input-convex critic of true images.")
+_register("denoiser", "DenoiserTrainer", BaselineConfig, "RED: train a denoiser d, recover with the field x - d(x).")
+_register("gradient-step", "GradientStepTrainer", BaselineConfig, "Train x - grad r(x) to denoise.")
+_register("adversarial", "AdversarialTrainer", BaselineConfig, "Train an input-convex critic of true images.")

@@ -1,13 +1,25 @@
-"""Training: bi-level, and the baselines that it is compared with, on one loop."""
+"""Training: bi-level, and the baselines that it is compared with, on one loop.
+
+Names are loaded when they are first used: the settings do without torch.
+"""
 
 from __future__ import annotations
 
-from .baselines import AdversarialTrainer, BaselineConfig, DenoiserTrainer, GradientStepTrainer
-from .bilevel import BilevelTrainer
-from .config import BilevelConfig, TrainConfig
-from .loop import Trainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
+_HOME = {
+    "AdversarialTrainer": "baselines",
+    "BaselineConfig": "config",
+    "BilevelConfig": "config",
+    "BilevelTrainer": "bilevel",
+    "DenoiserTrainer": "baselines",
+    "GradientStepTrainer": "baselines",
+    "TrainConfig": "config",
+    "Trainer": "loop",
+}
+
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "AdversarialTrainer",
     "BaselineConfig",
     "BilevelConfig",
@@ -17,3 +29,17 @@ __all__ = [
     "TrainConfig",
     "Trainer",
 ]
+
+if TYPE_CHECKING:
+    from .baselines import AdversarialTrainer, DenoiserTrainer, GradientStepTrainer
+    from .bilevel import BilevelTrainer
+    from .config import BaselineConfig, BilevelConfig, TrainConfig
+    from .loop import Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from .. import checks
 from ..linsolve.batch import dot, norm
 from ..regularizers import ICNN, DenoiserField
 from ..regularizers.base import Regularizer
 from .build import regularizer_of
-from .config import TrainConfig, option
+from .config import BaselineConfig
 from .loop import Trainer
 from .placement import Rows, read
 
 # The noise of validation: a key that no step has.
 _VALIDATION = 2**32 - 1
-
-
-@dataclass(frozen=True)
-class BaselineConfig(TrainConfig):
-    """Settings of the baselines."""
-
-    noise_level: float = option(0.06, "Standard deviation of the noise that denoisers are trained on.")
-    rho: float = option(0.1, "Added rho/2 ||u||^2 of the adversarial regularizer.")
-    gradient_penalty: float = option(10.0, "Weight of the adversarial critic's gradient penalty.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.number(self.noise_level, "noise_level", 0.0, open_low=True)
-        checks.number(self.rho, "rho", 0.0)
-        checks.number(self.gradient_penalty, "gradient_penalty", 0.0)
 
 
 class _Baseline(Trainer):

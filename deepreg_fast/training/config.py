@@ -9,9 +9,6 @@ from typing import Any, TypeVar
 
 from .. import checks
 from ..errors import InputError
-from ..implicit import METHODS
-from ..lipschitz import PENALTIES
-from ..solvers import ACCELERATIONS
 
 REGULARIZERS = ("red", "ridge", "ridge+red")
 
@@ -154,6 +151,11 @@ class BilevelConfig(TrainConfig):
     memory_budget_mb: int = option(2048, "Host memory for warm starts; beyond it they live in files of the run.")
 
     def __post_init__(self) -> None:
+        # Here, not above: the command line's help lists the settings and does without torch.
+        from ..implicit import METHODS
+        from ..lipschitz import PENALTIES
+        from ..solvers import ACCELERATIONS
+
         super().__post_init__()
         checks.choice(self.penalty, "penalty", tuple(PENALTIES))
         checks.number(self.beta, "beta", 0.0)
@@ -178,3 +180,18 @@ class BilevelConfig(TrainConfig):
         checks.integer(self.adjoint_iterations, "adjoint_iterations", 1)
         checks.number(self.adjoint_tolerance, "adjoint_tolerance", 0.0, 1.0)
         checks.integer(self.memory_budget_mb, "memory_budget_mb", 0)
+
+
+@dataclass(frozen=True)
+class BaselineConfig(TrainConfig):
+    """Settings of the baselines."""
+
+    noise_level: float = option(0.06, "Standard deviation of the noise that denoisers are trained on.")
+    rho: float = option(0.1, "Added rho/2 ||u||^2 of the adversarial regularizer.")
+    gradient_penalty: float = option(10.0, "Weight of the adversarial critic's gradient penalty.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.number(self.noise_level, "noise_level", 0.0, open_low=True)
+        checks.number(self.rho, "rho", 0.0)
+        checks.number(self.gradient_penalty, "gradient_penalty", 0.0)
