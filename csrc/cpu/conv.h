@@ -1,6 +1,6 @@
 // 3 x 3 convolutions of pairs of rows, a piece at a time: the loops that a sweep spends its time in.
 //
-// Included once per instruction set (DR_ISA names it). A piece is N registers of tiles from v0 on; `raw` and `cot` are laid
+// Included once per instruction set (DR_ISA names it). A piece is N, or n, registers of tiles from v0 on (a constant where the sums stay in registers); `raw` and `cot` are laid
 // out [row][channel][parity][register][lane] (layout.h).
 #pragma once
 #include <vector>
@@ -23,14 +23,13 @@ struct Patch {
 };
 
 // One channel to all: filters [channel][9].
-template <int N>
-static void expand(const Rows& in, int v0, const Layout& y, const float* w, const float* bias, float* raw) {
-    const size_t row = static_cast<size_t>(y.channels) * 2 * N * LANES;
-    for (int v = 0; v < N; ++v) {
+static DR_CALL void expand(const Rows& in, int v0, int n, const Layout& y, const float* w, const float* bias, float* raw) {
+    const size_t row = static_cast<size_t>(y.channels) * 2 * n * LANES;
+    for (int v = 0; v < n; ++v) {
         const Patch p(in, static_cast<size_t>(v0 + v) * LANES, y.line);
         const float* f = w;
         float* out = raw + v * LANES;
-        for (int c = 0; c < y.channels; ++c, f += 9, out += 2 * N * LANES) {
+        for (int c = 0; c < y.channels; ++c, f += 9, out += 2 * n * LANES) {
             const Part start = same(bias ? bias[c] : 0.0f);
             Part acc[2][2] = {{start, start}, {start, start}};
 #pragma GCC unroll 9
@@ -39,16 +38,15 @@ static void expand(const Rows& in, int v0, const Layout& y, const float* w, cons
 #pragma GCC unroll 4
                 for (int k = 0; k < 4; ++k) acc[k / 2][k % 2] += wv * p.d[k / 2 + tap / 3][k % 2 + tap % 3];
             }
-            for (int k = 0; k < 4; ++k) put(out + (k / 2 * row + k % 2 * N * LANES), acc[k / 2][k % 2]);
+            for (int k = 0; k < 4; ++k) put(out + (k / 2 * row + k % 2 * n * LANES), acc[k / 2][k % 2]);
         }
     }
 }
 
 // All channels to one: filters [channel][9]; out [row][parity][register][lane], rows `row` floats apart.
-template <int N>
-static void reduce(const Rows& in, int v0, const Layout& y, const float* w, float bias, float* out,
-                   size_t row = 2 * N * LANES) {
-    for (int v = 0; v < N; ++v) {
+static DR_CALL void reduce(const Rows& in, int v0, int n, const Layout& y, const float* w, float bias,
+                           float* out, size_t row) {
+    for (int v = 0; v < n; ++v) {
         // One sum for each row of the filter: the units are busy with twelve.
         Part acc[3][4] = {};
         const float* f = w;
@@ -68,16 +66,15 @@ static void reduce(const Rows& in, int v0, const Layout& y, const float* w, floa
             }
         }
         for (int k = 0; k < 4; ++k)
-            put(out + k / 2 * row + (k % 2 * N + v) * LANES, acc[0][k] + acc[1][k] + acc[2][k] + bias);
+            put(out + k / 2 * row + (k % 2 * n + v) * LANES, acc[0][k] + acc[1][k] + acc[2][k] + bias);
     }
 }
 
 // All channels to all, as direct sums: filters [out][in][9].
-template <int N>
-static void direct(const Rows& in, int v0, const Layout& y, const float* w, const float* bias, float* raw) {
+static DR_CALL void direct(const Rows& in, int v0, int n, const Layout& y, const float* w, const float* bias, float* raw) {
     for (int c = 0; c < y.channels; ++c)
-        reduce<N>(in, v0, y, w + static_cast<size_t>(c) * y.channels * 9, bias ? bias[c] : 0.0f,
-                  raw + static_cast<size_t>(c) * 2 * N * LANES, static_cast<size_t>(y.channels) * 2 * N * LANES);
+        reduce(in, v0, n, y, w + static_cast<size_t>(c) * y.channels * 9, bias ? bias[c] : 0.0f,
+                  raw + static_cast<size_t>(c) * 2 * n * LANES, static_cast<size_t>(y.channels) * 2 * n * LANES);
 }
 
 // Winograd's F(2 x 2, 3 x 3): 16 products make 4 pixels, where the direct sum takes 36 (Lavin and Gray 2016).
@@ -165,12 +162,18 @@ static DR_INLINE void winograd_row(const Rows& in, int v0, const Layout& y, cons
 
 // All channels to all: filters [4][out / GROUP][4][in][GROUP]; `u` holds 4 channels N registers.
 template <int N>
-static void winograd(const Rows& in, int v0, const Layout& y, const float* w, const float* bias, float* u, float* raw) {
+static DR_CALL void winograd(const Rows& in, int v0, const Layout& y, const float* w, const float* bias, float* u, float* raw) {
     const size_t row = static_cast<size_t>((y.channels + GROUP - 1) / GROUP * GROUP) * y.channels * 4;
     winograd_row<N, 0>(in, v0, y, w, bias, u, raw);
     winograd_row<N, 1>(in, v0, y, w + row, bias, u, raw);
     winograd_row<N, 2>(in, v0, y, w + 2 * row, bias, u, raw);
     winograd_row<N, 3>(in, v0, y, w + 3 * row, bias, u, raw);
+}
+static DR_INLINE void winograd(const Rows& in, int v0, int n, const Layout& y, const float* w, const float* bias, float* u,
+                               float* raw) {
+    if (n == 1) winograd<1>(in, v0, y, w, bias, u, raw);
+    if (n == 2) winograd<2>(in, v0, y, w, bias, u, raw);
+    if (n == 3) winograd<3>(in, v0, y, w, bias, u, raw);
 }
 
 // Filters [C_out, C_in, 3, 3] to the order in which the loops above read them.

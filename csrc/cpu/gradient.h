@@ -42,7 +42,7 @@ class GradientSweep : public Sweep {
             for (int k = 0; k < rows(pair); ++k) {
                 float* act = a[l].row(2 * pair + k);
                 if (!c.norm) {
-                    each<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
+                    each_alone<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
                         const Part n = part(raw + o);
                         const Silu f = silu(n);
                         put(act + line, f.value);
@@ -71,15 +71,14 @@ class GradientSweep : public Sweep {
 
     DR_INLINE void head(int pair, double* value, const Kept& kept) {
         Double sum[2] = {};
-        collect(a[L - 1], pair, c.forward[L - 1], c.bias[L - 1][0], [&](int v0, auto count, float* raw) {
-            constexpr int N = count();
+        collect(a[L - 1], pair, c.forward[L - 1], c.bias[L - 1][0], [&](int v0, int n, float* raw) {
             float* by = direct.at(pair) + y.piece(1, v0);
             float* h = kept && inside(pair) ? kept.h(pair) + y.piece(1, v0) : nullptr;
             for (int k = 0; k < rows(pair); ++k)
-                for (int q = 0; q < 2 * N; ++q) {
-                    const size_t o = (2 * k * N + q) * LANES, line = q / N * y.line + (v0 + q % N) * LANES;
+                for (int q = 0; q < 2 * n; ++q) {
+                    const size_t o = (2 * k * n + q) * LANES, line = q / n * y.line + (v0 + q % n) * LANES;
                     const Part pixel = part(u.row(2 * pair + k) + line), found = part(raw + o);
-                    sum[k] += wide(masked(outer.value(pixel, found), own(q / N, v0 + q % N)));
+                    sum[k] += wide(masked(outer.value(pixel, found), own(q / n, v0 + q % n)));
                     put(g3.row(2 * pair + k) + line, outer.by_h(pixel, found));
                     put(by + o, outer.by_u(pixel, found));
                     if (h) put(h + o, found);
@@ -101,7 +100,7 @@ class GradientSweep : public Sweep {
             for (int k = 0; k < rows(pair); ++k) {
                 float* out = gz[l].row(2 * pair + k);
                 if (!c.norm) {
-                    each<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
+                    each_alone<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
                         put(out + line, part(sl + o) * part(raw + o));
                         if (plane) put(plane + o, part(raw + o));
                     });

@@ -40,18 +40,25 @@ struct Layout {
     size_t piece(int v0) const { return piece(channels, v0); }
 };
 
-// Calls body(v0, integral_constant<N>) for the pieces of a row: N <= MOST registers from v0 on.
+// Calls body(v0, n) for the pieces of a row: n <= MOST registers from v0 on.
 template <class F>
-static DR_INLINE void pieces(const Layout& y, F body) {
+static DR_INLINE void any_pieces(const Layout& y, F body) {
     const int count = (y.vectors + MOST - 1) / MOST;
     for (int k = 0; k < count; ++k) {
-        const int v0 = y.vectors * k / count, n = y.vectors * (k + 1) / count - v0;
+        const int v0 = y.vectors * k / count;
+        body(v0, y.vectors * (k + 1) / count - v0);
+    }
+}
+// The same with n as a constant: body(v0, integral_constant<N>).
+template <class F>
+static DR_INLINE void pieces(const Layout& y, F body) {
+    any_pieces(y, [&](int v0, int n) DR_LAMBDA {
         if (n == 1) body(v0, std::integral_constant<int, 1>{});
         if constexpr (MOST >= 2)
             if (n == 2) body(v0, std::integral_constant<int, 2>{});
         if constexpr (MOST >= 3)
             if (n == 3) body(v0, std::integral_constant<int, 3>{});
-    }
+    });
 }
 
 // For row k of the pair and each channel and register of a piece: body(channel, q, in_piece, in_lines), with q = N parity
@@ -63,6 +70,19 @@ static DR_INLINE void each(const Layout& y, int k, int v0, F body) {
         for (int q = 0; q < 2 * N; ++q)
             body(c, q, static_cast<size_t>((k * y.channels + c) * 2 * N + q) * LANES,
                  (2 * c + q / N) * y.line + static_cast<size_t>(v0 + q % N) * LANES);
+}
+
+// The same where nothing of a register stays in registers, in a loop that is not unrolled: body(channel, q, in_piece,
+// in_lines).
+template <int N, class F>
+static DR_INLINE void each_alone(const Layout& y, int k, int v0, F body) {
+    size_t o = static_cast<size_t>(k) * y.channels * 2 * N * LANES;
+    for (int c = 0; c < y.channels; ++c)
+#pragma GCC unroll 1
+        for (int q = 0; q < 2 * N; ++q, o += LANES) {
+            const int parity = q < N ? 0 : 1;
+            body(c, q, o, (2 * c + parity) * y.line + static_cast<size_t>(v0 + q - parity * N) * LANES);
+        }
 }
 
 // The means over the channels of f(channel, q, in_piece, in_lines).
@@ -90,7 +110,7 @@ class Ring {
             mask_[1][j] = tile < y.width / 2 ? -1 : 0;
         }
     }
-    float* row(int r) { return data_.data() + stride_ * (r % size_) + LANES; }
+    float* row(int r) { return data_.data() + stride_ * (r < size_ ? r : r % size_) + LANES; }
     Rows around(int r) const { return {{padded(r - 1), padded(r), padded(r + 1), padded(r + 2)}}; }
     // Zeros right of the image's last column: convolutions read them.
     void trim(int r) {
@@ -113,7 +133,7 @@ class Ring {
 class Pairs {
   public:
     Pairs(int size, size_t block) : size_(size), block_(block), data_(size * block, 0.0f) {}
-    float* at(int pair) { return data_.data() + block_ * (pair % size_); }
+    float* at(int pair) { return data_.data() + block_ * (pair < size_ ? pair : pair % size_); }  // a division takes longer
 
   private:
     int size_;

@@ -17,28 +17,26 @@ static DR_INLINE void nine_sums(const Part (&g)[4], const Patch& p, float* sums)
 }
 
 // dw[channel][9][lane] += sum over the tiles of one(x + tap) cot(x).
-template <int N>
-static void edge_one(const Rows& one, const float* cot, int v0, const Layout& y, float* dw) {
-    const size_t row = static_cast<size_t>(y.channels) * 2 * N * LANES;
-    for (int v = 0; v < N; ++v) {
+static DR_CALL void edge_one(const Rows& one, const float* cot, int v0, int n, const Layout& y, float* dw) {
+    const size_t row = static_cast<size_t>(y.channels) * 2 * n * LANES;
+    for (int v = 0; v < n; ++v) {
         const Patch p(one, static_cast<size_t>(v0 + v) * LANES, y.line);
         float* to = dw;
         const float* from = cot + v * LANES;
-        for (int c = 0; c < y.channels; ++c, to += 9 * LANES, from += 2 * N * LANES) {
+        for (int c = 0; c < y.channels; ++c, to += 9 * LANES, from += 2 * n * LANES) {
             Part g[4];
 #pragma GCC unroll 4
-            for (int k = 0; k < 4; ++k) g[k] = part(from + k / 2 * row + k % 2 * N * LANES);
+            for (int k = 0; k < 4; ++k) g[k] = part(from + k / 2 * row + k % 2 * n * LANES);
             nine_sums(g, p, to);
         }
     }
 }
 
 // dw[channel][9][lane] += sum over the tiles of cot(x) many(x + tap), of a cotangent of one channel.
-template <int N>
-static void edge_many(const Rows& many, const float* cot, int v0, const Layout& y, float* dw) {
-    for (int v = 0; v < N; ++v) {
+static DR_CALL void edge_many(const Rows& many, const float* cot, int v0, int n, const Layout& y, float* dw) {
+    for (int v = 0; v < n; ++v) {
         Part g[4];
-        for (int k = 0; k < 4; ++k) g[k] = part(cot + (k * N + v) * LANES);
+        for (int k = 0; k < 4; ++k) g[k] = part(cot + (k * n + v) * LANES);
         float* to = dw;
         size_t line = static_cast<size_t>(v0 + v) * LANES;
         for (int c = 0; c < y.channels; ++c, to += 9 * LANES, line += 2 * y.line) {
@@ -107,16 +105,15 @@ static DR_INLINE void outer_row(const Rows& in, int v, const Layout& y, int b, f
 // Winograd's own gradient: dw[16 positions][out / LANES][in][LANES] += sum over the tiles of in's transformed patches
 // times the transformed cotangents; `filters` makes the filters' gradient of it. A register of tiles at a time: more than
 // that, and the sums, do not fit the L1 cache.
-template <int N>
-static void outer(const Rows& in, const float* cot, int v0, const Layout& y, float* u, float* scratch, float* dw) {
-    const size_t row = static_cast<size_t>(y.channels) * 2 * N * LANES;
-    for (int v = 0; v < N; ++v)
+static DR_CALL void outer(const Rows& in, const float* cot, int v0, int n, const Layout& y, float* u, float* scratch, float* dw) {
+    const size_t row = static_cast<size_t>(y.channels) * 2 * n * LANES;
+    for (int v = 0; v < n; ++v)
         for (int b = 0; b < y.channels; b += LANES) {
             for (int k = 0; k < 4; ++k) {
-                const float* from = cot + k / 2 * row + static_cast<size_t>(k % 2 * N + v) * LANES;
+                const float* from = cot + k / 2 * row + static_cast<size_t>(k % 2 * n + v) * LANES;
                 Part a[LANES];
                 for (int j = 0; j < LANES; ++j)
-                    a[j] = b + j < y.channels ? part(from + static_cast<size_t>(b + j) * 2 * N * LANES) : Part{};
+                    a[j] = b + j < y.channels ? part(from + static_cast<size_t>(b + j) * 2 * n * LANES) : Part{};
                 transpose(a);
                 for (int t = 0; t < LANES; ++t) put(scratch + (t * 4 + k) * LANES, a[t]);
             }

@@ -3,8 +3,6 @@
 // Included once per instruction set (DR_ISA names it). Lines are padded to whole registers and images by the filter's
 // reach, so that no loop here asks where the image ends.
 #pragma once
-#include <utility>
-
 #include "lanes.h"
 
 namespace DR_ISA {
@@ -12,31 +10,27 @@ namespace DR_ISA {
 constexpr int GROUP = LANES == 16 ? 8 : 4;  // filters, or rows, that are summed at once
 constexpr int WIDE = 3;                     // registers of pixels that are summed at once
 
-// f(0), ..., f(N - 1), each with its number as a constant.
-template <class F, int... I>
-static DR_INLINE void each_of_these(std::integer_sequence<int, I...>, F f) {
-    (f(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class F>
-static DR_INLINE void each_constant(F f) {
-    each_of_these(std::make_integer_sequence<int, N>{}, f);
-}
-
 // raw[filter][register] = w_filter * u over V registers of one row: u at the first tap of the first pixel, filters
 // [tap][GROUP].
 template <int V>
-static void responses(const float* u, size_t line, int side, const float* w, float (*raw)[WIDE * LANES]) {
+static DR_CALL void responses(const float* u, size_t line, int side, const float* w, float (*raw)[WIDE * LANES]) {
     Part acc[GROUP][V] = {};
     for (int a = 0; a < side; ++a, u += line)
         for (int b = 0; b < side; ++b, w += GROUP) {
             Part d[V];
-            each_constant<V>([&](auto v) DR_LAMBDA { d[v] = part(u + b + v * LANES); });
-            each_constant<GROUP>([&](auto f) DR_LAMBDA {
+#pragma GCC unroll 3
+            for (int v = 0; v < V; ++v) d[v] = part(u + b + v * LANES);
+#pragma GCC unroll 8
+            for (int f = 0; f < GROUP; ++f) {
                 const Part wv = same(w[f]);
-                each_constant<V>([&](auto v) DR_LAMBDA { acc[f][v] += wv * d[v]; });
-            });
+#pragma GCC unroll 3
+                for (int v = 0; v < V; ++v) acc[f][v] += wv * d[v];
+            }
         }
-    each_constant<GROUP>([&](auto f) DR_LAMBDA { each_constant<V>([&](auto v) DR_LAMBDA { put(raw[f] + v * LANES, acc[f][v]); }); });
+#pragma GCC unroll 8
+    for (int f = 0; f < GROUP; ++f)
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) put(raw[f] + v * LANES, acc[f][v]);
 }
 
 // The transpose: adds to `rows` rows of `out` what a group's planes [GROUP][GROUP + K - 1][line], `s` at the first tap of
@@ -47,24 +41,29 @@ static void transposed(const float* s, size_t plane, size_t line, const float* w
     for (int f = 0; f < GROUP; ++f, s += plane)
         for (int b = 0; b < K; ++b, w += K) {
             const float* from = s + b;
-            each_constant<GROUP + K - 1>([&](auto y) DR_LAMBDA {
+#pragma GCC unroll 22
+            for (int y = 0; y < GROUP + K - 1; ++y) {
                 Part d[V];
-                each_constant<V>([&](auto v) DR_LAMBDA { d[v] = part(from + y * line + v * LANES); });
-                each_constant<GROUP>([&](auto r) DR_LAMBDA {
-                    if constexpr (y >= r && y - r < K) {
-                        const Part wv = same(w[y - r]);
-                        each_constant<V>([&](auto v) DR_LAMBDA { acc[r][v] += wv * d[v]; });
-                    }
-                });
-            });
+#pragma GCC unroll 3
+                for (int v = 0; v < V; ++v) d[v] = part(from + y * line + v * LANES);
+#pragma GCC unroll 8
+                for (int r = 0; r < GROUP; ++r) {
+                    if (y < r || y - r >= K) continue;
+                    const Part wv = same(w[y - r]);
+#pragma GCC unroll 3
+                    for (int v = 0; v < V; ++v) acc[r][v] += wv * d[v];
+                }
+            }
         }
-    each_constant<GROUP>([&](auto r) DR_LAMBDA {
+#pragma GCC unroll 8
+    for (int r = 0; r < GROUP; ++r) {
         if (r >= rows) return;
-        each_constant<V>([&](auto v) DR_LAMBDA {
+#pragma GCC unroll 3
+        for (int v = 0; v < V; ++v) {
             float* to = out + r * out_line + v * LANES;
             put(to, part(to) + acc[r][v]);
-        });
-    });
+        }
+    }
 }
 
 // total[filter][tap t][lane] += sum over rows and registers of g_filter(p) u(p + t) + s_filter(p) v(p + t), T taps in a row.
@@ -75,24 +74,28 @@ struct Planes {
     int rows, side;
 };
 template <int T>
-static void correlate(const Planes& p, Double* total) {
+static DR_CALL void correlate(const Planes& p, Double* total) {
     Part acc[GROUP][T] = {};
     for (int y = 0; y < p.rows; ++y)
         for (size_t x = 0; x < p.width; x += LANES) {
             const auto add = [&](const float* planes, const float* image) DR_LAMBDA {
                 Part d[T];
-                each_constant<T>([&](auto t) DR_LAMBDA { d[t] = part(image + y * p.line + x + t); });
-                each_constant<GROUP>([&](auto f) DR_LAMBDA {
+#pragma GCC unroll 3
+                for (int t = 0; t < T; ++t) d[t] = part(image + y * p.line + x + t);
+#pragma GCC unroll 8
+                for (int f = 0; f < GROUP; ++f) {
                     const Part c = part(planes + (f * GROUP + y) * p.width + x);
-                    each_constant<T>([&](auto t) DR_LAMBDA { acc[f][t] += c * d[t]; });
-                });
+#pragma GCC unroll 3
+                    for (int t = 0; t < T; ++t) acc[f][t] += c * d[t];
+                }
             };
             add(p.g, p.u);
             add(p.s, p.v);
         }
-    each_constant<GROUP>([&](auto f) DR_LAMBDA {
-        each_constant<T>([&](auto t) DR_LAMBDA { total[f * p.side * p.side + t] += wide(acc[f][t]); });
-    });
+#pragma GCC unroll 8
+    for (int f = 0; f < GROUP; ++f)
+#pragma GCC unroll 3
+        for (int t = 0; t < T; ++t) total[f * p.side * p.side + t] += wide(acc[f][t]);
 }
 
 // 1 / sqrt(a), 1 <= a < 1e37, to about the rounding of a product.

@@ -19,6 +19,8 @@
 
 #define DR_INLINE inline __attribute__((always_inline))
 #define DR_LAMBDA __attribute__((always_inline))
+// Called once a piece: a copy at each call would cost the compiler more than the calls cost at run time.
+#define DR_CALL __attribute__((noinline))
 
 namespace DR_ISA {
 

@@ -149,6 +149,14 @@ class Sweep {
         }
     }
 
+    // A convolution of all rows.
+    DR_CALL void fill(const Ring& in, bool one, const float* w, const float* bias, Pairs& to) {
+        for (int pair = 0; 2 * pair < H; ++pair)
+            convolve(in, one, pair, w, bias, [&](int v0, auto count, float* raw) {
+                std::copy(raw, raw + static_cast<size_t>(4) * C * count() * LANES, to.at(pair) + y.piece(v0));
+            });
+    }
+
     // A convolution to all channels at a pair of rows, from one channel or from all: body(v0, integral_constant<N>, raw)
     // for each piece, `raw` being the convolution's. `soon` are blocks of the pair that body will read: they come from
     // main memory while the convolution runs.
@@ -157,26 +165,29 @@ class Sweep {
                             std::array<const float*, 2> soon = {}) {
         const Rows rows = in.around(2 * pair);
         pieces(y, [&](int v0, auto count) {
-            constexpr int N = count();
-            for (const float* block : soon)
-                for (size_t o = y.piece(v0); block && o < y.piece(v0 + N); o += 16) __builtin_prefetch(block + o, 0, 2);
-            if (one)
-                expand<N>(rows, v0, y, w, bias, raw_.data());
-            else if (c.winograd)
-                winograd<N>(rows, v0, y, w, bias, tiles_.data(), raw_.data());
-            else
-                direct<N>(rows, v0, y, w, bias, raw_.data());
+            convolve(rows, one, v0, count(), w, bias, soon);
             body(v0, count, raw_.data());
         });
     }
+    DR_CALL void convolve(const Rows& rows, bool one, int v0, int n, const float* w, const float* bias,
+                          std::array<const float*, 2> soon) {
+        for (const float* block : soon)
+            for (size_t o = y.piece(v0); block && o < y.piece(v0 + n); o += 16) __builtin_prefetch(block + o, 0, 2);
+        if (one)
+            expand(rows, v0, n, y, w, bias, raw_.data());
+        else if (c.winograd)
+            winograd(rows, v0, n, y, w, bias, tiles_.data(), raw_.data());
+        else
+            direct(rows, v0, n, y, w, bias, raw_.data());
+    }
 
-    // The last row of all channels to one at a pair: body(v0, integral_constant<N>, raw).
+    // The last row of all channels to one at a pair: body(v0, n, raw).
     template <class F>
     DR_INLINE void collect(const Ring& in, int pair, const float* w, float bias, F body) {
         const Rows rows = in.around(2 * pair);
-        pieces(y, [&](int v0, auto count) {
-            reduce<count()>(rows, v0, y, w, bias, raw_.data());
-            body(v0, count, raw_.data());
+        any_pieces(y, [&](int v0, int n) {
+            reduce(rows, v0, n, y, w, bias, raw_.data(), static_cast<size_t>(2) * n * LANES);
+            body(v0, n, raw_.data());
         });
     }
 
@@ -184,18 +195,17 @@ class Sweep {
     void join(const Ring& in, Pairs& direct, int pair, float* image) {
         alignas(64) float both[2 * MOST * LANES];
         const float* by = direct.at(pair);
-        collect(in, pair, c.backward[0], 0.0f, [&](int v0, auto count, float* raw) {
-            constexpr int N = count();
+        collect(in, pair, c.backward[0], 0.0f, [&](int v0, int n, float* raw) {
             for (int k = 0; k < rows(pair); ++k) {
-                for (int v = 0; v < N; ++v) {
-                    const size_t e = static_cast<size_t>(2 * k * N + v) * LANES, o = e + N * LANES;
+                for (int v = 0; v < n; ++v) {
+                    const size_t e = static_cast<size_t>(2 * k * n + v) * LANES, o = e + n * LANES;
                     const float* d = by + y.piece(1, v0);
                     const Part a = part(raw + e) + part(d + e), b = part(raw + o) + part(d + o);
                     put(both + 2 * v * LANES, low(a, b)), put(both + (2 * v + 1) * LANES, high(a, b));
                 }
                 // Columns of the image that the piece begins and ends at.
                 const int begin = strip().begin + 2 * v0 * LANES;
-                const int from = std::max(begin, strip().first), to = std::min(begin + 2 * N * LANES, strip().last);
+                const int from = std::max(begin, strip().first), to = std::min(begin + 2 * n * LANES, strip().last);
                 if (from < to)
                     std::copy(both + (from - begin), both + (to - begin), image + static_cast<size_t>(2 * pair + k) * outside + from);
             }

@@ -81,11 +81,10 @@ class TangentSweep : public Sweep {
     DR_INLINE void seed(int r, const Kept& kept) {
         const float *pixel = u.row(r), *h = kept.h(r / 2);
         float* g = g3.row(r);
-        pieces(y, [&](int v0, auto count) {
-            constexpr int N = count();
-            for (int q = 0; q < 2 * N; ++q) {
-                const size_t line = q / N * y.line + static_cast<size_t>(v0 + q % N) * LANES;
-                put(g + line, outer.by_h(part(pixel + line), part(h + y.piece(1, v0) + ((r % 2) * 2 * N + q) * LANES)));
+        any_pieces(y, [&](int v0, int n) {
+            for (int q = 0; q < 2 * n; ++q) {
+                const size_t line = q / n * y.line + static_cast<size_t>(v0 + q % n) * LANES;
+                put(g + line, outer.by_h(part(pixel + line), part(h + y.piece(1, v0) + ((r % 2) * 2 * n + q) * LANES)));
             }
         });
         g3.trim(r);
@@ -99,13 +98,13 @@ class TangentSweep : public Sweep {
             // What the gradient's sweep kept, or has to be made again.
             const float *z = l > 1 ? kept.z(l, pair) + y.piece(v0) : nullptr, *g = l < L - 1 ? kept.g(l, pair) + y.piece(v0) : cot.data();
             float* first = z1.at(pair) + y.piece(v0);
-            if (l == 1) expand<N>(in, v0, y, c.forward[0], c.bias[0], first), z = first;
-            if (l == L - 1) expand<N>(seeds, v0, y, c.backward[l], nullptr, cot.data());
+            if (l == 1) expand(in, v0, N, y, c.forward[0], c.bias[0], first), z = first;
+            if (l == L - 1) expand(seeds, v0, N, y, c.backward[l], nullptr, cot.data());
             float *sl = slope[l].at(pair) + y.piece(v0), *q0 = rest[l].at(pair) + y.piece(v0);
             for (int k = 0; k < rows(pair); ++k) {
                 float *act = THETA ? a[l].row(2 * pair + k) : nullptr, *act1 = a1[l].row(2 * pair + k);
                 if (!c.norm) {
-                    each<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
+                    each_alone<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
                         const Part n1 = part(raw + o), cv = part(g + o);
                         const Silu f = silu(part(z + o));
                         if (THETA) put(act + line, f.value), put(gu.data() + o, f.slope * cv);
@@ -158,26 +157,25 @@ class TangentSweep : public Sweep {
     }
 
     DR_INLINE void head(int pair, Sums* sums) {
-        collect(a1[L - 1], pair, c.forward[L - 1], 0.0f, [&](int v0, auto count, float* raw) {
-            constexpr int N = count();
+        collect(a1[L - 1], pair, c.forward[L - 1], 0.0f, [&](int v0, int n, float* raw) {
             float* by = direct.at(pair) + y.piece(1, v0);
-            alignas(64) float primal[4 * N * LANES] = {}, tangent[4 * N * LANES] = {};
+            alignas(64) float primal[4 * MOST * LANES] = {}, tangent[4 * MOST * LANES] = {};
             for (int k = 0; k < rows(pair); ++k)
-                for (int q = 0; q < 2 * N; ++q) {
-                    const size_t o = (2 * k * N + q) * LANES, line = q / N * y.line + (v0 + q % N) * LANES;
+                for (int q = 0; q < 2 * n; ++q) {
+                    const size_t o = (2 * k * n + q) * LANES, line = q / n * y.line + (v0 + q % n) * LANES;
                     const Part pixel = part(u1.row(2 * pair + k) + line), h = part(raw + o), g = outer.by_h(pixel, h);
                     put(g31.row(2 * pair + k) + line, g);
                     put(by + o, outer.by_u(pixel, h));
                     if (!THETA) continue;
-                    const IntPart mask = own(q / N, v0 + q % N);
+                    const IntPart mask = own(q / n, v0 + q % n);
                     put(tangent + o, masked(g, mask));
                     put(primal + o, masked(part(g3.row(2 * pair + k) + line), mask));
                 }
             if (!THETA || !inside(pair)) return;
             for (float g : tangent) sums->last_bias += g;
             float* dw = sums->w[L - 1].data();
-            edge_many<N>(a1[L - 1].around(2 * pair), primal, v0, y, dw);
-            edge_many<N>(a[L - 1].around(2 * pair), tangent, v0, y, dw);
+            edge_many(a1[L - 1].around(2 * pair), primal, v0, n, y, dw);
+            edge_many(a[L - 1].around(2 * pair), tangent, v0, n, y, dw);
         });
         for (int k = 0; k < rows(pair); ++k) g31.trim(2 * pair + k);
     }
@@ -190,7 +188,7 @@ class TangentSweep : public Sweep {
             for (int k = 0; k < rows(pair); ++k) {
                 float* out1 = gz1[l].row(2 * pair + k);
                 if (!c.norm) {
-                    each<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
+                    each_alone<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
                         const Part g = part(q0 + o) + part(raw + o) * part(sl + o);
                         put(out1 + line, g);
                         if (THETA) put(raw + o, g);
@@ -222,7 +220,7 @@ class TangentSweep : public Sweep {
             if (THETA && inside(pair)) {
                 filter_sums<N>(l, pair, v0, raw, l > 1 ? a[l - 1] : u, sums);
                 for (int k = 0; k < 2; ++k)
-                    each<N>(y, k, v0, [&](int ch, int, size_t o, size_t) { grow(sums->bias[l - 1], ch, part(raw + o)); });
+                    each_alone<N>(y, k, v0, [&](int ch, int, size_t o, size_t) { grow(sums->bias[l - 1], ch, part(raw + o)); });
             }
         };
         convolve(l < L - 1 ? gz1[l + 1] : g31, l == L - 1, pair, c.backward[l], nullptr, body);
@@ -244,9 +242,9 @@ class TangentSweep : public Sweep {
             });
         float* dw = sums->w[l - 1].data();
         if (l == 1)
-            edge_one<N>(in.around(2 * pair), block, v0, y, dw);
+            edge_one(in.around(2 * pair), block, v0, N, y, dw);
         else
-            DR_ISA::outer<N>(in.around(2 * pair), block, v0, y, tiles(), scratch.data(), dw);
+            DR_ISA::outer(in.around(2 * pair), block, v0, N, y, tiles(), scratch.data(), dw);
     }
 
     Ring u, u1, g3, g31;

@@ -9,30 +9,24 @@
 namespace DR_ISA {
 
 // Calls body(pair, channel, o, r, line, own): o is the place in a pair's block, r the row, line the place in its lines.
-// After each pair of rows done(pair).
+// After each pair of rows done(pair). The size of a piece is no constant here: these stages wait for memory.
 template <class S, class F, class G>
 static DR_INLINE void everywhere(const S& s, F body, G done) {
     for (int pair = 0; 2 * pair < s.H; done(pair++))
-        pieces(s.y, [&](int v0, auto count) {
-            constexpr int N = count();
-            for (int k = 0; k < s.rows(pair); ++k)
-                each<N>(s.y, k, v0, [&](int ch, int q, size_t o, size_t line) {
-                    body(pair, ch, o + s.y.piece(v0), 2 * pair + k, line, s.own(q / N, v0 + q % N));
-                });
+        any_pieces(s.y, [&](int v0, int n) DR_LAMBDA {
+            for (int k = 0; k < s.rows(pair); ++k) {
+                size_t o = s.y.piece(v0) + static_cast<size_t>(k) * s.C * 2 * n * LANES;
+                for (int ch = 0; ch < s.C; ++ch)
+                    for (int parity = 0; parity < 2; ++parity)
+                        for (int v = v0; v < v0 + n; ++v, o += LANES)
+                            body(pair, ch, o, 2 * pair + k, (2 * ch + parity) * s.y.line + static_cast<size_t>(v) * LANES,
+                                 s.own(parity, v));
+            }
         });
 }
 template <class S, class F>
 static DR_INLINE void everywhere(const S& s, F body) {
     everywhere(s, body, [](int) {});
-}
-
-// A convolution of all rows.
-template <class S>
-static DR_INLINE void fill(S& s, const Ring& in, bool one, const float* w, const float* bias, Pairs& to) {
-    for (int pair = 0; 2 * pair < s.H; ++pair)
-        s.convolve(in, one, pair, w, bias, [&](int v0, auto count, float* raw) {
-            std::copy(raw, raw + static_cast<size_t>(4) * s.C * count() * LANES, to.at(pair) + s.y.piece(v0));
-        });
 }
 
 // A mean over the channels and pixels of an image, in doubles.
@@ -64,13 +58,11 @@ class WholeGradient : public GradientSweep {
   private:
     template <class S, class F, class G>
     friend void everywhere(const S&, F, G);
-    template <class S>
-    friend void fill(S&, const Ring&, bool, const float*, const float*, Pairs&);
 
     float forward(int l, double count, const Kept& kept) {
         const float *gamma = c.gamma[l - 1], *beta = c.beta[l - 1];
         Pairs &x = xhat[l], &s = slope[l];
-        fill(*this, l > 1 ? a[l - 1] : u, l == 1, c.forward[l - 1], c.bias[l - 1], x);
+        fill(l > 1 ? a[l - 1] : u, l == 1, c.forward[l - 1], c.bias[l - 1], x);
         Average first, second;
         everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart own) { first.add(part(x.at(pair) + o), own); });
         const float mean = static_cast<float>(first.of(count));
@@ -94,7 +86,7 @@ class WholeGradient : public GradientSweep {
 
     void backward(int l, double count, float rs, const Kept& kept, Pairs& t) {
         Average one, two;
-        fill(*this, l < L - 1 ? gz[l + 1] : g3, l == L - 1, c.backward[l], nullptr, t);
+        fill(l < L - 1 ? gz[l + 1] : g3, l == L - 1, c.backward[l], nullptr, t);
         everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart own) {
             const Part g = part(t.at(pair) + o), v = g * part(slope[l].at(pair) + o);
             if (float* plane = kept.g(l, pair)) put(plane + o, g);
@@ -140,8 +132,6 @@ class WholeTangent : public TangentSweep<THETA> {
   private:
     template <class S, class F, class G>
     friend void everywhere(const S&, F, G);
-    template <class S>
-    friend void fill(S&, const Ring&, bool, const float*, const float*, Pairs&);
 
     // Floats hold a few rows, doubles the rest.
     static void flush(int pair, Sums* sums) {
@@ -168,14 +158,14 @@ class WholeTangent : public TangentSweep<THETA> {
         const float *gamma = c.gamma[l - 1], *beta = c.beta[l - 1], *known = kept.statistics(l);
         const float mean = known[0], rs = known[1], m1 = known[2], m2 = known[3];
         Pairs &x1 = steep[l], &t = t_[l];
-        fill(*this, l > 1 ? a1[l - 1] : u1, l == 1, c.forward[l - 1], nullptr, x1);
+        Base::fill(l > 1 ? a1[l - 1] : u1, l == 1, c.forward[l - 1], nullptr, x1);
         if (l == 1) {
-            fill(*this, u, true, c.forward[0], c.bias[0], z1);
+            Base::fill(u, true, c.forward[0], c.bias[0], z1);
             everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart) {
                 put(z1.at(pair) + o, (part(z1.at(pair) + o) - mean) * rs);
             });
         }
-        if (l == L - 1) fill(*this, g3, true, c.backward[l], nullptr, t);
+        if (l == L - 1) Base::fill(g3, true, c.backward[l], nullptr, t);
         Average constant, along, across;
         everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart own) {
             const Part v = part(x1.at(pair) + o);
@@ -214,7 +204,7 @@ class WholeTangent : public TangentSweep<THETA> {
         const float *gamma = c.gamma[l - 1], *known = kept.statistics(l);
         const float rs = known[1], m1 = known[2], m2 = known[3], p = p_[l], tx = tx_[l];
         Pairs raw(Base::pairs_for(0), y.block());
-        fill(*this, l < L - 1 ? gz1[l + 1] : g31, l == L - 1, c.backward[l], nullptr, raw);
+        Base::fill(l < L - 1 ? gz1[l + 1] : g31, l == L - 1, c.backward[l], nullptr, raw);
         Average constant, along;
         everywhere(*this, [&](int pair, int ch, size_t o, int, size_t, IntPart own) {
             const Part zv = part(z(l, pair, kept) + o), w = part(raw.at(pair) + o) * part(slope[l].at(pair) + o);
