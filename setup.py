@@ -84,7 +84,7 @@ def extensions() -> list[Extension]:
         import pybind11
     except ImportError:
         return []
-    names = ("conv_chain", "ridge", "srm", "vectors")
+    names = ("conv_chain", "ridge", "srm", "tv", "vectors")
     # The longest to compile come first, so that no processor waits for a last one.
     kinds = ["portable", *(["avx2", "avx512"] if X86 else [])]
     return [

@@ -184,7 +184,7 @@ class Twisted(dr.RED):
 @pytest.mark.parametrize(
     ("reg", "dtype", "word"),
     [
-        (dr.TV(), torch.float32, "conv chain"),
+        (dr.ICNN(channels=2), torch.float32, "conv chain"),
         (Twisted(channels=2), torch.float32, "conv chain"),
         (dr.RED(channels=2), torch.float64, "float64"),
         (dr.RED(channels=2, kernel_size=5), torch.float32, "5 x 5"),

@@ -20,6 +20,7 @@
 #include "conv_chain.h"
 #include "ridge.h"
 #include "srm.h"
+#include "tv.h"
 #include "vectors.h"
 
 namespace py = pybind11;
@@ -332,6 +333,33 @@ class Ridge {
     dr::Ridge ridge_;
 };
 
+// Smoothed total variation.
+class Tv {
+  public:
+    Tv(int channels, double eps, const std::string& isa) : kernels_(&table(isa, DR_TABLES(tv))), tv_{channels, eps} {
+        if (channels < 1 || !(eps > 0)) throw std::invalid_argument("at least one channel, and eps > 0");
+    }
+
+    // Floats that `gradient` keeps of each image for `hvp` if it is given memory for them.
+    std::size_t kept(int height, int width) const { return kernels_->kept(tv_, height, width); }
+
+    void gradient(Address x, Address value, Address grad, Address kept, int b, int height, int width, int threads) const {
+        py::gil_scoped_release free;
+        kernels_->gradient(tv_, {b, height, width, team(threads)}, floats(x), reinterpret_cast<double*>(value), floats(grad),
+                           floats(kept));
+    }
+    void hvp(Address v, Address kept, Address out, int b, int height, int width, int threads) const {
+        py::gil_scoped_release free;
+        kernels_->hvp(tv_, {b, height, width, team(threads)}, floats(v), floats(kept), floats(out));
+    }
+
+  private:
+    static float* floats(Address a) { return reinterpret_cast<float*>(a); }
+
+    const dr::TvKernels* kernels_;
+    dr::Tv tv_;
+};
+
 // The solvers' vector work.
 class Vectors {
   public:
@@ -408,6 +436,11 @@ PYBIND11_MODULE(_cpu, m) {
         .def("gradient", &Ridge::gradient)
         .def("hvp", &Ridge::hvp)
         .def("param_vjp", &Ridge::param_vjp);
+    py::class_<Tv>(m, "Tv")
+        .def(py::init<int, double, const std::string&>())
+        .def("kept", &Tv::kept)
+        .def("gradient", &Tv::gradient)
+        .def("hvp", &Tv::hvp);
     py::class_<Vectors>(m, "Vectors")
         .def(py::init<const std::string&>())
         .def("dot", &Vectors::dot)

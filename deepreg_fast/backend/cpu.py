@@ -1,7 +1,7 @@
 """The C++ backend: the extension built from `csrc/cpu`, for float32 tensors on the CPU.
 
-It has the sweeps of the conv chain and of the ridge energy (value, gradient, Hessian-vector and parameter product), the
-SRM's products and the solvers' vector work; docs/kernels.md says how.
+It has the sweeps of the conv chain, the ridge energy and smoothed TV (value, gradient, Hessian-vector and parameter
+product), the SRM's products and the solvers' vector work; docs/kernels.md says how.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from ..definitions import hadamard
 from ..definitions.conv_chain import HEADS, ChannelNorm, ConvChainForm
-from . import cpu_ridge
+from . import cpu_ridge, cpu_tv
 from .cpu_vectors import CpuVectors
 from .extension import borrow, give_back, instruction_set
 from .extension import extension as _extension
@@ -193,7 +193,7 @@ _VECTORS: dict[str, CpuVectors] = {}
 
 
 class CpuBackend:
-    """Value and derivatives of the conv chain and the ridge energy in C++; everything else goes to the reference."""
+    """Value and derivatives of the conv chain, the ridge energy and TV in C++; the rest goes to the reference."""
 
     name = "cpu"
     batch_invariant = True
@@ -204,13 +204,16 @@ class CpuBackend:
         return reason if extension is None else None
 
     def why_not(self, energy: nn.Module, x: torch.Tensor) -> str | None:
-        """None for a conv chain or a ridge energy in float32 on the CPU that the kernels cover."""
+        """None for a conv chain, a ridge energy or smoothed TV in float32 on the CPU that the kernels cover."""
         form: ConvChainForm | None = getattr(energy, "conv_chain_form", lambda: None)()
         ridge = cpu_ridge.form_of(energy)
-        if form is None and ridge is None:
-            return f"it has kernels for the conv chain (RED) and Ridge only, not for {type(energy).__name__}."
+        tv = cpu_tv.eps_of(energy)
+        if form is None and ridge is None and tv is None:
+            return f"it has kernels for the conv chain (RED), Ridge and TV only, not for {type(energy).__name__}."
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return f"it takes float32 tensors on the CPU, not {x.dtype} on {x.device}."
+        if tv is not None:
+            return None
         if ridge is not None:
             return cpu_ridge.why_not(ridge, x)
         assert form is not None
@@ -251,10 +254,14 @@ class CpuBackend:
         """`r(x_b)` and `grad r(x_b)` in one sweep."""
         if (ridge := cpu_ridge.form_of(energy)) is not None:
             return cpu_ridge.value_and_grad(ridge, x)
+        if (eps := cpu_tv.eps_of(energy)) is not None:
+            return cpu_tv.value_and_grad(eps, x)
         return _gradient(_chain(_form(energy)), x.detach().contiguous())
 
     def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
         """Keeps what the Hessian at x needs."""
         if (ridge := cpu_ridge.form_of(energy)) is not None:
             return cpu_ridge.CpuRidgeLinearization(energy, ridge, x)
+        if (eps := cpu_tv.eps_of(energy)) is not None:
+            return cpu_tv.CpuTvLinearization(eps, x)
         return CpuLinearization(energy, _form(energy), x)

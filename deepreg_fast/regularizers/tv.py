@@ -28,6 +28,10 @@ class TV(Regularizer):
         """`r(x_b)`, `[B]`."""
         return smoothed_tv(x, self.eps)
 
+    def tv_eps(self) -> float | None:
+        """What kernels for this energy need; None for a subclass that computes something else."""
+        return self.eps if type(self).energy is TV.energy else None
+
     def describe(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {"kind": "tv", "eps": self.eps}

@@ -1,0 +1,26 @@
+// Smoothed total variation's sweeps, one set of functions per instruction set.
+#pragma once
+#include <cstddef>
+
+#include "conv_chain.h"
+
+namespace dr {
+
+// r(x) = sum_p sqrt(|D x|_p^2 + eps^2) - eps over the pixels of all channels, D the forward differences, zero across the
+// border.
+struct Tv {
+    int channels;
+    double eps;
+};
+
+struct TvKernels {
+    // Floats that the gradient's sweep keeps of each image for `hvp`.
+    std::size_t (*kept)(const Tv&, int height, int width);
+    // value [B], grad [B, C, H, W]; `kept` may be null.
+    void (*gradient)(const Tv&, const Batch&, const float* x, double* value, float* grad, float* kept);
+    void (*hvp)(const Tv&, const Batch&, const float* v, const float* kept, float* out);
+};
+
+extern const TvKernels tv_avx512, tv_avx2, tv_portable;
+
+}  // namespace dr
