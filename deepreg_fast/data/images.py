@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import os
 import warnings
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..errors import DataError, InputError
+from ..files import replace_atomically
 
 # Pillow's names; its PPM reader covers PGM and PPM. Nothing else is decoded, whatever the file's ending says.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP")
@@ -110,14 +111,11 @@ def save_image(path: str | os.PathLike[str], image: torch.Tensor) -> Path:
             f"{'' if plane.ndim != 2 else ' with NaN or infinite pixels'}; write one image at a time."
         )
     pixels = (plane.double().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
     try:
-        with scratch.open("wb") as file:
-            Image.fromarray(pixels).save(file, format="PNG")
-        os.replace(scratch, path)
+        replace_atomically(path, buffer.getvalue())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
         raise DataError(
             f"The image {path} cannot be written ({error.strerror or error}); name a file in a folder that exists "
             "and that you may write to."

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, InputError
-from ..files import make_folder, write_atomically
+from ..files import locked, write_atomically
 from .settings import Chain, Row, Settings, Stage, changes
+
+__all__ = ["Folder", "agree", "locked"]
 
 
 @dataclass(frozen=True)
@@ -63,38 +63,6 @@ class Folder:
     def begun(self, row: Row) -> bool:
         """Whether anything of a row is there."""
         return self.row(row).exists()
-
-
-@contextmanager
-def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
-    """Hold the lock file `path` inside the `with` block, waiting for it up to `seconds`.
-
-    The system takes a lock from a process that ends, however it ends; the file stays.
-
-    Raises
-    ------
-    InputError
-        If another process has it.
-    """
-    from filelock import FileLock, Timeout
-
-    make_folder(path.parent)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=seconds, poll_interval=0.2)
-    except Timeout as error:
-        raise InputError(
-            f"{what} must be written by one process at a time, but another one is at work there; wait for it, or name "
-            "another folder with --out."
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"{path} must be writable, but the system says: {error.strerror}; name another --out."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def agree(folder: Folder, new: Settings) -> Settings:

@@ -46,7 +46,7 @@ class BilevelTrainer(Trainer):
         One of your own (a module maps images to one energy each), which is moved to the settings' device; by default
         the one that the settings name.
     progress : bool, optional
-        Show a progress bar; by default on a terminal.
+        Show a progress bar on stderr, or nothing; by default a bar on a terminal, else a line every half minute.
     """
 
     method = "bilevel"
@@ -110,6 +110,10 @@ class BilevelTrainer(Trainer):
         metrics = self._metrics(told)
         self.accuracy.observe(mse)
         return {"loss": loss + self.config.xi * metrics.pop("penalty_sum"), "mse_loss": mse, **metrics}
+
+    def begin(self) -> None:
+        """Make the files of the warm starts, if they live in files."""
+        self.store.open()
 
     def after_update(self) -> None:
         """Keep mu in its bounds."""
@@ -297,7 +301,10 @@ class BilevelTrainer(Trainer):
         """Warm starts and the inner accuracy."""
         a = self.accuracy
         previous = a.previous if np.isfinite(a.previous) else None
-        return self.store.state(), {"accuracy": [a.tolerance, previous, a.total, a.count]}
+        return self.store.state(), {
+            "accuracy": [a.tolerance, previous, a.total, a.count],
+            "idle": self._idle,
+        }
 
     def load_extra_state(self, tensors: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         """Warm starts and the inner accuracy."""
@@ -305,3 +312,5 @@ class BilevelTrainer(Trainer):
         a = self.accuracy
         a.tolerance, previous, a.total, a.count = state["accuracy"]
         a.previous = float("inf") if previous is None else previous
+        # Checkpoints of older releases do not count them.
+        self._idle = state.get("idle", 0)

@@ -106,6 +106,8 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, np.ndarray]) -> None:
     """Give an optimizer, on whatever device its parameters are, what `moments` returned."""
     adam = optimizer.state_dict()
+    # What the optimizer has learned since belongs to no checkpoint.
+    adam["state"] = {}
     for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         prefix = f"adam.{i}."
         found = {k.removeprefix(prefix): np.array(v) for k, v in tensors.items() if k.startswith(prefix)}

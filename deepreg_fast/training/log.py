@@ -1,73 +1,182 @@
-"""Where a run tells how it goes: JSON lines, TensorBoard, a progress bar."""
+"""Where a run tells how it goes: JSON lines, TensorBoard, and a progress bar or a line now and then.
+
+Whatever fails here is told once and ends nothing: the checkpoints matter more.
+"""
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import os
+import socket
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from ..errors import InputError
 from ..files import write_atomically
+from ..terminal import Pulse, console, is_terminal, say
+
+# Lines that a full disk did not take, in bytes; they are written when it has room again.
+_PENDING = 2**22
+_EVENT_FILES = itertools.count()
 
 
 class RunLog:
-    """`metrics.jsonl` and TensorBoard events in the run's folder; a progress bar on a terminal."""
+    """`metrics.jsonl` and TensorBoard events in the run's folder; how far it is on stderr.
 
-    def __init__(self, folder: Path, total: int, start: int, progress: bool, tensorboard: bool = True) -> None:
+    `progress` True shows a bar, False nothing, None a bar on a terminal and else a line every half minute.
+    """
+
+    def __init__(
+        self, folder: Path, total: int, start: int, progress: bool | None = None, tensorboard: bool = True
+    ) -> None:
         self.path = folder / "metrics.jsonl"
-        self._truncate(start)
-        self._file = open(self.path, "a", encoding="utf-8")
-        self._board = None
+        try:
+            self._truncate(start)
+            self._file = open(self.path, "ab", buffering=0)
+        except OSError as error:
+            raise InputError(
+                f"{self.path} must be writable, but the system says: {error.strerror or error}; free space or choose "
+                "another folder."
+            ) from error
+        self._pending = b""
+        self._failed: set[str] = set()
+        self._board: _Board | None = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            try:
+                self._board = _Board(folder / "tensorboard", start)
+            except Exception as error:  # an import, a protocol, a file: none is worth the training
+                self._tell("TensorBoard's events", error)
+        self._bar: Any = None
+        self._pulse: Pulse | None = None
+        if progress or (progress is None and is_terminal(sys.stderr)):
+            self._bar = self._begin_bar(total, start)
+        elif progress is None:
+            self._pulse = Pulse("train", total, "steps", start)
+            self._pulse.__enter__()
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
-        self._bar = None
-        if progress:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def _begin_bar(self, total: int, start: int) -> Any:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=Console(stderr=True),
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=total, completed=start)
+        bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console(sys.stderr),
+        )
+        bar.start()
+        self._task = bar.add_task("", total=total, completed=start)
+        return bar
 
     def _truncate(self, start: int) -> None:
         """Drop lines of steps that a resumed run will do again."""
         if self.path.exists():
-            kept = []
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= start:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    continue
-            write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= start]
+            if len(kept) < len(lines):
+                write_atomically(self.path, b"".join(kept))
 
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One line of metrics after step `step`."""
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
-        self._file.flush()
+        self._pending += (json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n").encode()
+        self._flush()
         if self._board is not None:
-            for k, v in metrics.items():
-                if isinstance(v, (int, float)):
-                    self._board.add_scalar(k, v, step)
+            try:
+                self._board.write(step, {k: v for k, v in metrics.items() if isinstance(v, (int, float))})
+            except Exception as error:
+                self._board = None
+                self._tell("TensorBoard's events", error)
+        text = f"loss {metrics['loss']:.3g}" if "loss" in metrics else ""
+        if "val_psnr" in metrics:
+            text = f"validation {metrics['val_psnr']:.2f} dB"
+        if self._pulse is not None:
+            self._pulse.done(step, text)
         if self._bar is not None:
-            text = f"loss {metrics['loss']:.3g}" if "loss" in metrics else ""
-            if "val_psnr" in metrics:
-                text = f"validation {metrics['val_psnr']:.2f} dB"
-            self._bar.update(self._task, completed=step, description=text)
+            try:
+                self._bar.update(self._task, completed=step, description=text)
+            except (OSError, ValueError):
+                self._bar = None
+
+    def _flush(self) -> None:
+        """Write what is to be written, as far as the disk takes it."""
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) or 0 :]
+        except OSError as error:
+            self._tell(f"the log {self.path}", error)
+            if len(self._pending) > _PENDING:
+                self._pending = b""
+
+    def _tell(self, what: str, error: Exception) -> None:
+        if what not in self._failed:
+            self._failed.add(what)
+            text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            say(f"deepreg-fast: {what} cannot be written ({text}); the training goes on without it.")
 
     def close(self) -> None:
         """Close files and bar."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._pending:
+            self._flush()
+        for close in (self._file.close, *([self._board.close] if self._board else [])):
+            try:
+                close()
+            except OSError as error:
+                self._tell("the log", error)
+        if self._pulse is not None:
+            self._pulse.close()
         if self._bar is not None:
-            self._bar.stop()
+            try:
+                self._bar.stop()
+            except (OSError, ValueError):
+                self._bar = None
+
+
+def _step(line: bytes) -> float:
+    """The step of a line; infinite if it is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+    return step if isinstance(step, (int, float)) else float("inf")
+
+
+class _Board:
+    """TensorBoard's event file, written here and now: its own writer has a thread, whose errors nobody can catch."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        # Type checkers cannot see what protocol buffers make when they are loaded.
+        events: Any = event_pb2
+        summaries: Any = summary_pb2
+        self._event, self._summary, self._records = events.Event, summaries.Summary, RecordWriter
+        folder.mkdir(parents=True, exist_ok=True)
+        # Two files of one second, host and process must still be two.
+        number = next(_EVENT_FILES)
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{number}"
+        self._file: BinaryIO = open(folder / name, "ab", buffering=0)
+        self._write(self._event(wall_time=time.time(), step=start, file_version="brain.Event:2"))
+        # TensorBoard then drops later steps of the run's earlier files.
+        session = events.SessionLog(status=events.SessionLog.START)
+        self._write(self._event(wall_time=time.time(), step=start, session_log=session))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One event with these scalars."""
+        scalars = [self._summary.Value(tag=k, simple_value=float(v)) for k, v in values.items()]
+        self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
+
+    def _write(self, event: Any) -> None:
+        buffer = io.BytesIO()
+        self._records(buffer).write(event.SerializeToString())
+        self._file.write(buffer.getvalue())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ import torch
 
 from ..errors import CheckpointError, InputError, OutOfMemory, TrainingDiverged
 from ..fidelity import add_noise
-from ..files import write_atomically
+from ..files import check_outputs, locked, remove_temporaries, same_file, write_atomically
 from ..metrics import psnr
 from ..operators import SRM
 from ..recovery import recover
@@ -24,7 +24,7 @@ from ..regularizers.base import Regularizer
 from ..regularizers.grow import begin_as
 from ..solvers import PGDOptions
 from ..status import counts
-from ..weights import load, save
+from ..weights import load, locate, save
 from .checkpoint import Array, load_checkpoint, load_moments, moments, save_checkpoint
 from .config import TrainConfig
 from .guards import Counters, MedianClip
@@ -32,13 +32,18 @@ from .log import RunLog
 from .placement import Placement, Rows
 from .samples import PlacedSamples, load_samples
 
+FILES = ("last.safetensors", "best.safetensors", "weights.safetensors", "config.json", "metrics.jsonl")
+"""What a run writes over in its folder."""
+
 
 class Trainer:
     """Base of the trainings: a subclass builds its regularizer and turns a batch into gradients.
 
     `fit()` trains to the end; `resume(path)` takes a run's last checkpoint and goes on from it, to the same bits as
-    if it had never stopped. Parameters, their moments and the samples live on `device`; `log_mu` and every decision
-    that takes single numbers (clipping, schedule, guards) stay on the host, which a step reads twice.
+    if it had never stopped, also on a trainer whose `fit()` was interrupted. A run's folder belongs to one process at
+    a time: `fit()` and `resume()` hold its lock, and nothing else writes there. Parameters, their moments and the
+    samples live on `device`; `log_mu` and every decision that takes single numbers (clipping, schedule, guards) stay
+    on the host, which a step reads twice.
 
     `stopping`, set by another thread or a signal's handler, ends `fit()` after the step at hand with a checkpoint and
     a `KeyboardInterrupt`.
@@ -49,7 +54,11 @@ class Trainer:
     def __init__(self, config: TrainConfig, progress: bool | None = None) -> None:
         self.config = config
         self.folder = Path(config.out)
-        self.progress = sys.stderr.isatty() if progress is None else progress
+        if config.data != "embedded" and same_file(self.folder, Path(config.data)):
+            raise InputError(
+                f"out must be another folder than data, but both are {config.out}; name another folder with --out."
+            )
+        self.progress = progress
         if config.threads:
             torch.set_num_threads(config.threads)
         self.placement = Placement(config.device, config.device_budget_mb)
@@ -66,7 +75,7 @@ class Trainer:
             self.start_from(config.init)
         self.optimizer = torch.optim.Adam(self.groups(), betas=(0.9, 0.99))
         self.step_done = 0
-        self._resumed = False
+        self._resumed = self._broken = self._holds_lock = False
         self.stopping = False
         self.best = -math.inf
         self.clip = MedianClip(config.clip)
@@ -112,6 +121,9 @@ class Trainer:
     def load_extra_state(self, tensors: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         """Take back what `extra_state` gave."""
 
+    def begin(self) -> None:
+        """Called when the run's folder is held and a training begins or goes on."""
+
     def after_update(self) -> None:
         """Called after Adam's step."""
 
@@ -139,20 +151,38 @@ class Trainer:
             If a step does not fit the device; the last checkpoint is kept and named.
         CheckpointError
             If the folder holds another run.
+        InputError
+            If another process trains in the folder, or the disk is full; the last checkpoint is kept.
         KeyboardInterrupt
             If `stopping` was set; a checkpoint of the last step is there.
         """
-        c = self.config
-        if self.step_done == 0 and not self._resumed and self.checkpoint_path.exists():
-            raise CheckpointError(
-                f"{self.folder} must not hold a run already, but has a checkpoint; go on with resume(), or name "
-                "another folder."
+        if self.config.init and not self._resumed:
+            check_outputs(
+                (self.folder / name for name in FILES), [locate(self.config.init)], "name another folder with --out"
             )
+        with self._lock():
+            if self._broken:
+                # A step that was interrupted half-way leaves numbers of no step.
+                self.load_state()
+            elif self.step_done == 0 and not self._resumed and self.checkpoint_path.exists():
+                raise CheckpointError(
+                    f"{self.folder} must not hold a run already, but has a checkpoint; go on with resume(), or name "
+                    "another folder."
+                )
+            return self._fit()
+
+    def _fit(self) -> Regularizer:
+        c = self.config
+        for name in FILES:
+            remove_temporaries(self.folder / name)
         write_atomically(self.folder / "config.json", c.to_json().encode())
         log = RunLog(self.folder, c.steps, self.step_done, self.progress)
-        if self.step_done == 0:
-            self.save_checkpoint()
         try:
+            self.begin()
+            if self.step_done == 0:
+                self.save_checkpoint()
+            # Until the end, whatever is raised leaves the last checkpoint as the only whole state.
+            self._broken = True
             with self.placement.current():
                 self._loop(log)
         except torch.OutOfMemoryError as error:
@@ -163,7 +193,21 @@ class Trainer:
         finally:
             log.close()
         save(self.reg, self.folder / "weights.safetensors", self.meta())
+        self._broken = False
         return self.reg
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Hold the run's folder, once however often it is asked for."""
+        if self._holds_lock:
+            yield
+            return
+        with locked(self.folder / "run.lock", f"The run in {self.folder}"):
+            self._holds_lock = True
+            try:
+                yield
+            finally:
+                self._holds_lock = False
 
     def _loop(self, log: RunLog) -> None:
         c, saved = self.config, time.monotonic()
@@ -177,6 +221,7 @@ class Trainer:
                 self.save_checkpoint()
                 saved = time.monotonic()
             if self.stopping and not last:
+                self.stopping = False
                 raise KeyboardInterrupt
 
     def _step(self) -> dict[str, Any]:
@@ -279,11 +324,12 @@ class Trainer:
         CheckpointError
             If there is no whole checkpoint, or it belongs to another method or other settings.
         """
-        self.load_state(path)
-        return self.fit()
+        with self._lock():
+            self.load_state(path)
+            return self.fit()
 
     def load_state(self, path: str | Path | None = None) -> None:
-        """Take the state of a checkpoint without training on."""
+        """Take the state of a checkpoint without training on; nothing is written."""
         where = Path(path) if path is not None else self.checkpoint_path
         tensors, state = load_checkpoint(where / "last.safetensors" if where.is_dir() else where)
         self._check_same_run(state, where)
@@ -306,7 +352,7 @@ class Trainer:
         self.clip.norms.extend(state["norms"])
         self.counters.values.update(state["counters"])
         self.load_extra_state(tensors, state)
-        self._resumed = True
+        self._resumed, self._broken, self.stopping = True, False, False
 
     def _check_same_run(self, state: dict[str, Any], where: Path) -> None:
         """Settings that change the result must be those of the checkpoint."""

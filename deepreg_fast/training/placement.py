@@ -5,16 +5,19 @@ A step reads the host through `read` alone (and once in `MedianClip`); what goes
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
 
 from .. import checks
+from ..errors import InputError
 from ..files import make_folder
 from .checkpoint import Array
 
@@ -183,25 +186,61 @@ class PinnedTable:
 
 
 class FileTable:
-    """Rows in a file, for what no memory holds."""
+    """Rows in a file, for what no memory holds. The file is made at the first `put`: until then it may be another
+    run's, and the rows are zeros or those of the checkpoint that `fill` was given."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], device: torch.device) -> None:
-        make_folder(path.parent)
-        self.device = device
-        self.data = np.memmap(path, np.float32, "w+", shape=shape)
+        self.path, self.shape, self.device = path, shape, device
+        self._file: np.memmap | None = None
+        self._before: np.ndarray | None = None
+
+    def open(self) -> np.ndarray:
+        """The rows as they lie in the file, which is made if it is not there yet."""
+        if self._file is None:
+            make_folder(self.path.parent)
+            try:
+                with open(self.path, "wb") as f:
+                    _reserve(f, 4 * int(np.prod(self.shape)))
+                self._file = np.memmap(self.path, np.float32, "r+", shape=self.shape)
+            except OSError as error:
+                raise InputError(
+                    f"{self.path} must have room for the warm starts, but the system says: {error.strerror or error}; "
+                    "free space, or raise memory_budget_mb to keep them in memory."
+                ) from error
+            if self._before is not None:
+                self._file[...] = self._before
+                self._before = None
+        return self._file
 
     def get(self, rows: Rows) -> torch.Tensor:
         """A copy of these rows, on the device."""
-        return upload(torch.from_numpy(np.array(self.data[rows.host])), self.device)
+        return upload(torch.from_numpy(np.array(self.array()[rows.host])), self.device)
 
     def put(self, rows: Rows, value: torch.Tensor) -> None:
         """Replace these rows."""
-        self.data[rows.host] = value.detach().cpu().numpy()
+        self.open()[rows.host] = value.detach().cpu().numpy()
 
-    def array(self) -> Array:
-        """All rows, as they lie in the file."""
-        return np.asarray(self.data)
+    def array(self) -> np.ndarray:
+        """All rows, where they lie."""
+        if self._file is not None:
+            return np.asarray(self._file)
+        return self._before if self._before is not None else np.broadcast_to(np.float32(0), self.shape)
 
     def fill(self, array: np.ndarray) -> None:
         """Replace all rows."""
-        self.data[...] = array
+        if self._file is not None:
+            self._file[...] = array
+        else:
+            self._before = array
+
+
+def _reserve(f: BinaryIO, size: int) -> None:
+    """Give a file its room on the disk now: a hole that cannot be filled later would end the process by a signal."""
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(f.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+    f.truncate(size)

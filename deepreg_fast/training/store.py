@@ -36,6 +36,12 @@ class Store:
         self.tables["visits"] = DeviceTable((count,), torch.int64, device)
         self.blank = np.ones(count, bool)
 
+    def open(self) -> None:
+        """Make the files, where the images live in files; whoever calls this holds the run's folder."""
+        for table in self.tables.values():
+            if isinstance(table, FileTable):
+                table.open()
+
     def get(self, name: str, rows: Rows) -> torch.Tensor:
         """A copy of these samples' values, on the device."""
         return self.tables[name].get(rows)
