@@ -5,10 +5,11 @@ torch is imported by the checks of tensors and devices alone: the command line's
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from .errors import InputError
 
@@ -124,6 +125,40 @@ def choice(value: object, name: str, options: tuple[str, ...]) -> str:
     if value not in options:
         raise InputError(f"{name} must be one of {', '.join(map(repr, options))}, but is {value!r}.")
     return str(value)
+
+
+def fields_typed(settings: object) -> None:
+    """Check that each field of a dataclass of settings is of the type that it is declared with: `bool`, `int`,
+    `float` (finite; whole numbers are taken too), `str`, or one of these or None. Others are passed over.
+
+    Raises
+    ------
+    InputError
+        If a field is not; the sentence names it.
+    """
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        kinds = get_args(hints[field.name]) or (hints[field.name],)
+        known = [k for k in kinds if k in _KINDS]
+        value = getattr(settings, field.name)
+        if not known or (value is None and type(None) in kinds):
+            continue
+        if not any(_is_kind(value, k) for k in known):
+            wish = " or ".join([_KINDS[k] for k in known] + ["none"] * (type(None) in kinds))
+            raise InputError(f"{field.name} must be {wish}, but is {describe(value)}.")
+
+
+_KINDS: dict[object, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+
+
+def _is_kind(value: object, kind: object) -> bool:
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is str:
+        return isinstance(value, str) and "\0" not in value
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) if kind is int else isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def device_name(value: object, name: str = "device") -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import training
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
+from ..files import check_outputs
 from ..training import BaselineConfig, BilevelConfig
 from .options import command_from
 
 if TYPE_CHECKING:
-    from ..training import TrainConfig
+    from ..training import TrainConfig, Trainer
 
 app = typer.Typer(help="Train a regularizer: bilevel, or one of the baselines.", no_args_is_help=True)
 
@@ -35,44 +40,80 @@ _CONFIG = inspect.Parameter(
 )
 
 
-def _settings(cls: type[TrainConfig], given: dict[str, Any], config: Path | None, resume: Path | None) -> TrainConfig:
+def _settings(
+    trainer: type[Trainer], cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None
+) -> TrainConfig:
     """Settings from the checkpoint or the file, overridden by what was given."""
+    config, resume = extra["config"], extra["resume"]
     base: dict[str, Any] = {}
     if resume is not None:
         from ..training.checkpoint import load_checkpoint
 
         where = resume / "last.safetensors" if resume.is_dir() else resume
-        base = load_checkpoint(where)[1]["config"]
+        state = load_checkpoint(where)[1]
+        if state.get("method") != trainer.method:
+            raise CheckpointError(
+                f"{where} must be a {trainer.method!r} run, but is a {state.get('method')!r} run; resume it with "
+                f"'deepreg-fast train {str(state.get('method')).replace('_', '-')}'."
+            )
+        base = state["config"]
         base["out"] = str(where.parent)
     elif config is not None:
-        if not config.is_file():
-            raise InputError(f"--config must name a JSON file of settings, but there is none at {config}.")
         try:
             base = asdict(cls.from_json(config.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise InputError(
+                f"--config must name a JSON file of settings, but {config} cannot be read ({error.strerror or error})."
+            ) from error
         except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{config} must be a JSON object of settings, but is not: {error}.") from error
-    return cls(**{**base, **given})
+            raise InputError(f"{config} must be a JSON object of settings: {error}") from error
+    return cls.from_values({**base, **given})
 
 
-def _run(trainer: str, cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None) -> None:
-    settings = _settings(cls, given, extra["config"], extra["resume"])
-    if extra["resume"] is None and (Path(settings.out) / "last.safetensors").exists():
+def _run(name: str, cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None) -> None:
+    trainer: type[Trainer] = getattr(training, name)
+    settings = _settings(trainer, cls, given, **extra)
+    resume, config = extra["resume"], extra["config"]
+    if resume is None and (Path(settings.out) / "last.safetensors").exists():
         raise InputError(
             f"{settings.out} must be a new folder, but holds a run; go on with it by --resume {settings.out}, or name "
             "another folder with --out."
         )
-    run = getattr(training, trainer)(settings)
+    if config is not None:
+        from ..training.loop import FILES
+
+        check_outputs((Path(settings.out) / f for f in FILES), [config], "name another folder with --out")
+    run = trainer(settings)
     try:
-        if extra["resume"] is not None:
-            run.resume(extra["resume"])
-        else:
-            run.fit()
+        with _stopped_by_signals(run):
+            if resume is not None:
+                run.resume(resume)
+            else:
+                run.fit()
     except KeyboardInterrupt:
         typer.echo(f"Stopped after step {run.step_done}; go on with --resume {run.folder}.", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"Trained {run.step_done} steps; weights are in {run.folder / 'weights.safetensors'}.")
+
+
+@contextmanager
+def _stopped_by_signals(run: Trainer) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends the training after the step at hand, with a checkpoint; the second at once."""
+
+    def stop(*_: object) -> None:
+        if run.stopping:
+            raise KeyboardInterrupt
+        run.stopping = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def _register(name: str, trainer: str, config: type[TrainConfig], text: str) -> None:

@@ -44,7 +44,7 @@ def load_settings(name: str | Path) -> Settings:
             ) from error
     try:
         return parse(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError(f"{name} must be a TOML file, but is not one: {error}.") from error
 
 
@@ -119,6 +119,10 @@ def _row(given: dict[str, Any], problem: Problem, defaults: dict[str, Any]) -> R
     own = _made(Problem, {**dataclasses.asdict(problem), **{k: given[k] for k in _OF_PROBLEM if k in given}}, where)
     chains = _chains(given, method, own, dict(defaults.get(method, {})), where)
     texts: dict[str, Any] = {k: given[k] for k in TEXTS if k in given}
+    for key in (*TEXTS, "init", "weights"):
+        value = given.get(key, "")
+        if not isinstance(value, str) and not (key == "value" and isinstance(value, (bool, int, float))):
+            raise InputError(f"{where}: {key} must be a text, but is {value!r}.")
     checks.choice(texts.get("group", "paper"), f"{where}: group", GROUPS)
     return Row(
         name,
@@ -127,8 +131,8 @@ def _row(given: dict[str, Any], problem: Problem, defaults: dict[str, Any]) -> R
         **{"label": name, **texts},
         poster=_poster(given.get("poster"), where),
         chains=chains,
-        init=str(given.get("init", "")),
-        weights=str(given.get("weights", "")),
+        init=given.get("init", ""),
+        weights=given.get("weights", ""),
         tune=_tune(given.get("tune"), method, where),
         recovery=_recovery(_table(given.get("recovery", {}), f"{where}: recovery"), method, where),
     )

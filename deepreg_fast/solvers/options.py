@@ -45,6 +45,7 @@ class PGDOptions:
     record: bool = False
 
     def __post_init__(self) -> None:
+        checks.fields_typed(self)
         checks.integer(self.max_iterations, "max_iterations", 1)
         checks.number(self.tolerance, "tolerance", 0.0)
         checks.choice(self.acceleration, "acceleration", ACCELERATIONS)

@@ -70,7 +70,17 @@ class TrainConfig:
     mu0: float = option(1e-2, "Weight mu of the regularizer (its start where it is trained).")
 
     def __post_init__(self) -> None:
-        for name in ("crop", "validation", "validation_crop", "validate_every", "warmup", "seed", "threads"):
+        checks.fields_typed(self)
+        for name in (
+            "crop",
+            "validation",
+            "validation_crop",
+            "validate_every",
+            "warmup",
+            "seed",
+            "threads",
+            "operator_seed",
+        ):
             checks.integer(getattr(self, name), name, 0)
         checks.choice(self.regularizer, "regularizer", REGULARIZERS)
         checks.integer(self.filters, "filters", 1)
@@ -92,6 +102,7 @@ class TrainConfig:
         checks.number(self.clip, "clip", 0.0)
         checks.number(self.mu0, "mu0", 0.0, open_low=True)
         checks.number(self.ratio, "ratio", 0.0, 1.0, open_low=True)
+        checks.number(self.checkpoint_seconds, "checkpoint_seconds", 0.0)
 
     def chain(self) -> dict[str, Any]:
         """Arguments of the network that `RED` and `DenoiserField` share."""
@@ -107,8 +118,23 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls: type[T], text: str) -> T:
-        """Settings from `to_json`'s answer; unknown names are an error."""
-        values = json.loads(text)
+        """Settings from `to_json`'s answer; unknown names are an error.
+
+        Raises
+        ------
+        InputError
+            If the text is no JSON object, or a setting is unknown or not what it must be.
+        """
+        try:
+            return cls.from_values(json.loads(text))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"Settings must be a JSON object, but cannot be read ({error}).") from error
+
+    @classmethod
+    def from_values(cls: type[T], values: object) -> T:
+        """Settings from their values by name, as JSON has them."""
+        if not isinstance(values, dict):
+            raise InputError(f"Settings must be an object of names and values, but are {checks.describe(values)}.")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -167,11 +193,22 @@ class BilevelConfig(TrainConfig):
         checks.integer(self.delta_steps, "delta_steps", 0)
         checks.integer(self.delta_steps_late, "delta_steps_late", 0)
         checks.number(self.mu_lr, "mu_lr", 0.0)
-        checks.number(self.mu_min, "mu_min", 0.0, self.mu_max, open_low=True)
-        checks.number(self.mu0, "mu0", self.mu_min, self.mu_max)
+        checks.number(self.mu_max, "mu_max", 0.0, open_low=True)
+        checks.number(self.mu_min, "mu_min", 0.0, open_low=True)
+        if not self.mu_min <= self.mu0 <= self.mu_max:
+            raise InputError(
+                f"mu0 must be a number in [mu_min, mu_max], but is {self.mu0:g} with mu_min {self.mu_min:g} and mu_max "
+                f"{self.mu_max:g}; change one of them."
+            )
         checks.integer(self.inner_iterations, "inner_iterations", 2)
         checks.integer(self.first_iterations, "first_iterations", 0)
-        checks.number(self.tolerance_start, "tolerance_start", self.tolerance_end, open_low=False)
+        checks.number(self.tolerance_end, "tolerance_end", 0.0)
+        checks.number(self.tolerance_start, "tolerance_start", 0.0)
+        if self.tolerance_start < self.tolerance_end:
+            raise InputError(
+                f"tolerance_start must be at least tolerance_end, but is {self.tolerance_start:g} and tolerance_end "
+                f"{self.tolerance_end:g}; change one of them."
+            )
         checks.integer(self.stall_window, "stall_window", 1)
         checks.choice(self.acceleration, "acceleration", ACCELERATIONS)
         checks.integer(self.memory, "memory", 1, 20)
