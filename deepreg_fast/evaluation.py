@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from . import checks
-from .data import ImageSet, carve_validation, centre_crop, embedded_images, load_folder, load_split
-from .errors import InputError
+from .data import ImageSet, carve_validation, embedded_images, image_names, load_folder, load_split
+from .errors import DataError, InputError
 from .fidelity import add_noise
+from .files import same_file
 from .implicit import initial_point
 from .metrics import psnr, ssim
 from .operators import SRM, LinearOperator
@@ -57,6 +59,7 @@ class Problem:
     keep_dc: bool | None = None
 
     def __post_init__(self) -> None:
+        checks.fields_typed(self)
         checks.choice(self.transform, "transform", TRANSFORMS)
         checks.choice(self.randomizer, "randomizer", RANDOMIZERS)
         checks.integer(self.operator_seed, "operator_seed", 0)
@@ -79,13 +82,13 @@ class Measured:
     y_tuning: torch.Tensor
 
 
-def measure(problem: Problem, device: torch.device | str = "cpu", limit: int = 0) -> Measured:
+def measure(problem: Problem, device: torch.device | str = "cpu", limit: int = 0, tune_on: str = "") -> Measured:
     """Load the images and measure them, on the CPU, so that every device is given the same numbers.
 
-    `limit` keeps the first test images only; 0 keeps all.
+    `limit` keeps the first test images only; 0 keeps all. `tune_on`, see `evaluation_images`.
     """
-    test, tuning = evaluation_images(problem)
-    if limit:
+    test, tuning = evaluation_images(problem, tune_on)
+    if checks.integer(limit, "limit", 0):
         test = ImageSet(test.names[:limit], test.x[:limit])
     A = SRM(
         test.shape,
@@ -101,36 +104,67 @@ def measure(problem: Problem, device: torch.device | str = "cpu", limit: int = 0
     return Measured(A.to(device), test.names, x, y, tuning, y_tuning)
 
 
-def evaluation_images(problem: Problem) -> tuple[ImageSet, torch.Tensor]:
-    """Test images, and images of the training part for tuning `[M, 1, H, W]`; the two share none.
+# What sets the size of the images, on the command line and in Python.
+_CROP = "--crop (test_crop)"
+
+
+def evaluation_images(problem: Problem, tune_on: str = "") -> tuple[ImageSet, torch.Tensor]:
+    """Test images, and images for tuning `[M, 1, H, W]`: of the training part, or of the folder `tune_on` ("embedded"
+    for the photographs of scikit-image), cropped to the size of the test images. The two share none.
 
     Raises
     ------
     DataError
-        If the images cannot be read.
+        If the images cannot be read, or their sizes differ and there is no crop.
     InputError
-        If a folder without split leaves no test image.
+        If a folder without split leaves no test image, or `tune_on` is that folder.
     """
     data, crop, count = problem.data, problem.test_crop, problem.tuning
     if data == "embedded":
         train, test = embedded_images(crop or 96)
-        return test, train.x[:: max(1, len(train.x) // count)][:count]
+        tuning = train.x[:: max(1, len(train.x) // count)][:count]
+        return test, _tuning_images(tune_on, test, count) if tune_on else tuning
+    if tune_on and same_file(Path(tune_on), Path(data)):
+        raise InputError(f"--tune-on must be another folder than --data, but both are {data}; name another one.")
+    size = crop or None
     if problem.split:
         names = load_split(problem.split)
-        test = load_folder(data, names=names.test)
-        tuning = load_folder(data, names=carve_validation(names.train, count, 0)[1])
+        test = load_folder(data, size, names.test, _CROP)
+        pool = names.train
     else:
-        images = load_folder(data)
-        if len(images.names) <= count:
+        pool = image_names(data)
+        if not tune_on and len(pool) <= count:
             raise InputError(
-                f"{data} must hold more images than the {count} set apart for tuning, but holds {len(images.names)}; "
-                "add images, or tune on fewer (--validation)."
+                f"{data} must hold more images than the {count} set apart for tuning, but holds {len(pool)}; name "
+                "another folder to tune on (--tune-on, or --tune-on embedded), or tune on fewer (--validation)."
             )
-        test_names, tuning_names = carve_validation(images.names, count, 0)
-        test, tuning = load_folder(data, names=test_names), load_folder(data, names=tuning_names)
-    if crop:
-        return ImageSet(test.names, centre_crop(test.x, crop)), centre_crop(tuning.x, crop)
+        test_names = pool if tune_on else carve_validation(pool, count, 0)[0]
+        test = load_folder(data, size, test_names, _CROP)
+    if tune_on:
+        return test, _tuning_images(tune_on, test, count)
+    tuning_names = carve_validation(pool, count, 0, "--validation (tuning)")[1]
+    tuning = load_folder(data, size, tuning_names, _CROP)
+    if tuning.shape != test.shape:
+        raise DataError(
+            f"Images for testing and tuning must be of one shape, but {test.names[0]} has {_pixels(test)} pixels and "
+            f"{tuning.names[0]} has {_pixels(tuning)}; give a {_CROP} to take the centre crop of each."
+        )
     return test, tuning.x
+
+
+def _tuning_images(tune_on: str, test: ImageSet, count: int) -> torch.Tensor:
+    """At most `count` images of another folder, cropped to the size of the test images."""
+    height, width = test.shape[1:]
+    if tune_on == "embedded":
+        x = embedded_images((height, width)).train.x
+        return x[:: max(1, len(x) // count)][:count]
+    names = image_names(tune_on)
+    chosen = carve_validation(names, count, 0)[1] if count < len(names) else names
+    return load_folder(tune_on, (height, width), chosen, _CROP).x
+
+
+def _pixels(images: ImageSet) -> str:
+    return f"{images.shape[1]}x{images.shape[2]}"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,17 @@
 from .augment import AUGMENTATIONS, augment
 from .bsd400 import BASE_URL, bsd400_registry, download_bsd400, is_bsd400
 from .embedded import EmbeddedImages, embedded_images
-from .folder import ImageSet, Split, bsd400_split, carve_validation, image_names, load_folder, load_split, split_sha256
+from .folder import (
+    ImageSet,
+    Split,
+    bsd400_split,
+    carve_validation,
+    image_names,
+    load_folder,
+    load_images,
+    load_split,
+    split_sha256,
+)
 from .images import MAX_PIXELS, centre_crop, load_image, save_image
 
 __all__ = [
@@ -24,6 +34,7 @@ __all__ = [
     "is_bsd400",
     "load_folder",
     "load_image",
+    "load_images",
     "load_split",
     "save_image",
     "split_sha256",

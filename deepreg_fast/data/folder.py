@@ -14,6 +14,7 @@ import torch
 
 from .. import checks
 from ..errors import DataError, InputError
+from ..files import name_bytes, portable
 from .images import SUFFIXES, Size, load_image
 
 
@@ -66,7 +67,9 @@ class Split:
     test: tuple[str, ...]
 
 
-def load_folder(path: str | os.PathLike[str], size: Size = None, names: Sequence[str] | None = None) -> ImageSet:
+def load_folder(
+    path: str | os.PathLike[str], size: Size = None, names: Sequence[str] | None = None, option: str = "size"
+) -> ImageSet:
     """Read the images of a folder (not of folders in it), in the order of their names, as one `ImageSet`.
 
     Parameters
@@ -77,6 +80,8 @@ def load_folder(path: str | os.PathLike[str], size: Size = None, names: Sequence
         Take the centre crop of this size from every image (`centre_crop`); None if all have one shape already.
     names
         Read these files only, in this order.
+    option
+        What sets the size, for errors.
 
     Raises
     ------
@@ -85,22 +90,36 @@ def load_folder(path: str | os.PathLike[str], size: Size = None, names: Sequence
         or the shapes differ and `size` is None.
     """
     folder = Path(path)
-    found = image_names(folder)
-    chosen = _known(folder, found, names) if names is not None else found
-    images: list[torch.Tensor] = []
-    for name in chosen:
-        images.append(load_image(folder / name, size))
-        if images[-1].shape != images[0].shape:
-            first, other = (f"{t.shape[1]}x{t.shape[2]}" for t in (images[0], images[-1]))
+    chosen, images = load_images(folder, size, names, option)
+    for name, image in zip(chosen, images, strict=True):
+        if image.shape != images[0].shape:
+            first, other = (f"{t.shape[1]}x{t.shape[2]}" for t in (images[0], image))
             raise DataError(
                 f"Expected images of one shape in {folder}, but {chosen[0]} has {first} pixels and {name} has {other}; "
-                "give a size to take the centre crop of each."
+                f"give a {option} to take the centre crop of each."
             )
-    return ImageSet(tuple(chosen), torch.stack(images))
+    return ImageSet(chosen, torch.stack(images))
+
+
+def load_images(
+    path: str | os.PathLike[str], size: Size = None, names: Sequence[str] | None = None, option: str = "size"
+) -> tuple[tuple[str, ...], list[torch.Tensor]]:
+    """Names and images `[1, H, W]` of a folder, as `load_folder` reads them, each of its own shape.
+
+    Raises
+    ------
+    DataError
+        As `load_folder`, but for shapes.
+    """
+    folder = Path(path)
+    files = image_names(folder)
+    chosen = files if names is None else _known(folder, files, names)
+    return chosen, [load_image(folder / name, size, option) for name in chosen]
 
 
 def image_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The names of the image files in a folder, sorted.
+    """The names of the image files in a folder, sorted by their portable form (`files.portable`): the order is the
+    same whichever Unicode form a system stores.
 
     Raises
     ------
@@ -114,9 +133,12 @@ def image_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
         )
     try:
         names = sorted(
-            f.name
-            for f in folder.iterdir()
-            if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file()
+            (
+                f.name
+                for f in folder.iterdir()
+                if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file()
+            ),
+            key=lambda name: (portable(name), name),
         )
     except OSError as error:
         raise DataError(f"Expected a folder that can be read, but {folder} is not one ({error.strerror}).") from error
@@ -166,12 +188,15 @@ def _shipped_split() -> bytes:
     return resources.files("deepreg_fast.data").joinpath("bsd400_split.json").read_bytes()
 
 
-def carve_validation(names: Sequence[str], count: int, seed: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def carve_validation(
+    names: Sequence[str], count: int, seed: int = 0, option: str = "count"
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Part training names into `(train, validation)` with `count` validation names.
 
-    The validation names are those with the smallest SHA-256 of `"seed:name"`: the choice depends on the set of
-    names and the seed alone, not on their order, the platform or a library's random generator. Both results keep
-    the order of `names`.
+    The validation names are those with the smallest SHA-256 of `"seed:name"`, the name in its portable form: the
+    choice depends on the set of names and the seed alone, not on their order, the platform or a library's random
+    generator. Both results keep
+    the order of `names`. `option` is what sets the count, for the error.
 
     Raises
     ------
@@ -180,9 +205,10 @@ def carve_validation(names: Sequence[str], count: int, seed: int = 0) -> tuple[t
     """
     if len(set(names)) != len(names):
         raise InputError("carve_validation needs names that differ, but some name came twice.")
-    checks.integer(count, "count", 0, max(len(names) - 1, 0))
+    checks.integer(count, option, 0, max(len(names) - 1, 0))
     checks.integer(seed, "seed", 0)
-    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    start = f"{seed}:".encode()
+    ranked = sorted(names, key=lambda name: (hashlib.sha256(start + name_bytes(name)).digest(), name))
     held = set(ranked[:count])
     return tuple(n for n in names if n not in held), tuple(n for n in names if n in held)
 
@@ -190,6 +216,9 @@ def carve_validation(names: Sequence[str], count: int, seed: int = 0) -> tuple[t
 def _known(folder: Path, found: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise DataError(f"Expected the names of images in {folder}, but the list of names is empty.")
+    # A list that was written on another system may have the other Unicode form of a name.
+    stored = {portable(name): name for name in reversed(found)} | {name: name for name in found}
+    names = [stored.get(name, stored.get(portable(name), name)) for name in names]
     missing = sorted(set(names) - set(found))
     if missing:
         raise DataError(

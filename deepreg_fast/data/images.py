@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..errors import DataError, InputError
 from ..files import replace_atomically
@@ -28,12 +28,12 @@ _SIXTEEN_BIT = 65535
 Size = int | tuple[int, int] | None
 
 
-def load_image(path: str | os.PathLike[str], size: Size = None) -> torch.Tensor:
+def load_image(path: str | os.PathLike[str], size: Size = None, option: str = "size") -> torch.Tensor:
     """Read one image as gray values, a float32 tensor `[1, H, W]` in [0, 1].
 
     8-bit values are divided by 255, 16-bit values by 65535, float values must lie in [0, 1] already. Colour becomes
     ITU-R BT.601 luma, `0.299 R + 0.587 G + 0.114 B`, without rounding to 8 bits; transparency is dropped; of several
-    frames the first is taken.
+    frames the first is taken. The picture is turned upright where its EXIF orientation says that it lies otherwise.
 
     Parameters
     ----------
@@ -41,6 +41,8 @@ def load_image(path: str | os.PathLike[str], size: Size = None) -> torch.Tensor:
         A PNG, JPEG, TIFF, BMP, PGM, PPM or WebP file. The content decides, not the ending.
     size
         None for the whole image, an integer `n` for `n x n`, or `(height, width)`: see `centre_crop`.
+    option
+        What sets the size, for the error of an image that is too small.
 
     Raises
     ------
@@ -57,10 +59,10 @@ def load_image(path: str | os.PathLike[str], size: Size = None) -> torch.Tensor:
         raise DataError(f"There is no image file {path}; check the name and the folder.") from None
     except PermissionError as error:
         raise DataError(f"The image file {path} cannot be read ({error.strerror}); check its permissions.") from error
-    return centre_crop(torch.from_numpy(gray)[None], size, name=str(path))
+    return centre_crop(torch.from_numpy(gray)[None], size, str(path), option)
 
 
-def centre_crop(image: torch.Tensor, size: Size, name: str = "the image") -> torch.Tensor:
+def centre_crop(image: torch.Tensor, size: Size, name: str = "the image", option: str = "size") -> torch.Tensor:
     """The middle `height x width` pixels of an image `[..., H, W]`: from row `(H - height) // 2` and column
     `(W - width) // 2` on. Images are never scaled or padded.
 
@@ -76,7 +78,7 @@ def centre_crop(image: torch.Tensor, size: Size, name: str = "the image") -> tor
     if h < height or w < width:
         raise DataError(
             f"Expected images of at least {height}x{width} pixels (height x width), but {name} has {h}x{w}; "
-            "take a smaller size or leave this image out."
+            f"take a smaller {option} or leave this image out."
         )
     top, left = (h - height) // 2, (w - width) // 2
     return image[..., top : top + height, left : left + width].contiguous()
@@ -134,7 +136,7 @@ def _decode(file: BinaryIO, path: Path) -> np.ndarray:
             file.seek(0)
             with Image.open(file, formats=FORMATS) as image:
                 image.load()
-                return _gray(image, path)
+                return _gray(_upright(image), path)
     except DataError:
         raise
     except Image.DecompressionBombError:
@@ -147,6 +149,14 @@ def _decode(file: BinaryIO, path: Path) -> np.ndarray:
         raise DataError(
             f"Expected a whole image, but {path} is truncated or damaged ({error}); fetch or export it again."
         ) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation shows it; a damaged tag turns nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's readers of tags, too, raise errors of nearly every kind
+        return image
 
 
 def _refuse_bomb(size: tuple[int, int], path: Path) -> None:

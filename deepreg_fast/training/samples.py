@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -19,36 +21,61 @@ from ..data import (
     carve_validation,
     centre_crop,
     embedded_images,
-    load_folder,
+    load_images,
     load_split,
 )
 from ..errors import DataError
 from ..fidelity import standard_normal
+from ..files import portable
 from .config import TrainConfig
 from .placement import DeviceTable, Placement, Rows
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Named gray images `[1, H, W]`, each of its own size."""
+
+    names: tuple[str, ...]
+    x: tuple[torch.Tensor, ...]
 
 
 class Samples:
     """Crops by sample number, and the order in which an epoch visits them."""
 
-    def __init__(self, images: ImageSet, crop: int, orientations: int, seed: int) -> None:
-        n, _, height, width = images.x.shape
-        self.size = (crop or height, crop or width)
-        if min(height, width) < max(1, crop):
+    def __init__(self, images: ImageSet | Pictures, crop: int, orientations: int, seed: int) -> None:
+        sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in images.x]
+        for name, (height, width) in zip(images.names, sizes, strict=True):
+            if min(height, width) < max(1, crop):
+                raise DataError(
+                    f"Training crops must fit the images, but crop is {crop} and {name} is {height} x {width}; "
+                    "use a smaller crop or leave this image out."
+                )
+        if not crop and len(set(sizes)) > 1:
             raise DataError(
-                f"Training crops must fit the images, but crop is {crop} and the images are {height} x {width}; "
-                "use a smaller crop."
+                f"Whole images must be of one size, but {len(set(sizes))} sizes came; set crop to train on crops."
             )
+        self.size = (crop, crop) if crop else sizes[0]
         self.images, self.orientations, self.seed = images, orientations, seed
         rng = np.random.Generator(np.random.PCG64([seed, 1]))
-        self.top = rng.integers(0, height - self.size[0] + 1, n * orientations)
-        self.left = rng.integers(0, width - self.size[1] + 1, n * orientations)
+        self.top, self.left = (self._places(rng, [n[k] for n in sizes], self.size[k]) for k in (0, 1))
+
+    def _places(self, rng: np.random.Generator, sides: list[int], crop: int) -> np.ndarray:
+        """Where each sample's crop begins along one side."""
+        room: int | np.ndarray = sides[0] - crop + 1
+        if len(set(sides)) > 1:
+            room = np.repeat(np.array(sides) - crop + 1, self.orientations)
+        return rng.integers(0, room, len(sides) * self.orientations)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of names and pixels: a run may only go on with the images it began with."""
-        digest = hashlib.sha256(json.dumps(self.images.names).encode())
-        digest.update(self.images.x.numpy().tobytes())
+        """SHA-256 of names and pixels: a run may only go on with the images it began with. The names count in their
+        portable form, so that a folder may move to a system that stores another one."""
+        digest = hashlib.sha256(json.dumps([portable(n) for n in self.images.names]).encode())
+        if isinstance(self.images.x, torch.Tensor):
+            digest.update(self.images.x.numpy().tobytes())
+        else:
+            for x in self.images.x:
+                digest.update(f"{list(x.shape)}".encode() + x.numpy().tobytes())
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -131,33 +158,49 @@ class Noise:
 
 def load_samples(config: TrainConfig) -> tuple[Samples, torch.Tensor]:
     """Training samples and validation images `[N, 1, h, w]` of the configured source."""
-    images = load_training_images(config)
-    train_names, val_names = _carve(images, config)
-    row = {n: i for i, n in enumerate(images.names)}
-    train = ImageSet(tuple(train_names), images.x[[row[n] for n in train_names]])
-    val = images.x[[row[n] for n in val_names]]
-    if config.validation_crop and len(val):
-        c = min(config.validation_crop, *val.shape[-2:])
-        val = centre_crop(val, c).contiguous()
-    return Samples(train, config.crop, AUGMENTATIONS if config.augment else 1, config.seed), val
+    names, images = load_training_images(config)
+    train_names, val_names = _carve(names, config)
+    row = dict(zip(names, images, strict=True))
+    train = [row[n] for n in train_names]
+    same = len({x.shape for x in train}) == 1
+    pictures = ImageSet(tuple(train_names), torch.stack(train)) if same else Pictures(tuple(train_names), tuple(train))
+    val = _validation([row[n] for n in val_names], val_names, config)
+    return Samples(pictures, config.crop, AUGMENTATIONS if config.augment else 1, config.seed), val
 
 
-def _carve(images: ImageSet, config: TrainConfig) -> tuple[list[str], list[str]]:
+def _validation(images: list[torch.Tensor], names: list[str], config: TrainConfig) -> torch.Tensor:
+    """The validation images `[N, 1, h, w]`, cropped to the smallest of them where the settings' crop is larger."""
+    if not images:
+        return torch.zeros(0, 1, 1, 1)
+    if config.validation_crop:
+        side = min(config.validation_crop, *(min(x.shape[-2:]) for x in images))
+        images = [centre_crop(x, side) for x in images]
+    for name, x in zip(names, images, strict=True):
+        if x.shape != images[0].shape:
+            first, other = (f"{t.shape[-2]} x {t.shape[-1]}" for t in (images[0], x))
+            raise DataError(
+                f"Whole validation images must be of one size, but {names[0]} is {first} and {name} is {other}; set "
+                "validation_crop to validate on crops."
+            )
+    return torch.stack(images)
+
+
+def _carve(names: tuple[str, ...], config: TrainConfig) -> tuple[list[str], list[str]]:
     """Names for training and validation; no embedded picture gives crops to both."""
     if config.data != "embedded":
-        if config.validation >= len(images.names):
+        if config.validation >= len(names):
             raise DataError(
                 f"validation must leave images to train on, but is {config.validation} and {config.data} gives "
-                f"{len(images.names)}; lower validation or add images."
+                f"{len(names)}; lower validation or add images."
             )
-        train, val = carve_validation(images.names, config.validation, config.seed)
+        train, val = carve_validation(names, config.validation, config.seed)
         return list(train), list(val)
     if config.validation == 0:
-        return list(images.names), []
-    pictures = sorted({n.rpartition("-")[0] for n in images.names})
+        return list(names), []
+    pictures = sorted({n.rpartition("-")[0] for n in names})
     kept = set(carve_validation(tuple(pictures), 2, config.seed)[1])
-    train = [n for n in images.names if n.rpartition("-")[0] not in kept]
-    val = [n for n in images.names if n.rpartition("-")[0] in kept]
+    train = [n for n in names if n.rpartition("-")[0] not in kept]
+    val = [n for n in names if n.rpartition("-")[0] in kept]
     if config.validation > len(val):
         raise DataError(
             f"The embedded images give at most {len(val)} validation crops, but validation is {config.validation}; "
@@ -167,10 +210,9 @@ def _carve(images: ImageSet, config: TrainConfig) -> tuple[list[str], list[str]]
     return train, [val[i * len(val) // config.validation] for i in range(config.validation)]
 
 
-def load_training_images(config: TrainConfig) -> ImageSet:
-    """The images of the configured source, without the test part of its split."""
+def load_training_images(config: TrainConfig) -> tuple[tuple[str, ...], Sequence[torch.Tensor]]:
+    """Names and images `[1, H, W]` of the configured source, without the test part of its split."""
     if config.data == "embedded":
-        return embedded_images(max(96, config.crop, config.validation_crop)).train
-    if not config.split:
-        return load_folder(config.data)
-    return load_folder(config.data, names=load_split(config.split).train)
+        images = embedded_images(max(96, config.crop, config.validation_crop)).train
+        return images.names, images.x.unbind()
+    return load_images(config.data, names=load_split(config.split).train if config.split else None)
