@@ -122,6 +122,10 @@ def _notes(path: Path, header: dict[str, str]) -> tuple[dict[str, Any], dict[str
         raise CheckpointError(
             f"The header of {path} must tell its regularizer and meta as JSON, but does not ({error!r}); copy it again."
         ) from error
+    if not isinstance(description, dict) or not isinstance(meta, dict):
+        raise CheckpointError(
+            f"The header of {path} must tell its regularizer and meta as JSON objects, but does not; copy it again."
+        )
     return description, meta
 
 

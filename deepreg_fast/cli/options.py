@@ -44,9 +44,15 @@ def default_mu(meta: dict[str, Any], sigma: float) -> float:
     the one that suited weights trained without (`mu_with_noise`)."""
     from ..fidelity import LAM, mu_with_noise
 
-    mu = float(meta.get("mu", 1e-2))
-    trained = float((card_of(meta).get("operator") or meta.get("config", {})).get("sigma", 0.0))
+    mu = checks.number(meta.get("mu", 1e-2), "mu of the weight file", 0.0, open_low=True)
+    trained = checks.number(_trained(meta).get("sigma", 0.0), "sigma of the weight file", 0.0)
     return mu_with_noise(mu, sigma, card_of(meta).get("lam") or (mu / trained**2 if trained else LAM))
+
+
+def _trained(meta: dict[str, Any]) -> dict[str, Any]:
+    """The problem that weights were trained on, as far as their file tells it."""
+    told = card_of(meta).get("operator") or meta.get("config")
+    return told if isinstance(told, dict) else {}
 
 
 LIMIT = 500
@@ -59,7 +65,8 @@ def pgd_options(meta: dict[str, Any], acceleration: str, max_iterations: int, **
     theirs, else FISTA and `LIMIT`."""
     from ..solvers import PGDOptions
 
-    told = card_of(meta).get("recovery") or meta.get("recovery") or {}
+    told = card_of(meta).get("recovery") or meta.get("recovery")
+    told = told if isinstance(told, dict) else {}
     if not acceleration:
         others |= {k: told[k] for k in ("acceleration", "memory") if k in told}
     others.setdefault("acceleration", acceleration or "fista")
@@ -69,9 +76,11 @@ def pgd_options(meta: dict[str, Any], acceleration: str, max_iterations: int, **
 def unlike_training(meta: dict[str, Any], **problem: float) -> str:
     """How a problem, as `ratio` and `sigma`, differs by more than 1 % from the one that weights were trained on; empty
     if it does not, or if the file does not tell its training."""
-    trained = card_of(meta).get("operator") or meta.get("config", {})
+    trained = _trained(meta)
     other = [
-        (k, trained[k], v) for k, v in problem.items() if k in trained and not math.isclose(v, trained[k], rel_tol=0.01)
+        (k, trained[k], v)
+        for k, v in problem.items()
+        if isinstance(trained.get(k), (int, float)) and not math.isclose(v, trained[k], rel_tol=0.01)
     ]
     return ", ".join(f"{k} {here:g} instead of {there:g}" for k, there, here in other)
 

@@ -11,7 +11,7 @@ import typer
 
 from .. import checks
 from ..errors import InputError
-from ..files import write_atomically
+from ..files import check_outputs, make_folder, write_atomically
 from .options import (
     MAX_ITERATIONS,
     AccelerationOption,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..operators import LinearOperator
+    from ..regularizers.base import Regularizer
     from ..solvers import Solution
 
 MU = (
@@ -60,25 +61,33 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
 
     deepreg-fast recover measured.npz --weights runs/beta10/weights.safetensors --mu 1e-3 --out recovered
     """
-    from ..data import load_image, save_image
+    from ..data import load_image, png
     from ..fidelity import add_noise
     from ..measurements import load_measurements
     from ..operators import SRM
     from ..recovery import recover as solve
-    from ..weights import load
+    from ..weights import load, locate
 
     place = use_device(device)
+    way_out = "name another --out or rename the source"
+    # Before anything is computed: an outcome that cannot be written is not worth minutes.
+    fixed = [out / "results.json", out / "figure.png"]
+    check_outputs([out / f"{source.stem}.png", out / f"{source.stem}.npy", *fixed], [source, locate(weights)], way_out)
     reg, meta = load(weights)
     truth: torch.Tensor | None = None
     A: LinearOperator
-    if source.suffix in (".npz", ".safetensors"):
+    if source.suffix.lower() in (".npz", ".safetensors"):
         y, A, noise = load_measurements(source)
     else:
         truth = load_image(source)[None]
         shape = (1, truth.shape[-2], truth.shape[-1])
         A = SRM(shape, ratio, transform=transform, randomizer=randomizer, seed=operator_seed, keep_dc=keep_dc)
         y, noise = add_noise(A.A(truth), sigma, seed=1), sigma
+    names = [source.stem] if len(y) == 1 else [f"{source.stem}_{i:03d}" for i in range(len(y))]
+    check_outputs([out / f"{n}{s}" for n in names for s in (".npy", ".png")] + fixed, [source], way_out)
+    make_folder(out)
     checks.finite(y, "The measurements")
+    y, truth = _as_weights(reg, y, truth)
     if lam is None and mu is None:
         mu = default_mu(meta, noise)
         if differs := unlike_training(meta, ratio=A.measurements / math.prod(A.image_shape), sigma=noise):
@@ -90,11 +99,9 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     sol = solve(y, A, reg, mu, lam=lam, sigma=noise if lam is not None else None, options=options)
     weight = mu if lam is None else lam * noise**2
     sol.x = sol.x.cpu()
-    stem = source.stem
-    for i, image in enumerate(sol.x):
-        name = stem if len(sol.x) == 1 else f"{stem}_{i:03d}"
-        write_atomically(out / f"{name}.npy", _npy(image))
-        save_image(out / f"{name}.png", image.clamp(0, 1))
+    for name, image in zip(names, sol.x, strict=True):
+        write_atomically(out / f"{name}.npy", _npy(image.float()))
+        write_atomically(out / f"{name}.png", png(image.clamp(0, 1)))
     results = {**_results(sol, truth), "mu": weight, "device": str(place)}
     write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
     write_atomically(out / "figure.png", _figure(sol, truth, A, y))
@@ -102,6 +109,17 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
         quality = f", {row['psnr']:.2f} dB" if "psnr" in row else ""
         typer.echo(f"image {i}: {row['status']} after {row['iterations']} iterations{quality}. {row['advice']}")
     typer.echo(f"Written to {out}; mu was {weight:.2g}.")
+
+
+def _as_weights(
+    reg: Regularizer, y: torch.Tensor, truth: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Measurements and image in the weights' precision; a change of the measurements is told."""
+    dtype = next((p.dtype for p in reg.parameters()), y.dtype)
+    if y.dtype != dtype and truth is None:
+        here, there = (str(t).removeprefix("torch.") for t in (y.dtype, dtype))
+        typer.echo(f"The measurements are {here} and the weights {there}: they are converted to {there}.", err=True)
+    return y.to(dtype), None if truth is None else truth.to(dtype)
 
 
 def _npy(image: torch.Tensor) -> bytes:

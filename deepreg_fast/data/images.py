@@ -104,7 +104,25 @@ def save_image(path: str | os.PathLike[str], image: torch.Tensor) -> Path:
     DataError
         If the file cannot be written.
     """
-    path = Path(path)
+    path, text = Path(path), png(image)
+    try:
+        replace_atomically(path, text)
+    except OSError as error:
+        raise DataError(
+            f"The image {path} cannot be written ({error.strerror or error}); name a file in a folder that exists "
+            "and that you may write to."
+        ) from error
+    return path
+
+
+def png(image: torch.Tensor) -> bytes:
+    """The bytes of the 8-bit PNG that `save_image` writes.
+
+    Raises
+    ------
+    InputError
+        If `image` has another shape or is not finite.
+    """
     plane = image.detach().cpu()
     plane = plane[0] if plane.ndim == 3 and plane.shape[0] == 1 else plane
     if plane.ndim != 2 or not bool(torch.isfinite(plane).all()):
@@ -115,14 +133,7 @@ def save_image(path: str | os.PathLike[str], image: torch.Tensor) -> Path:
     pixels = (plane.double().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
-    try:
-        replace_atomically(path, buffer.getvalue())
-    except OSError as error:
-        raise DataError(
-            f"The image {path} cannot be written ({error.strerror or error}); name a file in a folder that exists "
-            "and that you may write to."
-        ) from error
-    return path
+    return buffer.getvalue()
 
 
 def _decode(file: BinaryIO, path: Path) -> np.ndarray:
