@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_quick_reproduction(tmp_path: Path) -> None:
     """With the sign of the hypergradient wrong, beta1 and beta5 validate at -34 and -29 dB after 200 steps. Untrained,
-    they recover the minimum norm, 12.5 dB below where they end. Noisy-ridge begins 3.6 dB below TV and ends 1.2 dB above.
+    they recover the minimum norm, 12.5 dB below where they end. Noisy-ridge begins 3.6 dB below TV and ends 1.2 dB
+    above.
 
     Nothing is claimed of the order of RED, beta1 and beta5: it differs between processors, whose rounding so short a
     training amplifies to tenths of a dB (RED before beta1 by 0.07 dB with AVX2).
