@@ -1,9 +1,8 @@
 """One task of a reproduction, a process of its own: a chain of trainings, or a row's evaluation.
 
-    python -m deepreg_fast.reproduce.child '{"folder": ..., "row": ..., "chain": 0, "device": "cpu", ...}'
-
-It ends with 0, with 2 and a sentence on stderr, with `FATAL` and a sentence where nothing else can go on either, or
-with `STOPPED` after a checkpoint when it is told to (SIGINT, SIGTERM, or its parent's end).
+`Job.argv()` is its command line; the last argument is the job, as JSON. It ends with 0, with 2 and a sentence on
+stderr, with `FATAL` and a sentence where nothing else can go on either, or with `STOPPED` after a checkpoint when it is
+told to (SIGINT, SIGTERM, or its parent's end).
 """
 
 from __future__ import annotations
@@ -134,7 +133,7 @@ def _vanished(folder: Folder) -> bool:
 
 def main() -> int:
     """Run the job of the command line."""
-    job = Job(**json.loads(sys.argv[1]))
+    job = Job(**json.loads(sys.argv[-1]))
     folder = Folder(Path(job.folder))
     try:
         stop = _Stop()

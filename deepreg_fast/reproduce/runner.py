@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .folder import Folder
-from .job import FATAL, STOPPED, Job
+from .job import FATAL, SAFE, STOPPED, Job
 from .progress import Progress
 from .settings import Row, Settings, in_order
 
@@ -175,7 +175,7 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env={**os.environ, **threads},
+            env={**os.environ, **threads, **SAFE},
         )
         self._text = b""
         self._reader = threading.Thread(target=self._read, daemon=True)
