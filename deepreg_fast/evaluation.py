@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -276,8 +276,16 @@ def tuned_tv(
     return Tuner(x, y, A, scores).mu(Method("tv", TV(eps), options=options), 1e-5, 1.0)
 
 
-def evaluate(methods: Sequence[Method], x: torch.Tensor, y: torch.Tensor, A: LinearOperator) -> dict[str, Any]:
+def evaluate(
+    methods: Sequence[Method],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    A: LinearOperator,
+    done: Callable[[int | None, str], None] = lambda *_: None,
+) -> dict[str, Any]:
     """Figures of each method on images `x` `[N, C, H, W]` from measurements `y` `[N, m]`, all on one device.
+
+    `done(None, text)` is called after each method; the text says what follows.
 
     Returns name -> `psnr_mean`, `psnr_median`, `ssim_mean`, `psnr` and `ssim` per image, `iterations` and `gradients`
     per image, `status` counts, `mu`, `seconds`; and, where a method "tv" is among them, `vs_tv`: mean and median of
@@ -286,7 +294,10 @@ def evaluate(methods: Sequence[Method], x: torch.Tensor, y: torch.Tensor, A: Lin
     names = [m.name for m in methods]
     if len(set(names)) != len(names):
         raise InputError(f"Methods must have different names, but are {names}; rename one.")
-    out = {m.name: figures(m, x, y, A)[0] for m in methods}
+    out = {}
+    for m, after in zip(methods, [*names[1:], ""], strict=True):
+        out[m.name] = figures(m, x, y, A)[0]
+        done(None, f"recovering by {after}" if after else "")
     if "tv" in out:
         reference = np.array(out["tv"]["psnr"])
         for name, found in out.items():

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from ..errors import DeepRegError
+from ..terminal import drop, prepare, say
 from . import bench, data, demo, evaluate, info, recover, reproduce, train
 
 app = typer.Typer(
@@ -36,9 +37,16 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main() -> None:
-    """Entry point: an error of ours is one sentence on stderr and exit code 2, never a traceback."""
+    """Entry point: an error of ours is one sentence on stderr and exit code 2, never a traceback. A reader that closes
+    its pipe ends the command quietly."""
+    prepare()
     try:
         app()
     except DeepRegError as error:
-        print(f"deepreg-fast: {error}", file=sys.stderr)
+        say(f"deepreg-fast: {error}")
         sys.exit(2)
+    except BrokenPipeError:
+        drop()
+        sys.exit(1)
+    finally:
+        drop()

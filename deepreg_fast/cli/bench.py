@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..bench import Bounds, Ceilings, Result
     from ..bench.runner import Row
 
@@ -48,23 +47,25 @@ def bench(  # noqa: PLR0913 - one argument an option
     Example: deepreg-fast bench --cases hvp,dct --threads 1 --out results
     """
     import torch
-    from rich.console import Console
 
     from .. import checks
     from ..bench import Problem, cases_of, check_learned_regularizers, run
     from ..bench.runner import to_csv, to_json
     from ..bench.target import TARGETS
     from ..errors import InputError
-    from ..files import write_atomically
+    from ..files import make_folder, write_atomically
     from ..report import roofline_figure
+    from ..terminal import Pulse, width
 
     checks.choice(device, "--device", tuple(TARGETS))
-    checks.integer(rounds, "rounds", 3)
-    checks.integer(batch, "batch", 1)
-    checks.integer(size, "size", 8)
-    checks.choice(norm, "norm", ("none", "pixel"))
+    checks.integer(rounds, "--rounds", 3)
+    checks.integer(batch, "--batch", 1)
+    checks.integer(size, "--size", 8)
+    checks.integer(channels, "--channels", 1)
+    checks.integer(depth, "--depth", 2)
+    checks.choice(norm, "--norm", ("none", "pixel"))
     learned = None if learned_regularizers is None else check_learned_regularizers(learned_regularizers)
-    if checks.integer(threads, "threads", 0):
+    if checks.integer(threads, "--threads", 0):
         torch.set_num_threads(threads)
     target = TARGETS[device]()
     table = cases_of(target)
@@ -73,13 +74,18 @@ def bench(  # noqa: PLR0913 - one argument an option
         if n not in table:
             raise InputError(f"--cases must be among {', '.join(table)}, but has {n!r}.")
     problem = Problem(batch, size, channels, depth, norm, learned_regularizers=learned, target=target)
-    console = Console()
-    with console.status("bounds of the machine") as status, target.fair():
-        machine, found = target.describe(learned), target.bounds()
-        results = run(problem, names, rounds, lambda name: status.update(name))
-    _print(console, results, found)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        # Before anything is timed: minutes must not end in a folder that cannot be made.
+        make_folder(out)
+    with Pulse("bench", len(names), "cases") as pulse, target.fair():
+        pulse.begin("bounds of the machine")
+        machine, found = target.describe(learned), target.bounds()
+        results = []
+        for name in names:
+            results += run(problem, [name], rounds, pulse.begin)
+            pulse.done()
+    print(_text(results, found, width(sys.stdout)))
+    if out is not None:
         report = to_json(results, problem, found, machine)
         write_atomically(out / "results.json", (json.dumps(report, indent=1) + "\n").encode())
         write_atomically(out / "results.csv", to_csv(results).encode())
@@ -92,38 +98,39 @@ def bench(  # noqa: PLR0913 - one argument an option
         raise typer.Exit(1)
 
 
-def _print(console: Console, results: list[Result], bounds: Bounds | Ceilings) -> None:
-    from rich.table import Table
+def _text(results: list[Result], bounds: Bounds | Ceilings, columns: int | None) -> str:
+    """The bounds, and a table of each case that fits 80 columns."""
+    from ..terminal import table
 
-    console.print(str(bounds), highlight=False)
+    out = [str(bounds)]
     on_device = any(row.cold is not None for r in results for row in r.rows)
-    more = ("cold ms", "peak MB") if on_device else ()
-    table = Table("case", "candidate", "ms", "spread", "times ours [95 %]", "error", "of the bound", *more)
+    head = ("candidate", "ms", "spread", "times ours [95 %]", "error", *(("cold", "MB") if on_device else ()))
     for result in results:
+        name = result.case.name
         if result.wrong:
-            table.add_row(result.case.name, f"wrong: {result.wrong}")
+            out.append(f"\n{name}\nwrong: {result.wrong}")
             continue
-        for i, row in enumerate(result.rows):
-            share = bounds.share(result.case.flops, result.case.bytes, row.milliseconds) if i == 0 else ""
-            table.add_row(
-                row.case if i == 0 else "",
+        rows = [
+            (
                 row.name,
                 f"{row.milliseconds:.3g}",
                 f"{row.spread:.0%}",
                 str(row.ratio),
                 f"{row.error:.0e}" if row.error else "",
-                share,
                 *(_more(row) if on_device else ()),
-                end_section=i == len(result.rows) - 1 and not result.void,
             )
+            for row in result.rows
+        ]
+        out.append("\n" + table(head, rows, name, columns))
+        if share := bounds.share(result.case.flops, result.case.bytes, result.rows[0].milliseconds):
+            out.append(f"ours reaches {share}.")
         if result.void:
-            table.add_row("", f"VOID: {result.void}", end_section=True)
-        for name, reason in result.case.missing.items():
-            table.add_row("", f"missing: {name} ({reason})")
-    console.print(table)
-    for result in results:
-        for name, note in result.case.notes.items():
-            console.print(f"{result.case.name}: {name}: {note}.", highlight=False, markup=False)
+            out.append(f"VOID: {result.void}")
+        out += [f"missing: {peer} ({reason})" for peer, reason in result.case.missing.items()]
+        out += [f"{peer}: {note}." for peer, note in result.case.notes.items()]
+    if on_device:
+        out.append("\ncold: ms with a cold L2 cache; MB: the most memory that a call held.")
+    return "\n".join(out)
 
 
 def _more(row: Row) -> tuple[str, str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from .. import pretrained
+from ..terminal import facts, table, width
 
 
 def show(name: str, as_json: bool) -> None:
@@ -17,17 +16,17 @@ def show(name: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(card))
         return
-    console = Console()
-    console.print(f"{card['name']}: {card['title']}", style="bold", markup=False, highlight=False)
-    console.print(_facts(card), markup=False)
-    console.print(_expectations(card["expectations"]), markup=False)
+    columns = width(sys.stdout)
+    print(f"{card['name']}: {card['title']}")
+    print(facts(_facts(card).items(), columns))
+    print(_expectations(card["expectations"], columns))
 
 
-def _facts(card: dict[str, Any]) -> Table:
+def _facts(card: dict[str, Any]) -> dict[str, str]:
     data, psnr, ssim, lip, stages = (card[k] for k in ("data", "psnr", "ssim", "lipschitz", "settings"))
     tv = psnr["vs_tv"]
     noise = "" if card["lam"] is None else f", with noise lam sigma^2 if that is larger, lam = {card['lam']:g}"
-    rows = {
+    return {
         "parameters": str(card["parameters"]),
         "weight": f"mu = {card['mu']:.3g}{noise}",
         "trained on": f"{data['images']} images of {data['name']}; its {data['test_images']} test images never seen",
@@ -47,21 +46,16 @@ def _facts(card: dict[str, Any]) -> Table:
         **{f"stage {k} of {len(stages)}": _pairs(s) for k, s in enumerate(stages, 1)},
         **{k: card[k] for k in ("command", "commit", "version", "licence", "citation")},
     }
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, text in rows.items():
-        table.add_row(key, text)
-    return table
 
 
 def _pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in values.items())
 
 
-def _expectations(rows: list[dict[str, Any]]) -> Table:
+def _expectations(rows: list[dict[str, Any]], columns: int | None) -> str:
     head = ("on", "images", "size", "ratio", "seed", "sigma", "mu", "PSNR", "TV")
-    table = Table(*head, title="Measured elsewhere: mean PSNR in dB, beside tuned TV", title_justify="left")
-    for r in rows:
-        table.add_row(
+    lines = [
+        (
             r["what"],
             str(r["images"]),
             " × ".join(map(str, r["size"])),
@@ -69,4 +63,6 @@ def _expectations(rows: list[dict[str, Any]]) -> Table:
             f"{r['mu']:.2g}",
             *(f"{r[k]:.2f}" for k in ("psnr_mean", "tv_psnr_mean")),
         )
-    return table
+        for r in rows
+    ]
+    return table(head, lines, "Measured elsewhere: mean PSNR in dB, beside tuned TV", columns)

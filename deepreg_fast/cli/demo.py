@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,18 +19,16 @@ def demo(
 ) -> None:
     """Train a small regularizer on photographs, recover held-out ones, compare with TV and with shipped weights, write
     an HTML report."""
-    from rich.console import Console
-    from rich.table import Table
-
     from .. import checks
     from ..report.demo import run_demo
+    from ..terminal import table, width
 
-    checks.integer(steps, "steps", 1)
-    checks.integer(size, "size", 64, 300)
+    checks.integer(steps, "--steps", 1)
+    checks.integer(size, "--size", 64, 300)
     found = run_demo(out, steps, size, device=str(use_device(device)))
-    table = Table("method", "PSNR mean", "median", "SSIM")
-    for name, f in found.results.items():
-        table.add_row(name, f"{f['psnr_mean']:.2f} dB", f"{f['psnr_median']:.2f} dB", f"{f['ssim_mean']:.3f}")
-    console = Console()
-    console.print(table)
-    console.print(f"The report is in {found.report.resolve()}", soft_wrap=True, markup=False, highlight=False)
+    rows = [
+        (name, f"{f['psnr_mean']:.2f} dB", f"{f['psnr_median']:.2f} dB", f"{f['ssim_mean']:.3f}")
+        for name, f in found.results.items()
+    ]
+    print(table(("method", "PSNR mean", "median", "SSIM"), rows, columns=width(sys.stdout)))
+    print(f"The report is in {found.report.resolve()}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..files import write_atomically
+from .. import checks
+from ..files import check_outputs, same_file, write_atomically
 from ..pretrained import card_of
+from ..terminal import Pulse, table, width
 from .options import (
     MAX_ITERATIONS,
     AccelerationOption,
@@ -41,7 +44,16 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     ] = "",
     limit: Annotated[int, typer.Option(help="Only the first N test images; 0 for all.")] = 0,
     crop: Annotated[int, typer.Option(help="Centre crop of the images; 0 takes them whole.")] = 0,
-    validation: Annotated[int, typer.Option(help="Training images on which weights mu are tuned.")] = 12,
+    validation: Annotated[int, typer.Option(help="Images on which weights mu are tuned, apart from the others.")] = 12,
+    tune_on: Annotated[
+        str,
+        typer.Option(
+            help="Folder of images to tune on, or 'embedded'; then all images of --data are evaluated. Default: images "
+            "of the split's training part or of --data.",
+            metavar="FOLDER",
+            show_default=False,
+        ),
+    ] = "",
     ratio: Annotated[float, typer.Option(help="Measurements per pixel.")] = 0.2,
     transform: Annotated[str, typer.Option(help="dct, hadamard or walsh.")] = "dct",
     randomizer: Annotated[str, typer.Option(help="sign, permutation or both.")] = "sign",
@@ -71,8 +83,15 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     deepreg-fast evaluate --weights cs5-beta10 --data BSD400
 
     deepreg-fast evaluate --weights runs/beta10/weights.safetensors --data pictures --sigma 0.03 --tune-mu --json
+
+    deepreg-fast evaluate --weights cs5-beta10 --data three-pictures --crop 180 --tune-on embedded
     """
+    checks.integer(limit, "--limit", 0)
+    checks.integer(crop, "--crop", 0)
+    checks.integer(validation, "--validation", 1)
     split = _split(data, split)
+    if out is not None:
+        _check_out(out, data, split, weights or [])
     settings = {k: v for k, v in locals().items() if k not in ("weights", "out", "as_json")}
 
     from ..evaluation import Method, Problem, measure, tuned_tv
@@ -83,21 +102,27 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     place = use_device(device)
     settings["device"] = str(place)
     problem = Problem(data, split, transform, randomizer, operator_seed, sigma, ratio, crop, validation, keep_dc)
-    found = measure(problem, place, limit)
+    found = measure(problem, place, limit, tune_on)
     tuning = found.x_tuning, found.y_tuning, found.A
-    methods = [Method("adjoint"), Method("minimum_norm"), tuned_tv(*tuning)]
-    for given in weights or []:
-        reg, meta = load(given)
-        options = pgd_options(meta, acceleration, max_iterations=max_iterations, tolerance=tolerance)
-        method = Method(_name(given, meta, methods), reg.to(place), default_mu(meta, sigma), options)
-        # Only bi-level training gives its own mu.
-        bilevel = meta.get("method") == "bilevel"
-        if tune_mu or (tune and not bilevel):
-            method = tuned(method, *tuning)
-        elif bilevel:
-            _tell(method, unlike_training(meta, ratio=ratio, sigma=sigma))
-        methods.append(method)
-    result: dict[str, Any] = dict(compare(methods, found.x, found.y, found.A))
+    loaded = [(given, *load(given)) for given in weights or []]
+    methods = [Method("adjoint"), Method("minimum_norm")]
+    # Each method is tuned, then run.
+    with Pulse("evaluate", 2 * (3 + len(loaded)), "parts") as pulse:
+        pulse.done(2, "tuning tv")
+        methods.append(tuned_tv(*tuning))
+        for given, reg, meta in loaded:
+            options = pgd_options(meta, acceleration, max_iterations=max_iterations, tolerance=tolerance)
+            method = Method(_name(given, meta, methods), reg.to(place), default_mu(meta, sigma), options)
+            pulse.done(text=f"tuning {method.name}")
+            # Only bi-level training gives its own mu.
+            bilevel = meta.get("method") == "bilevel"
+            if tune_mu or (tune and not bilevel):
+                method = tuned(method, *tuning)
+            elif bilevel:
+                _tell(method, unlike_training(meta, ratio=ratio, sigma=sigma))
+            methods.append(method)
+        pulse.done()
+        result: dict[str, Any] = dict(compare(methods, found.x, found.y, found.A, pulse.done))
     # What was done, where the weights chose it.
     for chosen in ("acceleration", "max_iterations"):
         settings[chosen] = {m.name: getattr(m.options, chosen) for m in methods if m.reg is not None}
@@ -128,7 +153,8 @@ def _name(given: str, meta: dict[str, Any], others: list[Method]) -> str:
     """The row's name: of shipped weights their own, of others the method that trained them; each only once."""
     path = Path(given)
     name = str(card_of(meta).get("name") or meta.get("method", path.stem))
-    taken = {m.name for m in others}
+    # The JSON object has a key of each name, and this one.
+    taken = {"settings", *(m.name for m in others)}
     unique = name if name not in taken else f"{name}:{path.parent.name}"
     while unique in taken:
         unique += "'"
@@ -144,24 +170,36 @@ def _tell(method: Method, differs: str) -> None:
         )
 
 
-def _table(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _check_out(out: Path, data: str, split: str, weights: list[str]) -> None:
+    """Check that the file of results replaces none that is read."""
+    from ..data import image_names
+    from ..weights import locate
 
-    table = Table("method", "PSNR mean", "median", "SSIM", "vs TV", "wins", "gradients", "status", "mu")
+    inputs: list[str | Path] = [locate(w) for w in weights]
+    inputs += [split] if split and split != "bsd400" else []
+    if data != "embedded" and same_file(out.parent, Path(data)):
+        inputs += [Path(data) / name for name in image_names(data)]
+    check_outputs([out], inputs, "name another --out")
+
+
+def _table(result: dict[str, Any]) -> None:
+    head = ("method", "PSNR mean", "median", "SSIM", "vs TV", "wins", "gradients", "status", "mu")
+    rows = []
     for name, f in result.items():
         if name == "settings":
             continue
         against = f.get("vs_tv")
-        table.add_row(
-            name,
-            f"{f['psnr_mean']:.2f}",
-            f"{f['psnr_median']:.2f}",
-            f"{f['ssim_mean']:.3f}",
-            f"{against['mean']:+.2f}" if against else "",
-            f"{against['wins']}/{against['images']}" if against else "",
-            f"{sum(f['gradients']) / len(f['gradients']):.0f}",
-            ", ".join(f"{v} {k}" for k, v in f["status"].items()),
-            "" if f["mu"] is None else f"{f['mu']:.2g}",
+        rows.append(
+            (
+                name,
+                f"{f['psnr_mean']:.2f}",
+                f"{f['psnr_median']:.2f}",
+                f"{f['ssim_mean']:.3f}",
+                f"{against['mean']:+.2f}" if against else "",
+                f"{against['wins']}/{against['images']}" if against else "",
+                f"{sum(f['gradients']) / len(f['gradients']):.0f}",
+                ", ".join(f"{v} {k}" for k, v in f["status"].items()),
+                "" if f["mu"] is None else f"{f['mu']:.2g}",
+            )
         )
-    Console().print(table)
+    print(table(head, rows, columns=width(sys.stdout)))

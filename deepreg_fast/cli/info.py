@@ -6,16 +6,14 @@ import json
 import os
 import platform
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..machine import NO_CUDA, extension, instruction_set, may_have_cuda, torch_build
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _OPTIONAL = {
     "triton": "pip install 'deepreg-fast[gpu]' on Linux with an NVIDIA GPU",
@@ -113,31 +111,29 @@ def info(
     if as_json:
         print(json.dumps(found))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from ..terminal import facts as listed
+    from ..terminal import width
 
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key in ("version", "python", "torch", "machine", "processors"):
-        table.add_row(key, str(found[key]))
+    rows = [(key, str(found[key])) for key in ("version", "python", "torch", "machine", "processors")]
     cuda = found["cuda"]
     built = f"torch is built with {cuda['torch']}" if cuda["torch"] else "torch is built without it"
-    table.add_row("cuda", f"{built}; driver {cuda['driver'] or 'none'}; {len(cuda['devices'])} devices")
+    rows.append(("cuda", f"{built}; driver {cuda['driver'] or 'none'}; {len(cuda['devices'])} devices"))
     for i, d in enumerate(cuda["devices"]):
-        table.add_row(f"cuda:{i}", f"{d['name']}, {d['memory_gib']} GiB, compute capability {d['compute_capability']}")
+        rows.append((f"cuda:{i}", f"{d['name']}, {d['memory_gib']} GiB, compute capability {d['compute_capability']}"))
     for name, reason in found["backends"].items():
-        table.add_row(f"backend {name}", "ready" if reason is None else f"not here: {reason}")
-    for name, state in found["optional"].items():
-        table.add_row(name, state)
-    console = Console()
-    console.print(table, markup=False)
-    console.print(_weights(found["weights"]), markup=False)
+        rows.append((f"backend {name}", "ready" if reason is None else f"not here: {reason}"))
+    rows += found["optional"].items()
+    columns = width(sys.stdout)
+    print(listed(rows, columns))
+    print(_weights(found["weights"], columns))
 
 
-def _weights(briefs: dict[str, dict[str, Any]]) -> Table:
+def _weights(briefs: dict[str, dict[str, Any]], columns: int | None) -> str:
     """The shipped weights, one a row."""
-    from rich.table import Table
+    from ..terminal import table
 
-    table = Table("shipped weights", "what", "ratio", "PSNR mean", "vs TV")
-    for name, b in briefs.items():
-        table.add_row(name, b["title"], f"{b['ratio']:g}", f"{b['psnr_mean']:.2f} dB", f"{b['vs_tv_mean']:+.2f}")
-    return table
+    rows = [
+        (name, b["title"], f"{b['ratio']:g}", f"{b['psnr_mean']:.2f} dB", f"{b['vs_tv_mean']:+.2f}")
+        for name, b in briefs.items()
+    ]
+    return table(("shipped weights", "what", "ratio", "PSNR mean", "vs TV"), rows, columns=columns)

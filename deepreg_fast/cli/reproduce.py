@@ -27,12 +27,17 @@ def reproduce(  # noqa: PLR0913 - one argument for each option of the command li
 
     Example: deepreg-fast reproduce --data BSD400 --out reproduction
     """
+    from .. import checks
     from ..errors import InputError
+    from ..files import same_file
     from ..reproduce import load_settings
     from ..reproduce import reproduce as run
 
     if quick and settings != "bsd400":
         raise InputError("--quick stands for --settings quick; give one of the two.")
+    checks.integer(workers, "--workers", 0)
+    if data and data != "embedded" and same_file(out, Path(data)):
+        raise InputError(f"--out must be another folder than --data, but both are {data}; name another one.")
     found = load_settings("quick" if quick else settings)
     done = run(
         found.with_data(data) if data else found,
@@ -60,19 +65,21 @@ def reproduce(  # noqa: PLR0913 - one argument for each option of the command li
 
 
 def _table(results: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from ..terminal import table, width
 
-    table = Table("row", "PSNR mean", "median", "SSIM", "vs TV", "wins", "poster")
+    rows = []
     for r in results:
         v, poster = r["vs_tv"], r["poster"] or {}
-        table.add_row(
-            r["label"],
-            f"{r['psnr_mean']:.2f}",
-            f"{r['psnr_median']:.2f}",
-            f"{r['ssim_mean']:.3f}",
-            f"{v['mean']:+.2f}" if v else "",
-            f"{v['wins']}/{v['images']}" if v else "",
-            f"{poster['psnr']:.2f}" if "psnr" in poster else "",
+        rows.append(
+            (
+                r["label"],
+                f"{r['psnr_mean']:.2f}",
+                f"{r['psnr_median']:.2f}",
+                f"{r['ssim_mean']:.3f}",
+                f"{v['mean']:+.2f}" if v else "",
+                f"{v['wins']}/{v['images']}" if v else "",
+                f"{poster['psnr']:.2f}" if "psnr" in poster else "",
+            )
         )
-    Console().print(table, markup=False)
+    head = ("row", "PSNR mean", "median", "SSIM", "vs TV", "wins", "poster")
+    print(table(head, rows, columns=width(sys.stdout)))

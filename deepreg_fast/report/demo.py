@@ -13,12 +13,14 @@ import torch
 
 from ..data import ImageSet, embedded_images
 from ..evaluation import Method, evaluate, run, tuned_tv
+from ..files import locked
 from ..implicit import initial_point
 from ..metrics import psnr
 from ..operators import SRM
 from ..recovery import recover
 from ..solvers import PGDOptions, Solution
 from ..status import Status
+from ..terminal import Pulse
 from ..training import BilevelConfig, BilevelTrainer
 from ..weights import load
 from .figures import Line, images_figure, lines_figure, psnr_figure
@@ -61,6 +63,11 @@ def settings(out: Path, steps: int, seed: int = 0, device: str = "cpu") -> Bilev
 def run_demo(out: Path, steps: int = 600, size: int = 96, progress: bool | None = None, device: str = "cpu") -> Demo:
     """Train, recover the held-out images at ratio 1/5, compare with tuned TV and with shipped weights, write
     `out/report.html`."""
+    with locked(out / "demo.lock", f"The demo in {out}"):
+        return _run_demo(out, steps, size, progress, device)
+
+
+def _run_demo(out: Path, steps: int, size: int, progress: bool | None, device: str) -> Demo:
     began = time.perf_counter()
     config = settings(out, steps, device=device)
     # A demo starts anew each time; only its own files of an earlier one are in the way.
@@ -80,15 +87,36 @@ def run_demo(out: Path, steps: int = 600, size: int = 96, progress: bool | None 
         *(Method("adjoint"), Method("minimum norm"), tv, Method("bi-level", reg, trainer.mu)),
         Method(f"shipped weights {SHIPPED}", shipped.to(trainer.device), meta["mu"]),
     ]
-    results = evaluate(methods, test.x, y, A)
+    # The methods are run three times: for their figures, their curves and their pictures.
+    with Pulse("demo", 3 * len(methods), "recoveries") as pulse:
+        results = evaluate(methods, test.x, y, A, pulse.done)
+        return _reported(out, trainer, trained, methods, results, test, y, A, pulse)
+
+
+def _reported(  # noqa: PLR0913 - everything that the report tells
+    out: Path,
+    trainer: BilevelTrainer,
+    trained: float,
+    methods: list[Method],
+    results: dict[str, Any],
+    test: ImageSet,
+    y: torch.Tensor,
+    A: SRM,
+    pulse: Pulse,
+) -> Demo:
+    """Write the report."""
+    config, size = trainer.config, test.shape[-1]
     report = Report(
         "deepreg-fast: a regularizer trained bi-level",
-        f"{steps} training steps on {config.crop} × {config.crop} crops of photographs, then compressive sensing of "
-        f"{len(test.x)} held-out images of {size} × {size} from one measurement per five pixels, without noise.",
+        f"{config.steps} training steps on {config.crop} × {config.crop} crops of photographs, then compressive "
+        f"sensing of {len(test.x)} held-out images of {size} × {size} from one measurement per five pixels, without "
+        "noise.",
     )
     _table(report, results)
     _training(report, trainer, trained)
+    pulse.done(len(methods), "curves")
     _convergence(report, methods, test, y, A)
+    pulse.done(2 * len(methods), "pictures")
     _pictures(report, methods, test, y, A)
     _statuses(report, results)
     report.section("Settings", "Everything that made this report, as the command line and BilevelConfig take it.")

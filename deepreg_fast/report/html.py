@@ -176,7 +176,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write the page."""
-        write_atomically(path, self.html().encode())
+        write_atomically(path, self.html().encode(errors="backslashreplace"))
 
 
 def _figure(svg: str, caption: str, alt: str, kind: str) -> str:
