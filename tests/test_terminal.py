@@ -16,7 +16,7 @@ from PIL import Image
 
 import deepreg_fast as dr
 from deepreg_fast import terminal
-from deepreg_fast.cli import evaluate, main
+from deepreg_fast.cli import bench, evaluate, main
 from deepreg_fast.evaluation import Method
 from deepreg_fast.reproduce.folder import Folder
 from deepreg_fast.reproduce.job import Job
@@ -265,6 +265,25 @@ def test_a_reproduction_tells_lines(tmp_path: Path, capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "a evaluation: begins" and lines[-1] == "a evaluation: done after 62 s" and len(lines) == 4
     assert lines[1].startswith("reproduce: 0 of 4 tasks done, 4 left (a evaluation: evaluating)")
+
+
+def test_the_bench_fits_80_columns() -> None:
+    from deepreg_fast.bench import Bounds
+    from deepreg_fast.bench.problem import Case
+    from deepreg_fast.bench.runner import Result, Row
+    from deepreg_fast.bench.timing import Ratio
+
+    peers = ("ours", "torch, best eager: channels last", "LearnedRegularizers", "[peer]")
+    for chilled in (None, 0.123):
+        rows = [Row("hvp pixel", p, 1234.5, 0.034, Ratio(123.45, 120.5, 130.75), 2e-7, chilled, 10**9) for p in peers]
+        case = Case("hvp pixel", {}, [], 1e9, 1e6, missing={"JAX": "pip install jax"}, notes={"[peer]": "as it comes"})
+        bounds = Bounds(100.0, 80.0, 10.0)
+        text = bench._text([Result(case, rows, None, None)], bounds, 80)
+        assert max(map(len, text.splitlines())) <= 80
+        assert all(p in text for p in peers) and text.count("123.45 [120.50, 130.75]") == len(peers)
+        assert "missing: JAX (pip install jax)" in text and "[peer]: as it comes." in text
+        narrow = bench._text([Result(case, rows, None, None)], bounds, 30)
+        assert narrow.count("times ours [95 %]: 123.45 [120.50, 130.75]") == len(peers)
 
 
 # -- children -------------------------------------------------------------------------------------------------------
