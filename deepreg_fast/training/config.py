@@ -70,6 +70,8 @@ class TrainConfig:
     mu0: float = option(1e-2, "Weight mu of the regularizer (its start where it is trained).")
 
     def __post_init__(self) -> None:
+        # Its own sentence names the devices.
+        checks.device_name(self.device)
         checks.fields_typed(self)
         for name in (
             "crop",
@@ -93,7 +95,6 @@ class TrainConfig:
                 f"alpha is a setting of red and must be 0 for {self.regularizer}, but is {self.alpha}; leave it out."
             )
         checks.integer(self.device_budget_mb, "device_budget_mb", 0)
-        checks.device_name(self.device)
         for name, low in (("steps", 1), ("batch", 1), ("channels", 1), ("depth", 2)):
             checks.integer(getattr(self, name), name, low)
         checks.number(self.lr, "lr", 0.0, open_low=True)
