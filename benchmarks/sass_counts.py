@@ -131,8 +131,9 @@ def _flow(code: list[Instruction]) -> list[list[int]]:
     return following
 
 
-def weights(code: list[Instruction], trips: float) -> dict[int, float]:
-    """How often each instruction that is reached runs, by number, if every innermost loop makes `trips` turns."""
+def weights(code: list[Instruction], trips: float, inner: float = 1.0) -> dict[int, float]:
+    """How often each instruction that is reached runs, by number, if every loop makes `trips` turns, and those within
+    another one `inner` turns at each of its."""
     following = _flow(code)
     reached, open_ = set(), [0]
     while open_:
@@ -144,19 +145,22 @@ def weights(code: list[Instruction], trips: float) -> dict[int, float]:
     for i in reached:
         for j in following[i]:
             before[j].append(i)
-    found = dict.fromkeys(sorted(reached), 1.0)
+    loops: dict[int, set[int]] = {}
     for tail in sorted(reached):
         for first in following[tail]:
             if first > tail or not _dominates(first, tail, following):
                 continue
-            body, open_ = {first}, [tail]
+            body, open_ = loops.setdefault(first, {first}), [tail]
             while open_:
                 i = open_.pop()
                 if i not in body:
                     body.add(i)
                     open_ += before[i]
-            for i in body:
-                found[i] *= trips
+    found = dict.fromkeys(sorted(reached), 1.0)
+    for first, body in loops.items():
+        nested = any(first in other for start, other in loops.items() if start != first)
+        for i in body:
+            found[i] *= inner if nested else trips
     return found
 
 
@@ -231,19 +235,23 @@ def _ways(launch: Launch) -> str:
     return " ".join(words) or "-"
 
 
+SWEEPS = ("gradient", "linearize", "hvp", "param_vjp")
+
+
 def sweeps(arguments: argparse.Namespace, norm: str) -> dict[str, Callable[[], object]]:
-    """By name, in an order in which each may use what the one before has made."""
+    """Those asked for, by name."""
     reg = dr.RED(arguments.channels, arguments.depth, norm, head="red")
     x = torch.zeros(arguments.images, 1, arguments.side, arguments.side)
     form, options = reg.conv_chain_form(), ChainOptions(arguments.precision)
     assert form is not None
     lin = gpu_chain.GpuLinearization(reg, form, x, options)
-    return {
+    calls: dict[str, Callable[[], object]] = {
         "gradient": lambda: gpu_chain.value_and_grad(form, x, options),
         "linearize": lambda: gpu_chain.GpuLinearization(reg, form, x, options),
         "hvp": lambda: lin.hvp(x),
         "param_vjp": lambda: lin.param_vjp(x),
     }
+    return {name: calls[name] for name in arguments.sweeps}
 
 
 COLUMNS = ("reg", "stack", "local", "shared_bytes", "warps", "per_warp", "per_pixel", "alu", *CLASSES)
@@ -254,6 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, default=90, help="architecture")
     parser.add_argument("--norms", nargs="+", default=["pixel", "none"])
+    parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=SWEEPS)
     parser.add_argument("--channels", type=int, default=16)
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--images", type=int, default=256)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,10 +24,13 @@ from .helpers import EPS, assert_as_exact_as_torch, images, normal, random_red, 
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from deepreg_fast.backend import gpu_chain, gpu_memory
 from deepreg_fast.backend.gpu_chain import GpuLinearization
 from deepreg_fast.backend.gpu_sweeps import ChainOptions
-from deepreg_fast.kernels import conv_chain, outer
+from deepreg_fast.kernels import conv_chain, outer, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's time follows the number of programs.
@@ -89,6 +93,53 @@ def _random(seed: int = 1, **options: object) -> dr.RED:
 def test_against_float64(channels: int, depth: int, head: str, norm: str, size: tuple[int, int], seed: int) -> None:
     reg = _random(seed, channels=channels, depth=depth, head=head, norm=norm)
     _compare(reg, images(1, 1, *size, seed=seed, dtype=torch.float32), normal(1, 1, *size, seed=seed).float())
+
+
+@triton.jit
+def _silu(n, value, slope, bend, N: tl.constexpr):
+    at = tl.arange(0, N)
+    a, b, c = tiles.silu(tl.load(n + at))
+    tl.store(value + at, a)
+    tl.store(slope + at, b)
+    tl.store(bend + at, c)
+
+
+def _silu_of(n: Tensor) -> list[Tensor]:
+    """SiLU and its two derivatives, of 1024 numbers, by the kernels' function."""
+    n = n.to(DEVICE)
+    found = [torch.empty_like(n) for _ in range(3)]
+    _silu[(1,)](n, *found, N=1024)  # type: ignore[index]
+    return [t.cpu() for t in found]
+
+
+def _silu_in_torch(n: Tensor) -> list[Tensor]:
+    n = n.requires_grad_()
+    value = F.silu(n)
+    (slope,) = torch.autograd.grad(value.sum(), n, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), n)
+    return [value.detach(), slope.detach(), bend]
+
+
+@pytest.mark.parametrize("reach", [0.01, 1.0, 12.0, 200.0])
+def test_silu_against_float64(reach: float) -> None:
+    """The largest error beside the largest value, which is how it goes on into sums."""
+    n = (normal(1024) * reach).float()
+    for ours, exact, torchs in zip(_silu_of(n), _silu_in_torch(n.double()), _silu_in_torch(n), strict=True):
+        error, theirs = ((t.double() - exact).abs().max() / exact.abs().max() for t in (ours, torchs))
+        assert error <= 2.0 * theirs, (error, theirs)
+
+
+def test_silu_where_the_exponential_leaves_the_number_range() -> None:
+    n = torch.full((1024,), 0.5)
+    n[:12] = torch.tensor([88.0, 89.0, 104.0, -86.0, -87.5, -88.5, -89.0, -104.0, 3e38, -3e38, 0.0, -0.0])
+    value, slope, bend = _silu_of(n)
+    assert torch.equal(value[:3], n[:3]) and bool((value[3:8].abs() < 1e-35).all())
+    assert value[8:12].tolist() == [n[8].item(), 0.0, 0.0, 0.0]
+    assert slope[:12].tolist() == pytest.approx([1.0] * 3 + [0.0] * 5 + [1.0, 0.0, 0.5, 0.5], abs=1e-35)
+    assert bend[:12].tolist() == pytest.approx([0.0] * 10 + [0.5, 0.5], abs=1e-35)
+    n[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    for ours, torchs in zip(_silu_of(n), _silu_in_torch(n), strict=True):
+        torch.testing.assert_close(ours[:3], torchs[:3], rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def test_several_tiles() -> None:
