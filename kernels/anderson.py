@@ -6,15 +6,14 @@ Both take torch's operations in torch's order in float64 and give the same bits 
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from .decide import BLOCK, larger
-from .variants import Variant
+from .variants import Variant, unspecialized
 from .vectors import place_of
 
 
-@triton.jit
+@unspecialized("images", anywhere=None)
 def anderson_turn(
     square, length, count, next_length, next_count, slot, fresh, limit, images,
     MEMORY: tl.constexpr, REACH: tl.constexpr, BLOCK: tl.constexpr,
@@ -33,7 +32,7 @@ def anderson_turn(
     tl.store(limit + b, REACH * size, mask=inside)
 
 
-@triton.jit
+@unspecialized("images", anywhere=("idx", "row", "rhs", "slot", "count", "next_count", "c"))
 def anderson_solve(
     idx, row, rhs, slot, count, gram, next_count, c, images,
     MEMORY: tl.constexpr, WIDTH: tl.constexpr, RIDGE: tl.constexpr, TINY: tl.constexpr,

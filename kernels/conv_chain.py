@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .tiles import conv, expand, gather, inside, load_pixels, load_tile, scatter, silu, store_tile, tile
-from .variants import Variant
+from .variants import Variant, unspecialized
 
 RED = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)
@@ -26,6 +26,18 @@ TILES = {16: (8, 16, 4), 32: (8, 8, 4), 64: (8, 8, 8)}
 """Height, width and warps of a tile by CP."""
 BLOCK = 1024
 """Of the tiles of an image that are added up at a time."""
+
+IMAGES = ("u", "v", "c", "c1", "image_in", "out", "h_taps", "g_taps", "value", "rows")
+"""Tensors that may begin anywhere: parts of images of any size, and numbers of an image or a tile."""
+
+
+def maxnreg(cp: int, middle: bool, sums: bool) -> int | None:
+    """The most registers of a thread of `primal` and `tangent`, None where the compiler chooses.
+
+    With 168, three programs of four warps share a multiprocessor in the place of two. Layers that are neither the first
+    nor the last would spill some where they also form sums.
+    """
+    return None if cp != 16 or (middle and sums) else 168
 
 
 @triton.jit
@@ -90,7 +102,7 @@ def _mean(v, C: tl.constexpr):
     return (tl.sum(v, 1) / C)[:, None]
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def primal(  # noqa: PLR0913 - a kernel's launch
     u, c, before, after, w, w_after, vectors, last, rows, z, g, a_out, gu_out, h_taps, g_taps, value,
     height, width, alpha, eps,
@@ -110,6 +122,9 @@ def primal(  # noqa: PLR0913 - a kernel's launch
             return
     pixel = image * height * width
     plane = pixel * CP
+    # The convolutions of all channels first: they need registers. Only LAST goes both ways at once.
+    if BACKWARD and not LAST:
+        cot = conv(after + plane, w_after, y, x, height, width, CP, True, PRECISION)
     if FIRST:
         raw = expand(u + pixel, w, y, x, height, width, CP, False, PRECISION)
         raw += tl.load(vectors + tl.arange(0, CP))[None, :]
@@ -130,8 +145,6 @@ def primal(  # noqa: PLR0913 - a kernel's launch
             cot = expand(c + pixel, w_after, y, x, height, width, CP, True, PRECISION)
             if HEAD == RED:
                 cot = -0.5 * cot
-        else:
-            cot = conv(after + plane, w_after, y, x, height, width, CP, True, PRECISION)
         if g is not None:
             store_tile(g + plane, cot, y, x, height, width, CP)
         gu = slope * cot
@@ -152,7 +165,7 @@ def primal(  # noqa: PLR0913 - a kernel's launch
         scatter(a, w_after, h_taps + pixel * 9, y, x, height, width, CP, PRECISION)
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def tangent(  # noqa: PLR0913 - a kernel's launch
     u, v, c, c1, before1, after1, w, w_after, vectors, rows, z, g, raw1_in, raw1_out, a_out, a1_out, gu_out, gu1_out,
     h_taps, g_taps, sums, height, width, eps,
@@ -171,7 +184,9 @@ def tangent(  # noqa: PLR0913 - a kernel's launch
             return
     pixel = image * height * width
     plane = pixel * CP
-    # The convolutions of all channels first: they need registers.
+    # The convolutions of all channels first: they need registers. Only LAST goes both ways at once.
+    if BACKWARD and not LAST:
+        cot1 = conv(after1 + plane, w_after, y, x, height, width, CP, True, PRECISION)
     if FIRST:
         raw1 = expand(v + pixel, w, y, x, height, width, CP, False, PRECISION)
     elif FORWARD:
@@ -185,7 +200,6 @@ def tangent(  # noqa: PLR0913 - a kernel's launch
             cot = -0.5 * cot
             cot1 = -0.5 * cot1
     elif BACKWARD:
-        cot1 = conv(after1 + plane, w_after, y, x, height, width, CP, True, PRECISION)
         cot = load_tile(g + plane, y, x, height, width, CP)
     if FIRST:
         bias = tl.load(vectors + tl.arange(0, CP))[None, :]
@@ -236,7 +250,7 @@ def tangent(  # noqa: PLR0913 - a kernel's launch
         scatter(slope * n1, w_after, h_taps + pixel * 9, y, x, height, width, CP, PRECISION)
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def head(  # noqa: PLR0913 - a kernel's launch
     image_in, h_taps, bias, rows, c, value, height, width, alpha,
     TH: tl.constexpr, TW: tl.constexpr, HEAD: tl.constexpr,
@@ -262,7 +276,7 @@ def head(  # noqa: PLR0913 - a kernel's launch
         tl.store(value + tl.program_id(0), tl.sum(energy.to(tl.float64), 0))
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def join(  # noqa: PLR0913 - a kernel's launch
     image_in, c, h_taps, g_taps, bias, rows, out, height, width, alpha,
     TH: tl.constexpr, TW: tl.constexpr, HEAD: tl.constexpr,
@@ -288,7 +302,7 @@ def join(  # noqa: PLR0913 - a kernel's launch
     tl.store(out + pixel + y * width + x, through, mask=own)
 
 
-@triton.jit
+@unspecialized("tiles", anywhere=IMAGES)
 def total(value, rows, out, tiles, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     """`out_b = sum_t value[b, t]`, a program an image, in an order that follows from the image's size alone."""
     image = tl.program_id(0).to(tl.int64)
@@ -347,9 +361,10 @@ def variants() -> list[Variant]:
                 way = {"FIRST": first, "LAST": last, "FORWARD": "f" in ways, "BACKWARD": "b" in ways}
                 head_of = {"HEAD": 0 if ways == "fb" else 1, "NORM": norm, "PRECISION": "tf32x3"}
                 constants = {"C": cp, "CP": cp, **size, **way, **head_of, **absent}
-                found.append(_variant(kernel, constants, warps))
+                limit = maxnreg(cp, not (first or last), "sums" in outputs)
+                found.append(_variant(kernel, constants, warps, maxnreg=limit))
                 if cp == 16 and ways == "fb":
-                    found.append(_variant(kernel, constants, warps, "*bf16"))
+                    found.append(_variant(kernel, constants, warps, "*bf16", limit))
     th, tw, warps = TILES[16]
     size = {"TH": th, "TW": tw}
     found += [_variant(join, {**size, "HEAD": h}, warps) for h in (0, 1)]
@@ -360,9 +375,11 @@ def variants() -> list[Variant]:
 _STORED = ("before", "before1", "after", "after1", "z", "g", "raw1_in", *itertools.chain(*_OUTPUTS.values()))
 
 
-def _variant(kernel: Any, constants: dict[str, Any], warps: int, stored: str = "*fp32") -> Variant:
+def _variant(
+    kernel: Any, constants: dict[str, Any], warps: int, stored: str = "*fp32", maxnreg: int | None = None
+) -> Variant:
     types = dict.fromkeys(("alpha", "eps", "gain"), "fp32") | dict.fromkeys(("height", "width", "tiles"), "i32")
     types |= dict.fromkeys(_STORED, stored) | dict.fromkeys(("h_taps", "g_taps"), "*fp32")
     types |= {"rows": "*u8", "value": "*fp64", "sums": "*fp64"}
     signature = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
-    return Variant(kernel, signature, constants, warps, 1)
+    return Variant(kernel, signature, constants, warps, 1, maxnreg)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .variants import Variant
+from .variants import Variant, unspecialized
 
 BLOCK = 32
 
@@ -44,7 +44,7 @@ def smaller(a, b):
     return tl.where((a < b) | (a != a), a, b)
 
 
-@triton.jit
+@unspecialized("images", anywhere=None)
 def pgd_residual(
     sums, scale, settings, tau, curvature, residual, gradients, status, running,
     next_residual, next_status, next_running, images, EPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -76,7 +76,7 @@ def pgd_residual(
     tl.store(next_running + b, tl.where(go, 1, 0).to(tl.uint8), mask=inside)
 
 
-@triton.jit
+@unspecialized("images", anywhere=None)
 def pgd_candidate(
     sums, value, limit, settings, tau, curvature, cautious, gradients, iterations, status, running,
     next_tau, next_curvature, next_cautious, next_gradients, next_iterations, next_status, next_running,
@@ -128,7 +128,7 @@ def pgd_candidate(
     tl.store(forget + b, tl.where(plain | (good == 0), 1, 0).to(tl.uint8), mask=inside)
 
 
-@triton.jit
+@unspecialized("images", anywhere=None)
 def cg_turn(
     new_rz, rz, fresh, status, running, factor, next_rz, next_fresh, next_status, next_running, images,
     BLOCK: tl.constexpr,
@@ -147,7 +147,7 @@ def cg_turn(
     tl.store(next_running + b, tl.where(go, 1, 0).to(tl.uint8), mask=inside)
 
 
-@triton.jit
+@unspecialized("images", anywhere=None)
 def cg_stride(
     sums, moved, rz, a_norm, status, running, length, next_norm, next_status, next_running, images,
     EPS: tl.constexpr, LONGEST: tl.constexpr, BLOCK: tl.constexpr,
@@ -179,7 +179,7 @@ def cg_stride(
     tl.store(next_running + b, tl.where(go, 1, 0).to(tl.uint8), mask=inside)
 
 
-@triton.jit
+@unspecialized("images", anywhere=None)
 def cg_arrived(
     moved, sums, length, idle, aim, running, next_idle, next_running, images, EPS: tl.constexpr, BLOCK: tl.constexpr
 ):

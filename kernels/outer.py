@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import Variant, variant
+from .variants import Variant, unspecialized, variant
 
 PRECISION = "tf32x3"
 PIXELS = 32
@@ -48,7 +48,7 @@ def _piece(work, number, HW, P: tl.constexpr):
     return image.to(tl.int64), p, p < tl.where(tl.load(work + image) != 0, HW, 0)
 
 
-@triton.jit
+@unspecialized("pieces", anywhere=("work",))
 def outer_sums(  # noqa: PLR0913 - a kernel's launch
     a, g, a2, g2, work, out, pieces, H, W,
     CIN: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, P: tl.constexpr, PREC: tl.constexpr,

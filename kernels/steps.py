@@ -10,8 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .variants import Variant
+from .variants import Variant, unspecialized
 from .vectors import PIECE, WARPS, keep, piece_of, product
+
+NUMBERS = ("s", "c", "oldeps", "delta", "gamma", "phi", "keep_r", "tail", "rows")
+"""Tensors of one number or flag an image."""
 
 
 @triton.jit
@@ -20,7 +23,7 @@ def number(s, image):
     return tl.load(s + image).to(tl.float32)
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def cg_direction(p, z, s, rows, N: tl.constexpr, PIECE: tl.constexpr):
     """`p_b = z_b + s_b p_b`; p is not read where `s_b` is zero."""
     image, start, k, left = piece_of(N, PIECE)
@@ -34,7 +37,7 @@ def cg_direction(p, z, s, rows, N: tl.constexpr, PIECE: tl.constexpr):
     tl.store(p + at, new, mask=k < left)
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def cg_move(x, r, p, q, s, partial, rows, N: tl.constexpr, PIECE: tl.constexpr):
     """`x_b += s_b p_b`, `r_b -= s_b q_b`; `<x_b, x_b>` and `<r_b, r_b>`."""
     image, start, k, left = piece_of(N, PIECE)
@@ -51,7 +54,7 @@ def cg_move(x, r, p, q, s, partial, rows, N: tl.constexpr, PIECE: tl.constexpr):
     keep(partial, 1, product(new_r, new_r))
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def lanczos_first(u, c, r1, v, partial, rows, N: tl.constexpr, PIECE: tl.constexpr):
     """`<v, v>`, `<u, u>`, then `u_b -= c_b r1_b`, then `<v, u>`."""
     image, start, k, left = piece_of(N, PIECE)
@@ -67,7 +70,7 @@ def lanczos_first(u, c, r1, v, partial, rows, N: tl.constexpr, PIECE: tl.constex
     keep(partial, 2, product(a, new))
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def lanczos_second(u, c, r1, r2, partial, rows, N: tl.constexpr, PIECE: tl.constexpr):
     """`r1, r2 = r2, u - c_b r2` and `<r2, r2>` of the new one."""
     image, start, k, left = piece_of(N, PIECE)
@@ -82,7 +85,7 @@ def lanczos_second(u, c, r1, r2, partial, rows, N: tl.constexpr, PIECE: tl.const
     keep(partial, 0, product(new, new))
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def minres_move(
     x, r, w, w_old, v, r2, oldeps, delta, gamma, phi, keep_r, tail, partial, rows,
     N: tl.constexpr, PIECE: tl.constexpr,
@@ -110,7 +113,7 @@ def minres_move(
     keep(partial, 2, product(new, new))
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def descend(x, s, g, out, rows, N: tl.constexpr, PIECE: tl.constexpr):
     """`out_b = x_b - s_b g_b`."""
     image, start, k, left = piece_of(N, PIECE)
@@ -122,7 +125,7 @@ def descend(x, s, g, out, rows, N: tl.constexpr, PIECE: tl.constexpr):
     tl.store(out + at, tl.load(x + at, mask=inside, other=0.0) - step, mask=inside)
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def pgd_step(prox, x, g, step, candidate, partial, rows, N: tl.constexpr, PIECE: tl.constexpr):
     """`step = prox - x`, `candidate = x + step`, and `<step, step>, <x, x>, <g, g>`."""
     image, start, k, left = piece_of(N, PIECE)
@@ -139,7 +142,7 @@ def pgd_step(prox, x, g, step, candidate, partial, rows, N: tl.constexpr, PIECE:
     keep(partial, 2, product(grad, grad))
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def take(to, source, to_other, other, rows, N: tl.constexpr, PIECE: tl.constexpr):
     """`to_b = source_b` and, if not None, `to_other_b = other_b`."""
     image, start, k, left = piece_of(N, PIECE)
@@ -154,8 +157,7 @@ def take(to, source, to_other, other, rows, N: tl.constexpr, PIECE: tl.constexpr
 
 def variants() -> list[Variant]:
     """The kernels as shipped, for images of 180 x 180."""
-    numbers = ("s", "c", "oldeps", "delta", "gamma", "phi", "keep_r", "tail", "partial")
-    kinds = dict.fromkeys(numbers, "*fp64") | {"rows": "*u8"}
+    kinds = dict.fromkeys((*NUMBERS, "partial"), "*fp64") | {"rows": "*u8"}
     kernels = (cg_direction, cg_move, lanczos_first, lanczos_second, minres_move, descend, pgd_step, take)
     size: dict[str, object] = {"N": 32400, "PIECE": PIECE}
     return [

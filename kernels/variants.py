@@ -1,9 +1,14 @@
-"""What a module of kernels ships: each kernel with the types and constants it is launched with."""
+"""What a module of kernels ships: each kernel with the types and constants it is launched with; and what its machine
+code does not depend on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
+
+import triton
 
 
 @dataclass(frozen=True)
@@ -15,9 +20,28 @@ class Variant:
     constexprs: dict[str, object]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+    """The most registers of a thread; None leaves that to the compiler."""
 
 
 def variant(kernel: Any, constexprs: dict[str, Any], types: dict[str, str], num_warps: int, num_stages: int) -> Variant:
     """A variant whose arguments are pointers to float32 where `types` says nothing else."""
     names = [n for n in kernel.arg_names if n not in constexprs]
     return Variant(kernel, {n: types.get(n, "*fp32") for n in names}, constexprs, num_warps, num_stages)
+
+
+def unspecialized(*integers: str, anywhere: Iterable[str] | None = ()) -> Callable[[Any], Any]:
+    """`triton.jit` for a kernel whose machine code depends neither on these integers nor on where tensors begin.
+
+    Triton compiles a kernel again for an integer that is 1 or divisible by 16, and for a tensor that does not begin at
+    a multiple of 16 bytes. Numbers that follow the size of a batch would cost a compilation for some batches, perhaps
+    inside the capture of a CUDA graph. `anywhere`: tensors of which a thread reads single numbers, so that nothing is
+    gained by knowing where they begin; None for all.
+    """
+
+    def decorate(function: Any) -> Any:
+        tensors = tuple(signature(function).parameters) if anywhere is None else tuple(anywhere)
+        jit: Any = triton.jit
+        return jit(function, do_not_specialize=integers, do_not_specialize_on_alignment=tensors)
+
+    return decorate

@@ -14,11 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .variants import Variant
+from .variants import Variant, unspecialized
 
 PIECE = 2048
 """Entries of a piece: 16 for each of 128 threads, four loads of 16 bytes on the way per tensor."""
 WARPS = 4
+NUMBERS = ("idx", "work", "rows", "s", "slot", "fresh", "limit")
+"""Tensors of one number or flag an image."""
 
 
 @triton.jit
@@ -70,7 +72,7 @@ def total(partial, out, PIECES: tl.constexpr, STEP: tl.constexpr):
     tl.store(out + program, add_up(partial + program * PIECES, PIECES, STEP))
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def products(a, b, c, d, partial, work, N: tl.constexpr, PIECE: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr):
     """`COUNT` inner products of a, b, c, d; four bits of `PAIRS` name the two factors of each, the lowest first."""
     image, start, k, left = piece_of(N, PIECE)
@@ -89,7 +91,7 @@ def products(a, b, c, d, partial, work, N: tl.constexpr, PIECE: tl.constexpr, CO
         keep(partial, i, product(values[(PAIRS >> 4 * i) & 3], values[(PAIRS >> 4 * i + 2) & 3]))
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def add(x, s, p, rows, out, partial, work, N: tl.constexpr, PIECE: tl.constexpr):
     """`out_b = x_b + s_b p_b` where `rows`, else `x_b`, and `<out_b, out_b>`."""
     image, start, k, left = piece_of(N, PIECE)
@@ -105,7 +107,7 @@ def add(x, s, p, rows, out, partial, work, N: tl.constexpr, PIECE: tl.constexpr)
     keep(partial, 0, product(new, new))
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def secant(idx, candidate, candidate_g, x, g, partial, work, N: tl.constexpr, PIECE: tl.constexpr, SIZES: tl.constexpr):
     """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>`, and if `SIZES` the squared norms of candidate and candidate_g.
 
@@ -131,7 +133,7 @@ def secant(idx, candidate, candidate_g, x, g, partial, work, N: tl.constexpr, PI
         keep(partial, 5, product(new_g, new_g))
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def remember(
     idx, dx, df, old_x, old_f, slot, fresh, x, f, partial, work,
     N: tl.constexpr, PIECE: tl.constexpr, MEMORY: tl.constexpr,
@@ -162,7 +164,7 @@ def remember(
         keep(partial, MEMORY + i, product(kept, at_f))
 
 
-@triton.jit
+@unspecialized(anywhere=(*NUMBERS, "c"))
 def shift(idx, dx, df, c, out, partial, work, N: tl.constexpr, PIECE: tl.constexpr, MEMORY: tl.constexpr):
     """`out_b = sum_k c_bk (dx_k + df_k)` over the slots of image `idx[b]`, and its squared norm."""
     image, start, k, left = piece_of(N, PIECE)
@@ -182,7 +184,7 @@ def shift(idx, dx, df, c, out, partial, work, N: tl.constexpr, PIECE: tl.constex
     keep(partial, 0, product(s, s))
 
 
-@triton.jit
+@unspecialized(anywhere=NUMBERS)
 def shorten(partial, limit, x, f, out, work, N: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr):
     """`out_b = x_b + f_b - out_b min(1, limit_b / ||out_b||)`; the pieces of `||out_b||^2` come in `partial`."""
     image, start, k, left = piece_of(N, PIECE)

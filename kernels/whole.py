@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .tiles import conv, expand, inside, load_pixels, load_tile, silu, store_tile, tile
-from .variants import Variant, variant
+from .variants import Variant, unspecialized, variant
 
 TILES = {16: (8, 16, 4), 32: (8, 8, 4), 64: (8, 8, 8)}
 """Height, width and warps of a tile by CP."""
@@ -39,6 +39,9 @@ TYPES = {
 """What is not a pointer to float32."""
 BLOCK = 512
 """Of the tiles that are added up at a time."""
+
+IMAGES = ("pixels", "direct", "out", "to", "work", "fixed", "along")
+"""Tensors that may begin anywhere: parts of images of any size, and numbers of an image."""
 
 
 @triton.jit
@@ -92,7 +95,7 @@ def _to_one(  # noqa: PLR0913 - the arguments of tiles.conv
     return tl.sum(acc, 1)
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def layer(  # noqa: PLR0913 - a kernel's launch
     before, w, vectors, u, moments, work, height, width, C,
     CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, ONE: tl.constexpr, PREC: tl.constexpr,
@@ -115,7 +118,7 @@ def layer(  # noqa: PLR0913 - a kernel's launch
     tl.store(to + 2, _sum(centred * centred))
 
 
-@triton.jit
+@unspecialized("tiles", "count", "stride", "column", anywhere=IMAGES)
 def merge(moments, fixed, work, tiles, eps, BLOCK: tl.constexpr):
     """The mean of an image and `1 / sqrt(var + eps)` from its tiles' moments, into `fixed`; one program an image.
 
@@ -145,7 +148,7 @@ def merge(moments, fixed, work, tiles, eps, BLOCK: tl.constexpr):
     tl.store(fixed + image * 4 + 1, (1.0 / tl.sqrt(var + eps)).to(tl.float32))
 
 
-@triton.jit
+@unspecialized("tiles", "count", "stride", "column", anywhere=IMAGES)
 def add_tiles(  # noqa: PLR0913 - a kernel's launch
     partial, to, work, tiles, count, stride, column, K: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -161,7 +164,7 @@ def add_tiles(  # noqa: PLR0913 - a kernel's launch
     tl.store(to + image * stride + column + tl.arange(0, K), tl.sum(total, 0) / count)
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def activate(  # noqa: PLR0913 - a kernel's launch
     u, fixed, vectors, a, work, height, width, C, CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr
 ):
@@ -177,7 +180,7 @@ def activate(  # noqa: PLR0913 - a kernel's launch
     store_tile(a + at, value, y, x, height, width, CP)
 
 
-@triton.jit
+@unspecialized(anywhere=(*IMAGES, "cotangent"))
 def head(  # noqa: PLR0913 - a kernel's launch
     a, w, bias, pixels, cotangent, direct, partial, work, height, width, uu, uh, hh,
     CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
@@ -204,7 +207,7 @@ def head(  # noqa: PLR0913 - a kernel's launch
     tl.store(partial + tl.program_id(0), 0.5 * tl.sum(energy, 0))
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def above(  # noqa: PLR0913 - a kernel's launch
     cotangent, w, u, fixed, vectors, g, partial, work, height, width, C,
     CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, ONE: tl.constexpr, PREC: tl.constexpr,
@@ -232,7 +235,7 @@ def _cotangent(xhat, rs, t, fixed, image, own):
     return tl.where(own, rs * (t - m1 - xhat * m2), 0.0)
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def below(  # noqa: PLR0913 - a kernel's launch
     u, g, fixed, vectors, gu, work, height, width, C, CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr
 ):
@@ -249,7 +252,7 @@ def below(  # noqa: PLR0913 - a kernel's launch
     store_tile(gu + at, _cotangent(xhat, rs, t, fixed, image, own), y, x, height, width, CP)
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def join(  # noqa: PLR0913 - a kernel's launch
     gu, w, direct, out, work, height, width, CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr
 ):

@@ -9,15 +9,14 @@ A trailing 1 marks tangents. The stages are those of the gradient, forward (`lay
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from .tiles import load_tile, silu, store_tile, tile
-from .variants import Variant, variant
-from .whole import PRECISION, TILES, TYPES, _affine, _cotangent, _filtered, _normalized, _own, _sum, shape
+from .variants import Variant, unspecialized, variant
+from .whole import IMAGES, PRECISION, TILES, TYPES, _affine, _cotangent, _filtered, _normalized, _own, _sum, shape
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def layer1(  # noqa: PLR0913 - a kernel's launch
     before, w, u, fixed, u1, partial, work, height, width, C,
     CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, ONE: tl.constexpr, PREC: tl.constexpr,
@@ -35,7 +34,7 @@ def layer1(  # noqa: PLR0913 - a kernel's launch
     tl.store(partial + tl.program_id(0) * 2 + 1, _sum(value * xhat))
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def activate1(  # noqa: PLR0913 - a kernel's launch
     u1, u, g, fixed, along, vectors, a1, a, partial, work, height, width, C,
     CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
@@ -59,7 +58,7 @@ def activate1(  # noqa: PLR0913 - a kernel's launch
     tl.store(partial + tl.program_id(0), _sum(sloped * load_tile(g + at, y, x, height, width, CP)))
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def above1(  # noqa: PLR0913 - a kernel's launch
     cotangent1, w, u, g, xhat1, fixed, vectors, cn1, partial, work, height, width, C,
     CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, ONE: tl.constexpr, PREC: tl.constexpr,
@@ -83,7 +82,7 @@ def above1(  # noqa: PLR0913 - a kernel's launch
     tl.store(partial + tl.program_id(0) * 2 + 1, _sum(t1 * xhat))
 
 
-@triton.jit
+@unspecialized(anywhere=IMAGES)
 def below1(  # noqa: PLR0913 - a kernel's launch
     cn1, u, g, xhat1, fixed, along, vectors, gu, sums, work, height, width, C,
     CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,

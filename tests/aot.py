@@ -86,7 +86,7 @@ def compiled(variant: Variant, architecture: int) -> dict[str, int]:
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")
     }
     source = ASTSource(variant.kernel, signature, {(names.index(n),): v for n, v in variant.constexprs.items()}, attrs)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.maxnreg}
     done = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return {**resources(done.asm["cubin"]), "shared": done.metadata.shared}
 

@@ -2,7 +2,8 @@
 
 The interpreter knows nothing of what a launcher makes of its arguments (integers that are 1, alignment, None, names),
 and `tests/aot.py` compiles what modules list, not what is launched. Prints a JSON line for each launch that fails,
-then one with the kernels that were launched. Like `tests/aot.py` it needs a process of its own.
+then one with the kernels that were launched. With `--keys` nothing is compiled: it prints a JSON line for each batch
+size with what would be. Like `tests/aot.py` it needs a process of its own.
 """
 
 from __future__ import annotations
@@ -55,6 +56,27 @@ def _run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         FAILED.add(json.dumps({"kernel": name, "error": f"{type(error).__name__}: {error}"[:500]}))
 
 
+class Compiled:
+    """What stands for a kernel where nothing is compiled."""
+
+
+def keys(batch: int) -> list[str]:
+    """Of all launches for a batch of images, what Triton would compile: a kernel, and what it is specialized for."""
+    found: set[str] = set()
+
+    def compile_nothing(self: Any, key: str, *_: Any) -> Compiled:
+        found.add(f"{self.fn.__name__} {key}")
+        return Compiled()
+
+    JITFunction._do_compile = compile_nothing  # type: ignore[method-assign]
+    vectors(batch, 6144)
+    for norm, head in (("pixel", "red"), ("none", "residual"), ("image", "norm")):
+        chain(norm, head, 16, 3, (batch, 7))
+        # In parts of the batch, which begin anywhere.
+        chain(norm, head, 16, 3, (batch, 7), plane_bytes=5 * 7 * 7 * 64)
+    return sorted(found)
+
+
 def vectors(B: int, n: int) -> None:
     """Everything that `GpuVectors` launches, for B images of n entries."""
     G, memory = gpu_vectors.GpuVectors(), 5
@@ -95,11 +117,11 @@ def vectors(B: int, n: int) -> None:
     G.cg_arrived(numbers(2, B), sums, numbers(), none, numbers(), on, eps)
 
 
-def chain(norm: str, head: str, channels: int, depth: int, size: tuple[int, int], storage: str = "float32") -> None:
+def chain(norm: str, head: str, channels: int, depth: int, size: tuple[int, int], **options_of: Any) -> None:
     """A gradient, a linearization and both of its products, of `size` images by pixels a side."""
     batch, side = size
     reg, x = dr.RED(channels, depth, norm, head=head), torch.rand(batch, 1, side, side)
-    form, options = reg.conv_chain_form(), ChainOptions(storage=storage)
+    form, options = reg.conv_chain_form(), ChainOptions(**options_of)
     assert form is not None
     for rows in (None, torch.ones(batch, dtype=torch.bool)):
         with only(rows):
@@ -113,6 +135,10 @@ def main() -> None:
     torch.set_num_threads(1)
     driver.set_active(Driver())
     JITFunction.run = _run  # type: ignore[method-assign]
+    if "--keys" in sys.argv:
+        for batch in (1, 2, 3, 16, 37):
+            print(json.dumps({"batch": batch, "keys": keys(batch), "failed": sorted(FAILED)}))
+        return
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         vectors(1, 7)
@@ -120,7 +146,7 @@ def main() -> None:
         chain("pixel", "red", 16, 3, (1, 6))
         chain("none", "residual", 5, 2, (3, 33))
         chain("image", "norm", 16, 3, (2, 16))
-        chain("pixel", "red", 16, 3, (2, 16), "bfloat16")
+        chain("pixel", "red", 16, 3, (2, 16), storage="bfloat16")
     print(*sorted(FAILED), sep="\n", end="\n" if FAILED else "")
     print(json.dumps({"launched": sorted(LAUNCHED)}))
 

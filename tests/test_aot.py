@@ -41,7 +41,8 @@ def _kernels() -> set[str]:
         (path.stem, node)
         for path in (ROOT / "kernels").glob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "triton.jit" for d in node.decorator_list)
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(d).startswith(("triton.jit", "unspecialized(")) for d in node.decorator_list)
     ]
     called = {ast.unparse(n.func) for _, f in functions for n in ast.walk(f) if isinstance(n, ast.Call)}
     return {f"{module}.{f.name}" for module, f in functions if f.name not in called}
@@ -75,3 +76,14 @@ def test_launches_reach_machine_code() -> None:
     assert failed == []
     everything = {name.split(".")[1] for name in _kernels()}
     assert set(last["launched"]) == everything
+
+
+def test_batches_of_any_size_share_their_compiled_kernels() -> None:
+    """Else a new size would compile in the middle of a run, perhaps while a CUDA graph is made."""
+    command = [sys.executable, str(ROOT / "tests/launches.py"), "--keys"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, *others = [json.loads(line) for line in done.stdout.splitlines()]
+    assert first["failed"] == [] and len({key.split()[0] for key in first["keys"]}) == len(_kernels())
+    for other in others:
+        assert set(other["keys"]) ^ set(first["keys"]) == set(), f"{other['batch']} images beside 1"

@@ -14,6 +14,7 @@ import torch
 
 from ..kernels import anderson  # pyright: ignore[reportMissingImports] - elsewhere in the tree
 from ..kernels import decide as kernels  # pyright: ignore[reportMissingImports] - elsewhere in the tree
+from .gpu_memory import hold, stream_of
 
 Numbers = tuple[torch.Tensor, ...]
 """PGD's of all images: tau, curvature, residual, cautious, gradients, iterations, status, running."""
@@ -42,9 +43,15 @@ def launch(kernel: Any, given: tuple[torch.Tensor, ...], out: tuple[torch.Tensor
 
 
 @lru_cache(maxsize=4096)
-def _options(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Made once: making it waits for the device. A graph that is in use holds its address."""
+def _made(numbers: tuple[float, ...], device: torch.device, stream: int) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+def _options(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Made once for each stream: making it waits for the device. A graph keeps it beyond its end here."""
+    options = _made(numbers, device, stream_of(device))
+    hold(options)
+    return options
 
 
 def pgd_residual(

@@ -1,9 +1,12 @@
-"""What a device is asked for, said before it is asked, so that a lack of memory is a sentence with both numbers."""
+"""A device's memory: what is asked for, said before it is asked, so that a lack of memory is a sentence with both
+numbers; and what a CUDA graph reads, kept as long as the graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 
@@ -28,3 +31,45 @@ def _free(device: torch.device) -> int:
         return 0
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+@dataclass
+class Recording:
+    """A CUDA graph that is being made: the stream on which it will run, and what it reads and does not make."""
+
+    stream: int
+    held: list[object] = field(default_factory=list)
+
+
+_RECORDING: ContextVar[Recording | None] = ContextVar("deepreg_fast_recording", default=None)
+
+
+@contextmanager
+def recording(device: torch.device) -> Iterator[Recording]:
+    """What is recorded inside reads memory that others own: `held` keeps it, and must live as long as the graph."""
+    now = Recording(stream_of(device))
+    token = _RECORDING.set(now)
+    try:
+        yield now
+    finally:
+        _RECORDING.reset(token)
+
+
+def hold(thing: object) -> None:
+    """Keep what a launch reads with the graph that is being recorded, if one is."""
+    now = _RECORDING.get()
+    if now is not None:
+        now.held.append(thing)
+
+
+def stream_of(device: torch.device) -> int:
+    """The stream on which launches of now will run: of those being recorded, that of the graph."""
+    now = _RECORDING.get()
+    if now is not None:
+        return now.stream
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def recording_now(device: torch.device) -> bool:
+    """Whether launches are being recorded, by `recording` or by anyone else's graph, and do not run."""
+    return _RECORDING.get() is not None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())

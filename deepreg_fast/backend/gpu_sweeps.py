@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..definitions.conv_chain import HEADS, ChannelNorm, ConvChainForm
 from .gpu_memory import needing
+from .gpu_packed import packed
 from .work import rows_at_work
 
 Planes = dict[int, Tensor]
@@ -33,18 +34,24 @@ class ChainOptions:
     stagnate where they do with tf32 (docs/kernels.md).
     `plane_bytes`: the batch is worked on in parts, so that a plane of all channels takes at most this (one image at
     least); small ones stay in the L2 cache. No bit of an image depends on it. `tile`: height, width and warps of a
-    program; None takes those of the kernels.
+    program; None takes those of the kernels. `maxnreg`: the most registers of a thread of `primal` and of `tangent`,
+    each a number or None, which leaves it to the compiler; without a pair those of the kernels, and with a `tile` the
+    compiler's.
     """
 
     precision: str = "tf32x3"
     plane_bytes: int = 512 << 20
     tile: tuple[int, int, int] | None = None
     storage: str = "float32"
+    maxnreg: tuple[int | None, int | None] | None = None
 
     def __post_init__(self) -> None:
         checks.choice(self.precision, "precision", ("tf32x3", "ieee", "tf32"))
         checks.choice(self.storage, "storage", ("float32", "bfloat16"))
         checks.integer(self.plane_bytes, "plane_bytes", 1)
+        for limit in self.maxnreg or ():
+            if limit is not None:
+                checks.integer(limit, "maxnreg", 16)
 
 
 DEFAULT = ChainOptions()
@@ -116,8 +123,8 @@ class Sweeps:
         th, tw, self._warps = options.tile or conv_chain.TILES[self._CP]
         self._tile = {"TH": th, "TW": tw, "HEAD": HEADS.index(form.head)}
         self._tiles = -(-self._height // th) * -(-self._width // tw)
-        packed = [self._pack(i) for i in range(self._K + 1)]
-        self._filters, self._vectors = [p[0] for p in packed], [p[1] for p in packed]
+        pairs = packed(form.net, *self._to_pack(), self._u.device, lambda: [self._pack(i) for i in range(self._K + 1)])
+        self._filters, self._vectors = [p[0] for p in pairs], [p[1] for p in pairs]
 
     # What is kept, and what is used meanwhile.
 
@@ -147,10 +154,10 @@ class Sweeps:
             yield _Part(part, work, u, here, few[:2], few[2:], taps[0][:n], taps[1][:n], image[:n])
 
     def _most(self) -> int:
-        """Images of a part: if many, a multiple of 16, so that every part begins at a multiple of 16 bytes. Elsewhere
-        Triton has other kernels, whose sums could have other bits."""
+        """Images of a part: if there are several, a multiple of 4, so that every part of an image plane begins at a
+        multiple of 16 bytes, where it can be read in pieces of 16."""
         most = max(1, min(self._count, self._options.plane_bytes // max(1, self._bytes(1, 1, 0))))
-        return most if most == self._count or most < 16 else most // 16 * 16
+        return most if most == self._count or most < 4 else most // 4 * 4
 
     def _bytes(self, images: int, planes: int, floats: int) -> int:
         return images * self._height * self._width * (self._storage.itemsize * self._CP * planes + 4 * floats)
@@ -159,6 +166,12 @@ class Sweeps:
         return self._u.new_empty(images, self._height, self._width, self._CP, dtype=self._storage)
 
     # Launches.
+
+    def _to_pack(self) -> tuple[list[Tensor], tuple[Any, ...]]:
+        """What the packed filters and vectors are made of: tensors, and all else."""
+        modules = (*convs_of(self._form), *norms_of(self._form))
+        parameters = [cast(Tensor, p) for m in modules for p in (m.weight, m.bias)]
+        return parameters, (float(self._form.net.gain), self._form.net.norm)
 
     def _pack(self, i: int) -> tuple[Tensor, Tensor]:
         """Filters and vectors of convolution i = 0..K."""
@@ -173,7 +186,15 @@ class Sweeps:
         )  # fmt: skip
         return filters, vectors
 
-    def _launch(self, kernel: Any, rows: Tensor | None, count: int, given: dict[str, Any], constants: Any) -> None:
+    def _launch(
+        self,
+        kernel: Any,
+        rows: Tensor | None,
+        count: int,
+        given: dict[str, Any],
+        constants: Any,
+        maxnreg: int | None = None,
+    ) -> None:
         """One program for each tile of `count` images; arguments that are not given are None."""
         names = [n for n in kernel.arg_names if not n.isupper()]
         size = {"height": self._height, "width": self._width, "alpha": self._alpha, "eps": self._eps}
@@ -186,6 +207,7 @@ class Sweeps:
             num_warps=self._warps,
             num_stages=1,
             enable_fp_fusion=True,
+            maxnreg=maxnreg,
         )
 
     def _layer(self, kernel: Any, layer: int, ways: str, part: _Part, given: dict[str, Any]) -> None:
@@ -198,7 +220,13 @@ class Sweeps:
             "C": self._C, "CP": self._CP, "FIRST": layer == 1, "LAST": layer == self._K, "FORWARD": "f" in ways,
             "BACKWARD": "b" in ways, "NORM": self._norm, "PRECISION": self._options.precision,
         }  # fmt: skip
-        self._launch(kernel, part.rows, len(part.u), {**parameters, **given}, constants)
+        if self._options.maxnreg is not None:
+            limit = self._options.maxnreg[kernel is self._kernels.tangent]
+        elif self._options.tile is None:
+            limit = self._kernels.maxnreg(self._CP, 1 < layer < self._K, "sums" in given)
+        else:
+            limit = None
+        self._launch(kernel, part.rows, len(part.u), {**parameters, **given}, constants, limit)
 
     def _ways_back(self) -> Iterator[tuple[int, str]]:
         for layer in range(self._K, 0, -1):
@@ -332,6 +360,11 @@ class Sweeps:
             biases = [b - b.mean() for b in biases]
         found = [p for pair in zip(weights, [*biases, last_bias[None] / gain], strict=True) for p in pair]
         return found + [s[i, :C] for s in sums for i in (1, 2) if self._norm]
+
+
+def aligned(t: Tensor) -> Tensor:
+    """A tensor that begins at a multiple of 16 bytes: for others Triton has kernels with other loads."""
+    return t.clone() if t.data_ptr() % 16 else t
 
 
 def _over_rows(t: Tensor, rows: Tensor | None) -> Tensor:

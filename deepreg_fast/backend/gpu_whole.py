@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..definitions.conv_chain import ConvChainForm
 from .gpu_memory import needing
-from .gpu_sweeps import DEFAULT, ChainOptions, Kept, Planes, Sweeps, _over_rows, convs_of, norms_of
+from .gpu_sweeps import DEFAULT, ChainOptions, Kept, Planes, Sweeps, _over_rows, aligned, convs_of, norms_of
 from .work import rows_at_work
 
 _HEADS = {"red": (1.0, -0.5, 0.0), "residual": (1.0, -1.0, 1.0), "norm": (0.0, 0.0, 1.0)}
@@ -138,7 +138,7 @@ class WholeSweeps(Sweeps):
 
     def _sweep(self, part: slice, kept: KeptWhole, value: Tensor, grad: Tensor) -> None:
         kernels, (_, work) = self._whole, self._work(part)
-        a, before = self._plane(len(work)), self._u[part]
+        a, before = self._plane(len(work)), aligned(self._u[part])
         moments, sums, energy = (self._partial(work, n) for n in (3, 2, 1))
         for layer in self._hidden:
             of, w = self._of_layer(layer, kept), self._filters[layer - 1]
@@ -151,7 +151,7 @@ class WholeSweeps(Sweeps):
         out = {"cotangent": kept.c, "direct": direct, "partial": energy}
         self._run(kernels.head, work, a=a, pixels=self._u[part], **out, **last)
         self._of_images(kernels.add_tiles, work, partial=energy, to=value, count=1, stride=1, column=0, K=1)
-        above = kept.c
+        above = aligned(kept.c)
         for layer in reversed(self._hidden):
             of, w = self._of_layer(layer, kept), self._filters[layer]
             self._run(kernels.above, work, cotangent=above, w=w, partial=sums, ONE=layer == self._K, **of)
@@ -174,7 +174,7 @@ class WholeSweeps(Sweeps):
         # Zeros for images that are not at work.
         shape = (n * self._tiles, 3, self._CP)
         sums = {k: v.new_zeros(shape, dtype=torch.float64) for k in self._hidden} if theta else {}
-        before = v
+        before = aligned(v)
         for layer in self._hidden:
             of, w = self._of_layer(layer, kept), self._filters[layer - 1]
             self._run(kernels.layer1, work, before=before, w=w, u1=xhat1[layer], partial=partial, ONE=layer == 1, **of)

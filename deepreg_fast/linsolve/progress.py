@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..backend.gpu_memory import recording
 from ..errors import OutOfMemory
 
 LAG = 1
@@ -120,6 +121,7 @@ class Replay:
         self._calls = 0
         self._graph: Graph | None = None
         self._home: dict[tuple[int, str], torch.Tensor] = {}
+        self._held: list[object] = []
 
     def __enter__(self) -> Replay:
         return self
@@ -132,6 +134,7 @@ class Replay:
         if self._graph is not None:
             self._graph.reset()
             self._graph = None
+            self._held = []
             _release(self._device)
 
     def __call__(self) -> None:
@@ -172,7 +175,9 @@ class Replay:
                 self._home[i, name] = t.clone() if t.data_ptr() in places else t
                 setattr(self._holders[i], name, self._home[i, name])
                 places.add(t.data_ptr())
-            self._graph = self._record(rounds, device)
+            with recording(device) as made:
+                self._graph = self._record(rounds, device)
+            self._held = made.held
         except Exception as error:
             # Nothing has run: the values are where they were.
             for (i, name), t in self._home.items():
