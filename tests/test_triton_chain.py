@@ -40,7 +40,8 @@ ONE_TILE, SEVERAL = ChainOptions(tile=(16, 32, 4)), ChainOptions(tile=(8, 16, 4)
 @pytest.fixture(autouse=True)
 def _large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
-        monkeypatch.setattr(outer, "PIXELS", 512)
+        monkeypatch.setattr(outer, "TILE", (16, 32))
+        monkeypatch.setattr(outer, "DOWN", 1)
 
 
 def _flat(theta: dict[str, Tensor]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,16 @@ pytest.importorskip("triton")
 from deepreg_fast.kernels import outer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _larger_pieces() -> Iterator[None]:
+    """The interpreter's time follows the number of pieces."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(outer, "TILE", (8, 16))
+            patch.setattr(outer, "DOWN", 2)
+        yield
 
 
 def _taps(a: Tensor) -> Tensor:
@@ -92,6 +104,7 @@ def test_filters_are_those_of_autograd(cp: int) -> None:
 def test_programs_that_take_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     a, g = _random(2, 14, 24, 16, seed=4), _random(2, 14, 24, 16, seed=5)
     monkeypatch.setattr(outer, "PROGRAMS", 16)
+    monkeypatch.setattr(outer, "TILE", (2, 16))
     ours = outer.filters(a, g)
     exact = torch.einsum("tbyxi,byxo->tio", _taps(a.double()), g.double())
     assert relative(ours, exact) <= 2.0**-21
