@@ -207,6 +207,20 @@ def run(method: Method, y: torch.Tensor, A: LinearOperator, batch: int | None = 
     )
 
 
+def bracketed(values: Sequence[float], score: Callable[[float], float], start: int) -> int:
+    """The place of the best of `values`, whose scores rise and then fall: from `start` on towards the better neighbor,
+    until both score no better. Where `start` has no finite score, all are tried."""
+    if not np.isfinite(score(values[start])):
+        return max(range(len(values)), key=lambda i: score(values[i]))
+    best = start
+    for step in (-1, 1):
+        while 0 <= best + step < len(values) and score(values[best + step]) > score(values[best]):
+            best += step
+        if best != start:
+            break
+    return best
+
+
 class Tuner:
     """Chooses a method's mu and scale by its mean PSNR on images `x` `[M, C, H, W]`, never the ones that are reported.
 
@@ -236,16 +250,21 @@ class Tuner:
         return self.scores[key]
 
     def mu(self, method: Method, low: float = 1e-4, high: float = 1.0) -> Method:
-        """The method with the best mu: its own, one value per decade, then thirds of a decade around it."""
+        """The method with the best mu: its own, one value per decade, then thirds of a decade around the best of these.
+
+        The values are not all tried: as the score rises and then falls with mu, the best one is bracketed by the two
+        beside it.
+        """
 
         def score(mu: float) -> float:
             return self.score(replace(method, mu=mu))
 
-        decades = np.arange(np.log10(low), np.log10(high) + 1e-9, 1.0)
-        best = max((float(10.0**e) for e in decades), key=score)
-        fine = [best * 10.0 ** (k / 3) for k in (-2, -1, 1, 2)]
+        decades = [float(10.0**e) for e in np.arange(np.log10(low), np.log10(high) + 1e-9, 1.0)]
+        best = decades[bracketed(decades, score, len(decades) // 2)]
+        fine = [m for k in (-2, -1, 0, 1, 2) if low <= (m := best * 10.0 ** (k / 3)) <= high]
+        best = fine[bracketed(fine, score, fine.index(best))]
         own = [] if method.mu is None else [method.mu]
-        return replace(method, mu=max([best, *own, *(m for m in fine if low <= m <= high)], key=score))
+        return replace(method, mu=max([best, *own], key=score))
 
     def scale(self, method: Method) -> Method:
         """The method with the best scale between 1/2 and 2: half octaves, then quarters around the best."""
