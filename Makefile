@@ -10,11 +10,12 @@ COMMA := ,
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint pytest sanitize sanitize-threads install clean
+.PHONY: help demo test test-long lint pytest sanitize sanitize-threads install clean
 
 help:
 	@echo "make demo    train a small regularizer, recover images, write demo-report/"
-	@echo "make test    ruff, pyright, then the whole test suite with coverage"
+	@echo "make test    ruff, pyright, then the tests with coverage"
+	@echo "make test-long         the tests at full size that make test runs at a smaller one"
 	@echo "make lint    ruff and pyright alone"
 	@echo "make sanitize          the kernels' tests under the address and undefined-behaviour sanitizers"
 	@echo "make sanitize-threads  the same under the thread sanitizer"
@@ -43,11 +44,14 @@ lint: $(STAMP)
 
 # Workers share the cores, one thread each (tests/conftest.py).
 pytest: $(STAMP)
-	$(BIN)/pytest -n auto --maxprocesses=8 --cov=deepreg_fast --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/pytest -n auto --maxprocesses=8 -m "not long" --cov=deepreg_fast --cov-report=term:skip-covered --cov-fail-under=90
 
 # Static checks first: they fail in seconds, and pytest's closing lines come last.
 test: lint
 	@$(MAKE) --no-print-directory pytest
+
+test-long: $(STAMP)
+	$(BIN)/pytest -n auto --maxprocesses=8 -m long
 
 # The kernels' tests on an extension that watches its memory and its arithmetic, or its threads, in a copy of the tree.
 SANITIZED := build/sanitized

@@ -9,6 +9,7 @@ import ast
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def _misfits(rows: list[dict]) -> dict[str, list[str]]:
     return {k: w for k, w in wrong.items() if w}
 
 
+def test_every_kernel_has_variants() -> None:
+    modules = [import_module(f"deepreg_fast.kernels.{p.stem}") for p in (ROOT / "kernels").glob("[a-z]*.py")]
+    listed = [v.kernel.fn for m in modules if hasattr(m, "variants") for v in m.variants()]
+    assert _kernels() == {f"{f.__module__.rpartition('.')[2]}.{f.__name__}" for f in listed}
+
+
+def test_the_vector_kernels_fit() -> None:
+    rows = _compile("vectors", "--sm", "90")
+    assert rows and _misfits(rows) == {}
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("sm", [80, 90])
 def test_all_kernels_fit(sm: int) -> None:
     rows = _compile("--sm", str(sm))

@@ -108,19 +108,22 @@ def test_penalty_holds_the_slope(folder: Path, tmp_path: Path) -> None:
     assert ends[0] < 0.6 * ends[1]
 
 
-@pytest.mark.parametrize("budget", [64, 0])
-def test_killed_and_resumed_gives_the_same_bits(folder: Path, tmp_path: Path, budget: int) -> None:
-    """kill -9 at random moments (10 with the warm starts in memory, 10 on disk), a checkpoint at every step."""
+@pytest.mark.parametrize(
+    ("budget", "kills"),
+    [(64, 2), (0, 2), pytest.param(64, 10, marks=pytest.mark.long), pytest.param(0, 10, marks=pytest.mark.long)],
+)
+def test_killed_and_resumed_gives_the_same_bits(folder: Path, tmp_path: Path, budget: int, kills: int) -> None:
+    """kill -9 at random moments with the warm starts in memory or on disk, a checkpoint at every step."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     dr.BilevelTrainer(killed_config(str(folder), str(whole), 64), progress=False).fit()
     answer = subprocess.run(
-        [sys.executable, str(HERE / "kill_and_resume.py"), str(folder), str(cut), str(budget), "10"],
+        [sys.executable, str(HERE / "kill_and_resume.py"), str(folder), str(cut), str(budget), str(kills)],
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert answer.stdout.split() == ["10", "0"], answer.stderr
+    assert answer.stdout.split() == [str(kills), "0"], answer.stderr
     a, b = dr.load(whole / "weights.safetensors"), dr.load(cut / "weights.safetensors")
     assert all(torch.equal(p, q) for p, q in zip(a[0].parameters(), b[0].parameters(), strict=True))
     assert a[1]["mu"] == b[1]["mu"]
