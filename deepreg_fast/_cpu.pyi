@@ -1,15 +1,17 @@
 from collections.abc import Sequence
 
+from torch import Tensor
+
 def instruction_sets() -> list[str]: ...
 def multiply_adds(isa: str, threads: int, scale: int) -> float: ...
 
 class ConvChain:
     def __init__(
         self,
-        weights: Sequence[int],
-        biases: Sequence[int],
-        gammas: Sequence[int],
-        betas: Sequence[int],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        gammas: Sequence[Tensor],
+        betas: Sequence[Tensor],
         channels: int,
         head: int,
         alpha: float,
@@ -21,24 +23,52 @@ class ConvChain:
     ) -> None: ...
     @property
     def isa(self) -> str: ...
-    def current(self) -> bool: ...
+    def current(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        gammas: Sequence[Tensor],
+        betas: Sequence[Tensor],
+    ) -> bool: ...
     def kept(self, b: int, height: int, width: int) -> int: ...
     def gradient(
-        self, x: int, value: int, grad: int, kept: int, b: int, height: int, width: int, threads: int
+        self,
+        x: Tensor,
+        value: Tensor,
+        grad: Tensor,
+        kept: Tensor | None,
+        b: int,
+        height: int,
+        width: int,
+        threads: int,
     ) -> None: ...
-    def hvp(self, x: int, v: int, kept: int, out: int, b: int, height: int, width: int, threads: int) -> None: ...
-    def param_vjp(self, x: int, v: int, kept: int, out: int, b: int, height: int, width: int, threads: int) -> None: ...
+    def hvp(
+        self, x: Tensor, v: Tensor, kept: Tensor, out: Tensor, b: int, height: int, width: int, threads: int
+    ) -> None: ...
+    def param_vjp(
+        self, x: Tensor, v: Tensor, kept: Tensor, out: Tensor, b: int, height: int, width: int, threads: int
+    ) -> None: ...
 
 class Ridge:
     def __init__(
-        self, filters: int, side: int, steps: int, center: float, w: int, c: int, s: int, isa: str
+        self, filters: int, side: int, steps: int, center: float, w: Tensor, c: Tensor, s: Tensor, isa: str
     ) -> None: ...
     def kept(self, height: int, width: int) -> int: ...
     def gradient(
-        self, x: int, value: int, grad: int, kept: int, b: int, height: int, width: int, threads: int
+        self,
+        x: Tensor,
+        value: Tensor,
+        grad: Tensor,
+        kept: Tensor | None,
+        b: int,
+        height: int,
+        width: int,
+        threads: int,
     ) -> None: ...
-    def hvp(self, v: int, kept: int, out: int, b: int, height: int, width: int, threads: int) -> None: ...
-    def param_vjp(self, x: int, v: int, dw: int, dc: int, b: int, height: int, width: int, threads: int) -> None: ...
+    def hvp(self, v: Tensor, kept: Tensor, out: Tensor, b: int, height: int, width: int, threads: int) -> None: ...
+    def param_vjp(
+        self, x: Tensor, v: Tensor, dw: Tensor, dc: Tensor, b: int, height: int, width: int, threads: int
+    ) -> None: ...
 
 class Srm:
     def __init__(
@@ -49,58 +79,98 @@ class Srm:
         width: int,
         block: int,
         measurements: int,
-        rows: int,
-        signs: int,
-        perm: int,
-        columns_matrix: int,
-        lines_matrix: int,
+        rows: Tensor,
+        signs: Tensor | None,
+        perm: Tensor | None,
+        columns_matrix: Tensor | None,
+        lines_matrix: Tensor | None,
         isa: str,
     ) -> None: ...
+    def current(self, rows: Tensor, signs: Tensor | None, perm: Tensor | None) -> bool: ...
     def apply(
-        self, product: int, count: int, threads: int, x: int, y: int, weight: int, one: float, out: int
+        self,
+        product: int,
+        count: int,
+        threads: int,
+        x: Tensor | None,
+        y: Tensor | None,
+        weight: Tensor | None,
+        one: float,
+        out: Tensor,
     ) -> None: ...
 
 class Tv:
     def __init__(self, channels: int, eps: float, isa: str) -> None: ...
     def kept(self, height: int, width: int) -> int: ...
     def gradient(
-        self, x: int, value: int, grad: int, kept: int, b: int, height: int, width: int, threads: int
+        self,
+        x: Tensor,
+        value: Tensor,
+        grad: Tensor,
+        kept: Tensor | None,
+        b: int,
+        height: int,
+        width: int,
+        threads: int,
     ) -> None: ...
-    def hvp(self, v: int, kept: int, out: int, b: int, height: int, width: int, threads: int) -> None: ...
+    def hvp(self, v: Tensor, kept: Tensor, out: Tensor, b: int, height: int, width: int, threads: int) -> None: ...
 
 class Vectors:
     def __init__(self, isa: str) -> None: ...
-    def dot(self, count: int, n: int, threads: int, a: int, b: int, out: int) -> None: ...
-    def add(self, count: int, n: int, threads: int, x: int, s: int, p: int, rows: int, out: int, size: int) -> None: ...
+    def dot(self, count: int, n: int, threads: int, a: Tensor, b: Tensor, out: Tensor) -> None: ...
+    def add(
+        self,
+        count: int,
+        n: int,
+        threads: int,
+        x: Tensor,
+        s: Tensor,
+        p: Tensor,
+        rows: Tensor,
+        out: Tensor,
+        size: Tensor,
+    ) -> None: ...
     def secant(
-        self, count: int, n: int, threads: int, idx: int, candidate: int, candidate_g: int, x: int, g: int, out: int
+        self,
+        count: int,
+        n: int,
+        threads: int,
+        idx: Tensor,
+        batch: int,
+        candidate: Tensor,
+        candidate_g: Tensor,
+        x: Tensor,
+        g: Tensor,
+        out: Tensor,
     ) -> None: ...
     def remember(
         self,
         count: int,
         n: int,
         threads: int,
-        idx: int,
+        idx: Tensor,
+        batch: int,
         memory: int,
-        state: list[int],
-        slot: int,
-        fresh: int,
-        x: int,
-        f: int,
-        gram: int,
-        rhs: int,
+        state: Sequence[Tensor],
+        slot: Tensor,
+        fresh: Tensor,
+        x: Tensor,
+        f: Tensor,
+        gram: Tensor,
+        rhs: Tensor,
     ) -> None: ...
     def combine(
         self,
         count: int,
         n: int,
         threads: int,
-        idx: int,
+        idx: Tensor,
+        batch: int,
         memory: int,
-        state: list[int],
-        c: int,
-        limit: int,
-        x: int,
-        f: int,
-        out: int,
+        state: Sequence[Tensor],
+        c: Tensor,
+        limit: Tensor,
+        x: Tensor,
+        f: Tensor,
+        out: Tensor,
     ) -> None: ...

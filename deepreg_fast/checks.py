@@ -48,7 +48,7 @@ def images(x: object, name: str = "x", shape: tuple[int, int, int] | None = None
     """
     import torch
 
-    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.dtype not in _floats():
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.dtype not in _floats() or x.layout != torch.strided:
         raise InputError(
             f"{name} must be a float32 or float64 tensor [B, C, H, W], but is {describe(x)}; "
             "add the missing dimensions with x[None, None] or convert with x.float()."
@@ -95,21 +95,50 @@ def finite(x: torch.Tensor, name: str) -> torch.Tensor:
     return x
 
 
+def plain(value: Any) -> Any:
+    """A scalar of numpy, or an array or tensor without dimensions, as the Python number that it is; else `value`."""
+    # Values of packages that nobody has imported cannot come.
+    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+    if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)) and value.ndim == 0:
+        return value.item()
+    if torch is not None and isinstance(value, torch.Tensor) and value.ndim == 0 and not value.is_meta:
+        return value.item()
+    return value
+
+
+def plain_fields(settings: Any) -> None:
+    """Make numpy's scalars among a dataclass's fields Python's numbers, which JSON and every kernel take."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if (number := plain(value)) is not value:
+            object.__setattr__(settings, field.name, number)
+
+
 def number(value: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
     """Check that `value` is a finite number in `[low, high]` (or `(low, high]`); return it as float."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or value < low or value > high or (open_low and value <= low):  # type: ignore[operator]
+    found = plain(value)
+    ok = isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found)
+    if not ok or found < low or found > high or (open_low and found <= low):
         left = "(" if open_low else "["
         raise InputError(f"{name} must be a number in {left}{low:g}, {high:g}], but is {value!r}.")
-    return float(value)  # type: ignore[arg-type]
+    return float(found)
 
 
 def integer(value: object, name: str, low: int, high: int | None = None) -> int:
     """Check that `value` is an integer in `[low, high]`; return it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, int) or found < low or (high is not None and found > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
         raise InputError(f"{name} must be an integer, {bound}, but is {value!r}.")
-    return value
+    return found
+
+
+def boolean(value: object, name: str) -> bool:
+    """Check that `value` is True or False; return it."""
+    found = plain(value)
+    if not isinstance(found, bool):
+        raise InputError(f"{name} must be True or False, but is {value!r}.")
+    return found
 
 
 def odd(value: object, name: str) -> int:
@@ -122,7 +151,7 @@ def odd(value: object, name: str) -> int:
 
 def choice(value: object, name: str, options: tuple[str, ...]) -> str:
     """Check that `value` is one of `options`; return it."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise InputError(f"{name} must be one of {', '.join(map(repr, options))}, but is {value!r}.")
     return str(value)
 

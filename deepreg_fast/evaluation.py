@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from . import checks
+from .ambient import full_precision
 from .data import ImageSet, carve_validation, embedded_images, image_names, load_folder, load_split
 from .errors import DataError, InputError
 from .fidelity import add_noise
@@ -59,6 +60,7 @@ class Problem:
     keep_dc: bool | None = None
 
     def __post_init__(self) -> None:
+        checks.plain_fields(self)
         checks.fields_typed(self)
         checks.choice(self.transform, "transform", TRANSFORMS)
         checks.choice(self.randomizer, "randomizer", RANDOMIZERS)
@@ -188,6 +190,8 @@ class Method:
         return self.reg.rescaled(self.scale)
 
 
+@full_precision
+@torch.no_grad()
 def run(method: Method, y: torch.Tensor, A: LinearOperator, batch: int | None = None) -> Solution | torch.Tensor:
     """Recover all images by one method, `batch` at a time (by default 5 on the CPU, whose caches a few images fill, and
     64 elsewhere); what needs no solver comes as a tensor."""

@@ -36,6 +36,9 @@ def resolve_mu(
             "The weight must be given as mu, or as lam and sigma (mu = lam sigma^2), "
             f"but mu={mu!r}, lam={lam!r}, sigma={sigma!r} came; give one of the two."
         )
+    mu, lam, sigma = (v if isinstance(v, torch.Tensor) else checks.plain(v) for v in (mu, lam, sigma))
+    if isinstance(mu, np.ndarray):
+        mu = torch.from_numpy(mu)
     for name, given in (("mu", mu), ("lam", lam), ("sigma", sigma)):
         if isinstance(given, bool) or not isinstance(given, (int, float, torch.Tensor, type(None))):
             raise InputError(f"{name} must be a number or a tensor [B], but is {checks.describe(given)}.")
@@ -72,8 +75,8 @@ def mu_with_noise(mu: float, sigma: float, lam: float = LAM) -> float:
     InputError
         If a number is out of range.
     """
-    checks.number(mu, "mu", 0.0, open_low=True)
-    return max(mu, checks.number(lam, "lam", 0.0) * checks.number(sigma, "sigma", 0.0) ** 2)
+    lam, sigma = checks.number(lam, "lam", 0.0), checks.number(sigma, "sigma", 0.0)
+    return max(checks.number(mu, "mu", 0.0, open_low=True), lam * sigma**2)
 
 
 def standard_normal(count: int, seed: int) -> torch.Tensor:
@@ -82,7 +85,7 @@ def standard_normal(count: int, seed: int) -> torch.Tensor:
     Box and Muller's transform of raw Philox output: numpy keeps that stream for good, so a seed gives the same numbers
     with every release, to the rounding of log and cos.
     """
-    checks.integer(seed, "seed", 0)
+    seed = checks.integer(seed, "seed", 0)
     raw = np.random.Philox(np.random.SeedSequence(seed)).random_raw(2 * count).reshape(2, -1)
     u, v = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return torch.from_numpy(np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v))
@@ -90,8 +93,8 @@ def standard_normal(count: int, seed: int) -> torch.Tensor:
 
 def add_noise(y: torch.Tensor, sigma: float, seed: int) -> torch.Tensor:
     """`y + sigma n`, `n` of `standard_normal` with integer `seed >= 0`, the same on every device; `sigma >= 0`."""
-    checks.number(sigma, "sigma", 0.0)
-    checks.integer(seed, "seed", 0)
+    sigma = checks.number(sigma, "sigma", 0.0)
+    seed = checks.integer(seed, "seed", 0)
     if sigma == 0:
         return y.clone()
     return y + sigma * standard_normal(y.numel(), seed).reshape(y.shape).to(y)

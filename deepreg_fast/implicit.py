@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import checks
+from .ambient import detached, eager, full_precision, outside_inference
 from .backend import Linearization
 from .errors import InputError
 from .fidelity import resolve_mu
@@ -52,6 +53,7 @@ class AdjointOptions:
     unrolled_steps: int = 100
 
     def __post_init__(self) -> None:
+        checks.plain_fields(self)
         checks.choice(self.method, "method", METHODS)
         checks.integer(self.max_iterations, "max_iterations", 1)
         checks.number(self.tolerance, "tolerance", 0.0)
@@ -121,6 +123,8 @@ def solve_adjoint(  # noqa: PLR0913 - the system is five things
     return sol
 
 
+@full_precision
+@torch.no_grad()
 def hypergradient(  # noqa: PLR0913 - the problem, then the options
     x_true: torch.Tensor,
     y: torch.Tensor,
@@ -149,8 +153,8 @@ def hypergradient(  # noqa: PLR0913 - the problem, then the options
         If the device's memory is too small; its `partial` is the recovery as far as it came.
     """
     reg = as_regularizer(reg)
-    checks.finite(checks.images(x_true, "x_true", A.image_shape), "x_true")
-    checks.finite(checks.vectors(y, A.measurements), "y")
+    x_true = checks.finite(checks.images(x_true, "x_true", A.image_shape), "x_true").detach()
+    y = checks.finite(checks.vectors(y, A.measurements), "y").detach()
     options = options or PGDOptions(max_iterations=1000, tolerance=1e-6, acceleration="anderson")
     adjoint = adjoint or AdjointOptions()
     mu_b = resolve_mu(mu, lam, sigma, like=y)
@@ -183,6 +187,8 @@ def parameter_gradients(
     return theta, log_mu
 
 
+@outside_inference
+@full_precision
 def unrolled_gradients(  # noqa: PLR0913 - a problem, a start and a schedule
     x_true: torch.Tensor,
     y: torch.Tensor,
@@ -197,16 +203,18 @@ def unrolled_gradients(  # noqa: PLR0913 - a problem, a start and a schedule
     """Gradients of `sum_b w_b ||x_b - x_true_b||^2` (`w`, `[B]`, is 1 by default) in theta and log mu, backwards
     through `steps` plain PGD steps of size `tau/2` from `x0`: the oracle of the implicit gradient. Memory grows with
     the steps."""
-    names, params = zip(*[(n, p) for n, p in reg.named_parameters() if p.requires_grad], strict=True)
-    log_mu = torch.log(mu).detach().requires_grad_()
+    named = [(n, p) for n, p in reg.named_parameters() if p.requires_grad]
+    names, params = [n for n, _ in named], [p for _, p in named]
+    x_true, y, x0, tau = (detached(t) for t in (x_true, y, x0, tau))
+    log_mu = torch.log(detached(mu)).requires_grad_()
     step = expand(0.5 * tau, x0)
-    x = x0.detach().requires_grad_()
-    with torch.enable_grad():
+    x = x0.requires_grad_()
+    with torch.enable_grad(), eager():
         for _ in range(steps):
             (g,) = torch.autograd.grad(reg.energy(x).sum(), x, create_graph=True)
             x = A.prox_l2(x - step * g, y, 0.5 * tau.to(x0.dtype) / torch.exp(log_mu))
         error = (x - x_true).square()
-        loss = (error if weights is None else expand(weights, error) * error).sum()
+        loss = (error if weights is None else expand(detached(weights), error) * error).sum()
         grads = torch.autograd.grad(loss, [*params, log_mu], allow_unused=True)
     full = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, [*params, log_mu], strict=True)]
     return dict(zip(names, full[:-1], strict=True)), full[-1].sum()

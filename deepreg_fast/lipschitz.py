@@ -32,6 +32,7 @@ class TwoPoint:
     grad_x: torch.Tensor
 
     def __post_init__(self) -> None:
+        self.x, self.delta, self.grad_x = (t.detach() for t in (self.x, self.delta, self.grad_x))
         self._lin = self.reg.linearize(self.x + self.delta)
         self._size = norm(self.delta).clamp_min(1e-300)
         # grad s = (1 + alpha)(x - center) - grad r, so the quadratic contributes exactly -(1 + alpha) delta.
@@ -155,5 +156,6 @@ def spectrum(reg: Regularizer, x: torch.Tensor, steps: int = 20, seed: int = 0) 
     at most `1 + alpha`.
     """
     lin = reg.linearize(x)
-    v0 = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(x)
+    g = torch.Generator().manual_seed(checks.integer(seed, "seed", 0))
+    v0 = torch.randn(x.shape, generator=g, dtype=torch.float64, device="cpu").to(x)
     return extreme_eigenvalues(lambda v: (1.0 + reg.alpha) * v - lin.hvp(v), v0, steps)

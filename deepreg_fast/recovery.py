@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from . import checks
+from .ambient import full_precision
 from .errors import InputError
 from .fidelity import resolve_mu
 from .implicit import initial_point
@@ -16,6 +17,8 @@ from .solvers.pgd import Observer
 from .status import Status
 
 
+@full_precision
+@torch.no_grad()
 def recover(  # noqa: PLR0913 - the problem, then what is optional
     y: torch.Tensor,
     A: LinearOperator,
@@ -51,7 +54,8 @@ def recover(  # noqa: PLR0913 - the problem, then what is optional
     Returns
     -------
     Solution
-        `x`, `status`, `iterations`, `gradients`, `residual`, `tau`, `history`, `backend`.
+        `x`, `status`, `iterations`, `gradients`, `residual`, `tau`, `history`, `backend`; without a graph of autograd,
+        whatever follows y or x0: `hypergradient` is the derivative of a recovery.
 
     Raises
     ------
@@ -62,14 +66,14 @@ def recover(  # noqa: PLR0913 - the problem, then what is optional
     options = options or PGDOptions()
     if not isinstance(A, LinearOperator):
         raise InputError(f"A must be a deepreg_fast operator such as SRM or Identity, but is {type(A).__name__}.")
-    checks.vectors(y, A.measurements)
+    y = checks.vectors(y, A.measurements).detach()
     if len(y) and not bool(torch.isfinite(y).all(1).any()):
         raise InputError("y must be finite, but every row holds NaN or infinite measurements; check the data.")
     mu_b = resolve_mu(mu, lam, sigma, like=y)
     if x0 is None:
         x0 = initial_point(torch.where(torch.isfinite(y).all(1)[:, None], y, torch.zeros_like(y)), A, reg)
     else:
-        checks.images(x0, "x0", A.image_shape)
+        x0 = checks.images(x0, "x0", A.image_shape).detach()
         checks.same_kind(x0, y, "x0 and y")
         if len(x0) != len(y):
             raise InputError(f"x0 must hold one image per row of y, {len(y)}, but holds {len(x0)}.")

@@ -35,9 +35,10 @@ def save(reg: Regularizer, path: str | Path, meta: dict[str, Any] | None = None)
         "regularizer": json.dumps(reg.describe()),
         "meta": json.dumps(meta or {}),
     }
-    tensors = {k: v.detach().cpu().contiguous() for k, v in reg.state_dict().items()}
+    # Copies: tied weights share their memory, which the format refuses.
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in reg.state_dict().items()}
     # An empty safetensors file cannot carry a header in every release; TV has no parameter.
-    tensors = tensors or {"no_parameters": torch.zeros(1)}
+    tensors = tensors or {"no_parameters": torch.zeros(1, dtype=torch.float32, device="cpu")}
     write_atomically(Path(path), to_bytes(tensors, metadata=header))
 
 

@@ -23,13 +23,14 @@ def random_red(seed: int = 0, scale: float = 0.15, double: bool = True, **option
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in reg.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=g))
+            p.add_(scale * torch.randn(p.shape, generator=g, dtype=torch.float32, device="cpu"))
     return reg.double() if double else reg
 
 
 def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Uniform random images."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=g, dtype=torch.float64, device="cpu").to(dtype)
 
 
 def normal(*shape: int, seed: int = 1) -> torch.Tensor:

@@ -15,7 +15,7 @@ PACKAGE = "deepreg_fast"
 # The table of docs/design.md. A new module or subpackage gets its line here; a module of a subpackage is on the
 # floor of its subpackage. A floor may import itself and the floors below it.
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "status", "checks", "files", "machine", "terminal", "_version", "_cpu", "kernels", "cuda"),
+    0: ("errors", "status", "checks", "files", "ambient", "machine", "terminal", "_version", "_cpu", "kernels", "cuda"),
     1: ("definitions",),
     2: ("backend",),
     3: ("linsolve", "ops"),

@@ -1,5 +1,5 @@
-// The Python module deepreg_fast._cpu. Tensors cross as addresses, so that one build serves every release of torch;
-// shapes and dtypes are checked on the Python side (deepreg_fast/backend/cpu.py).
+// The Python module deepreg_fast._cpu. Tensors cross as Python's objects, so that one build serves every release of
+// torch; each is asked for its dtype, device, layout and size before its memory is touched (tensor.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #ifdef _OPENMP
@@ -20,14 +20,14 @@
 #include "conv_chain.h"
 #include "ridge.h"
 #include "srm.h"
+#include "subnormals.h"
+#include "tensor.h"
 #include "tv.h"
 #include "vectors.h"
 
 namespace py = pybind11;
 
 namespace {
-
-using Address = std::uintptr_t;
 
 std::vector<const dr::Kernels*> here() {
     std::vector<const dr::Kernels*> found;
@@ -71,23 +71,41 @@ struct Packed {
     float* begin = nullptr;
     explicit Packed(std::size_t n) : data(n + 16, 0.0f) {
         begin = data.data();
-        while (reinterpret_cast<Address>(begin) % 64) ++begin;
+        while (reinterpret_cast<std::uintptr_t>(begin) % 64) ++begin;
     }
 };
+
+using Tensors = std::vector<py::object>;
+
+// The size of a batch of images of one channel.
+struct Batch : dr::Batch {
+    std::size_t numbers() const { return static_cast<std::size_t>(count) * height * width; }
+};
+Batch batch(int b, int height, int width, int threads) {
+    if (b < 0 || height < 1 || width < 1) throw std::invalid_argument("a batch of images with pixels");
+    return {{b, height, width, team(threads)}};
+}
+
+// A kernel's work, without Python's lock and with all of its numbers.
+template <class F>
+void run(F work) {
+    py::gil_scoped_release free;
+    const dr::Subnormals all;
+    work();
+}
 
 // A conv chain with its filters packed for one instruction set.
 class ConvChain {
   public:
-    // `weights` and `biases` of the convolutions, then (with a LayerNorm) `gammas` and `betas`: addresses of floats.
-    ConvChain(const std::vector<Address>& weights, const std::vector<Address>& biases,
-              const std::vector<Address>& gammas, const std::vector<Address>& betas, int channels, int head, float alpha,
-              float center, float gain, float eps, bool whole, const std::string& isa)
+    // `weights` and `biases` of the convolutions, then (with a LayerNorm) `gammas` and `betas`: tensors.
+    ConvChain(const Tensors& weights, const Tensors& biases, const Tensors& gammas, const Tensors& betas, int channels,
+              int head, float alpha, float center, float gain, float eps, bool whole, const std::string& isa)
         : kernels_(&kernels(isa)) {
         const int depth = static_cast<int>(weights.size());
         const bool norm = !gammas.empty();
-        if (depth < 2 || depth > dr::MAX_DEPTH || biases.size() != weights.size() || gammas.size() != betas.size() ||
+        if (channels < 1 || head < 0 || head > 2 || depth < 2 || depth > dr::MAX_DEPTH || biases.size() != weights.size() || gammas.size() != betas.size() ||
             (norm && gammas.size() + 1 != weights.size()))
-            throw std::invalid_argument("2 <= depth <= 16, and a bias for each filter");
+            throw std::invalid_argument("2 <= depth <= 16, a head of three, and a bias for each filter");
         // With few channels Winograd's additions round more than the products that it saves.
         chain_ = dr::Chain{depth, channels, head, norm && !whole, norm && whole, channels >= MOST_DIRECT, alpha, center, eps, {}, {}, {}, {}, {}};
         const std::size_t C = channels;
@@ -117,42 +135,56 @@ class ConvChain {
 
     std::string isa() const { return kernels_->name; }
 
-    // Whether the parameters still have the values that were packed.
-    bool current() const {
-        for (const auto& p : given_)
-            if (std::memcmp(p.at, p.values.data(), p.values.size() * sizeof(float)) != 0) return false;
+    // Whether these tensors, in the constructor's order, have the values that were packed.
+    bool current(const Tensors& weights, const Tensors& biases, const Tensors& gammas, const Tensors& betas) const {
+        auto packed = given_.begin();
+        if (weights.size() + biases.size() + gammas.size() + betas.size() != given_.size()) return false;
+        const auto same = [&](py::handle t) {
+            const std::vector<float>& values = *packed++;
+            return std::memcmp(dr::memory<float>(t, values.size(), "a parameter"), values.data(), values.size() * sizeof(float)) == 0;
+        };
+        for (std::size_t l = 0; l < weights.size(); ++l) {
+            if (!same(weights[l]) || !same(biases[l])) return false;
+            if (l < gammas.size() && (!same(gammas[l]) || !same(betas[l]))) return false;
+        }
         return true;
     }
 
     // Floats that `gradient` keeps for the products if it is given memory for them.
-    std::size_t kept(int b, int height, int width) const { return kernels_->kept(chain_, {b, height, width, 1}); }
+    std::size_t kept(int b, int height, int width) const { return kernels_->kept(chain_, batch(b, height, width, 1)); }
 
-    void gradient(Address x, Address value, Address grad, Address kept, int b, int height, int width, int threads) const {
-        py::gil_scoped_release free;
-        kernels_->gradient(chain_, {b, height, width, team(threads)}, floats(x), reinterpret_cast<double*>(value), floats(grad),
-                           floats(kept));
+    void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
+        const Batch size = batch(b, height, width, threads);
+        const std::size_t n = size.numbers();
+        run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
+             memory = dr::memory_or_null<float>(kept, this->kept(b, height, width), "the memory", dr::Extent::at_least)] {
+            kernels_->gradient(chain_, size, in, r, g, memory);
+        });
     }
-    void hvp(Address x, Address v, Address kept, Address out, int b, int height, int width, int threads) const {
-        py::gil_scoped_release free;
-        kernels_->hvp(chain_, {b, height, width, team(threads)}, floats(x), floats(v), floats(kept), floats(out));
+    void hvp(py::handle x, py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
+        const Batch size = batch(b, height, width, threads);
+        const std::size_t n = size.numbers();
+        run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
+             memory = dr::memory<float>(kept, this->kept(b, height, width), "the memory", dr::Extent::at_least)] {
+            kernels_->hvp(chain_, size, in, along, memory, product);
+        });
     }
-    void param_vjp(Address x, Address v, Address kept, Address out, int b, int height, int width, int threads) const {
-        py::gil_scoped_release free;
-        kernels_->param_vjp(chain_, {b, height, width, team(threads)}, floats(x), floats(v), floats(kept),
-                            reinterpret_cast<double*>(out));
+    void param_vjp(py::handle x, py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
+        const Batch size = batch(b, height, width, threads);
+        const std::size_t n = size.numbers();
+        std::size_t parameters = 0;
+        for (const auto& values : given_) parameters += values.size();
+        run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), sums = dr::memory<double>(out, parameters, "out"),
+             memory = dr::memory<float>(kept, this->kept(b, height, width), "the memory", dr::Extent::at_least)] {
+            kernels_->param_vjp(chain_, size, in, along, memory, sums);
+        });
     }
 
   private:
     static constexpr int MOST_DIRECT = 8;
-    struct Given {
-        const float* at;
-        std::vector<float> values;
-    };
-
-    static float* floats(Address a) { return reinterpret_cast<float*>(a); }
-    const float* raw(Address a, std::size_t n) {
-        const float* p = floats(a);
-        given_.push_back({p, {p, p + n}});
+    const float* raw(py::handle tensor, std::size_t n) {
+        const float* p = dr::memory<float>(tensor, n, "a parameter");
+        given_.emplace_back(p, p + n);
         return p;
     }
     const float* keep(Packed packed) {
@@ -175,7 +207,7 @@ class ConvChain {
     const dr::Kernels* kernels_;
     dr::Chain chain_;
     std::vector<Packed> kept_;
-    std::vector<Given> given_;
+    std::vector<std::vector<float>> given_;  // in the order weight, bias, gamma, beta of each layer
 };
 
 // The twiddles of an FFT of n points as srm.inc walks through them, and the angles of a DCT.
@@ -248,61 +280,100 @@ const Table& table(const std::string& isa, const Table& avx512, const Table& avx
 
 class Srm {
   public:
-    // `rows` and `perm` are int64, `signs` and the Hadamard matrices of the two sizes int8; 0 where there is none.
-    Srm(int transform, int channels, int height, int width, int block, int measurements, Address rows, Address signs,
-        Address perm, Address columns_matrix, Address lines_matrix, const std::string& isa)
+    // `rows` and `perm` are int64, `signs` and the Hadamard matrices of the two sizes int8; None where there is none.
+    Srm(int transform, int channels, int height, int width, int block, int measurements, py::handle rows, py::handle signs,
+        py::handle perm, py::handle columns_matrix, py::handle lines_matrix, const std::string& isa)
         : kernels_(&table(isa, DR_TABLES(srm))) {
+        if (transform < 0 || transform > 2 || channels < 1 || height < 1 || width < 1 || measurements < 1)
+            throw std::invalid_argument("one of three transforms, of images with pixels");
         s_.transform = static_cast<dr::Transform>(transform);
         s_.channels = channels, s_.height = height, s_.width = width, s_.block = block, s_.measurements = measurements;
-        const std::size_t d = static_cast<std::size_t>(channels) * height * width;
-        const auto* r = reinterpret_cast<const std::int64_t*>(rows);
+        const std::size_t d = numbers();
+        if (s_.transform == dr::Transform::walsh && (block < 1 || block & (block - 1) || d % block))
+            throw std::invalid_argument("a block of a power of two that divides the number of pixels");
+        const auto* r = dr::places(rows, measurements, d, "rows");
+        rows_.assign(r, r + measurements);
         s_.kept.assign((d + 15) / 16, 0);
-        for (int j = 0; j < measurements; ++j) s_.kept[r[j] / 16] |= static_cast<std::uint16_t>(1u << r[j] % 16);
-        if (signs) {
-            const auto* p = reinterpret_cast<const std::int8_t*>(signs);
+        for (int j = 0; j < measurements; ++j) {
+            if (j && r[j] <= r[j - 1]) throw std::invalid_argument("rows must be sorted and different");
+            s_.kept[r[j] / 16] |= static_cast<std::uint16_t>(1u << r[j] % 16);
+        }
+        if (const auto* p = dr::memory_or_null<std::int8_t>(signs, d, "signs")) {
+            signs_.assign(p, p + d);
+            for (std::size_t i = 0; i < d; ++i)
+                if (p[i] != 1 && p[i] != -1) throw std::invalid_argument("signs must be 1 or -1");
             s_.signs.assign(p, p + d);
             if (s_.transform == dr::Transform::walsh) s_.sign_bits = sign_bits(p, d);
         }
-        if (perm) {
-            const auto* p = reinterpret_cast<const std::int64_t*>(perm);
+        if (!perm.is_none()) {
+            const auto* p = dr::places(perm, d, d, "perm");
+            perm_.assign(p, p + d);
+            std::vector<bool> seen(d, false);
+            for (std::size_t i = 0; i < d; ++i) {
+                if (seen[p[i]]) throw std::invalid_argument("perm must hold each place once");
+                seen[p[i]] = true;
+            }
             s_.perm.assign(p, p + d);
         }
         if (s_.transform == dr::Transform::dct) {
             s_.columns = dct_lines(height);
             s_.lines = dct_lines(width);
         } else if (s_.transform == dr::Transform::hadamard) {
-            s_.columns = hadamard_lines(height, reinterpret_cast<const std::int8_t*>(columns_matrix));
-            s_.lines = hadamard_lines(width, reinterpret_cast<const std::int8_t*>(lines_matrix));
+            const auto square = [](int n) { return static_cast<std::size_t>(n) * n; };
+            s_.columns = hadamard_lines(height, dr::memory<std::int8_t>(columns_matrix, square(height), "a matrix"));
+            s_.lines = hadamard_lines(width, dr::memory<std::int8_t>(lines_matrix, square(width), "a matrix"));
         }
     }
 
-    // `weight` 0: `one` is every image's.
-    void apply(int product, int count, int threads, Address x, Address y, Address weight, float one, Address out) const {
-        py::gil_scoped_release free;
-        std::vector<float> same;
-        if (!weight) same.assign(count, one);
-        kernels_->apply(s_, static_cast<dr::Product>(product), count, team(threads), reinterpret_cast<const float*>(x),
-                        reinterpret_cast<const float*>(y), weight ? reinterpret_cast<const float*>(weight) : same.data(),
-                        reinterpret_cast<float*>(out));
+    // Whether these buffers have the values that the operator was made of.
+    bool current(py::handle rows, py::handle signs, py::handle perm) const {
+        return same(rows, rows_) && same(signs, signs_) && same(perm, perm_);
+    }
+
+    // `x`, `y` and `weight` are None where a product has none; without a `weight`, `one` is every image's.
+    void apply(int product, int count, int threads, py::handle x, py::handle y, py::handle weight, float one, py::handle out) const {
+        const bool by_x = product != 1, by_y = product == 1 || product == 3;
+        if (product < 0 || product > 3 || count < 0 || x.is_none() == by_x || y.is_none() == by_y)
+            throw std::invalid_argument("one of four products, with its vectors");
+        const std::size_t pixels = count * numbers(), measured = static_cast<std::size_t>(count) * s_.measurements;
+        const auto* image = dr::memory_or_null<float>(x, pixels, "x");
+        const auto* data = dr::memory_or_null<float>(y, measured, "y");
+        auto* found = dr::memory<float>(out, product == 0 ? measured : pixels, "out");
+        const float* weights = dr::memory_or_null<float>(weight, count, "weight");
+        std::vector<float> all;
+        if (!weights) {
+            all.assign(count, one);
+            weights = all.data();
+        }
+        run([&] { kernels_->apply(s_, static_cast<dr::Product>(product), count, team(threads), image, data, weights, found); });
     }
 
   private:
+    std::size_t numbers() const { return static_cast<std::size_t>(s_.channels) * s_.height * s_.width; }
+    template <class T>
+    static bool same(py::handle tensor, const std::vector<T>& values) {
+        if (tensor.is_none() || values.empty()) return tensor.is_none() && values.empty();
+        return std::memcmp(dr::memory<T>(tensor, values.size(), "a buffer"), values.data(), values.size() * sizeof(T)) == 0;
+    }
+
     const dr::SrmKernels* kernels_;
     dr::Srm s_;
+    std::vector<std::int64_t> rows_, perm_;
+    std::vector<std::int8_t> signs_;
 };
 
 // A ridge energy with copies of its numbers.
 class Ridge {
   public:
-    // Addresses of floats: filters [filters, side, side], coefficients [filters, steps], scales [steps].
-    Ridge(int filters, int side, int steps, float center, Address w, Address c, Address s, const std::string& isa)
+    // Floats: filters [filters, side, side], coefficients [filters, steps], scales [steps].
+    Ridge(int filters, int side, int steps, float center, py::handle w, py::handle c, py::handle s, const std::string& isa)
         : kernels_(&table(isa, DR_TABLES(ridge))) {
         if (filters < 1 || steps < 1 || side < 3 || side > dr::MAX_SIDE || side % 2 == 0)
             throw std::invalid_argument("an odd side from 3 to 15, and at least one filter and one step");
         const std::size_t n = filters;
-        w_.assign(floats(w), floats(w) + n * side * side);
-        c_.assign(floats(c), floats(c) + n * steps);
-        s_.assign(floats(s), floats(s) + steps);
+        take(w_, w, n * side * side);
+        take(c_, c, n * steps);
+        take(s_, s, steps);
         ridge_ = {filters, side, steps, center, w_.data(), c_.data(), s_.data()};
     }
     Ridge(const Ridge&) = delete;
@@ -311,22 +382,34 @@ class Ridge {
     // Floats that `gradient` keeps of each image for `hvp` if it is given memory for them.
     std::size_t kept(int height, int width) const { return kernels_->kept(ridge_, height, width); }
 
-    void gradient(Address x, Address value, Address grad, Address kept, int b, int height, int width, int threads) const {
-        py::gil_scoped_release free;
-        kernels_->gradient(ridge_, {b, height, width, team(threads)}, floats(x), doubles(value), floats(grad), floats(kept));
+    void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
+        const Batch size = batch(b, height, width, threads);
+        const std::size_t n = size.numbers();
+        run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
+             memory = dr::memory_or_null<float>(kept, b * this->kept(height, width), "the memory", dr::Extent::at_least)] {
+            kernels_->gradient(ridge_, size, in, r, g, memory);
+        });
     }
-    void hvp(Address v, Address kept, Address out, int b, int height, int width, int threads) const {
-        py::gil_scoped_release free;
-        kernels_->hvp(ridge_, {b, height, width, team(threads)}, floats(v), floats(kept), floats(out));
+    void hvp(py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
+        const Batch size = batch(b, height, width, threads);
+        const std::size_t n = size.numbers();
+        run([&, along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
+             memory = dr::memory<float>(kept, b * this->kept(height, width), "the memory", dr::Extent::at_least)] {
+            kernels_->hvp(ridge_, size, along, memory, product);
+        });
     }
-    void param_vjp(Address x, Address v, Address dw, Address dc, int b, int height, int width, int threads) const {
-        py::gil_scoped_release free;
-        kernels_->param_vjp(ridge_, {b, height, width, team(threads)}, floats(x), floats(v), doubles(dw), doubles(dc));
+    void param_vjp(py::handle x, py::handle v, py::handle dw, py::handle dc, int b, int height, int width, int threads) const {
+        const Batch size = batch(b, height, width, threads);
+        const std::size_t n = size.numbers();
+        run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), w = dr::memory<double>(dw, w_.size(), "dw"),
+             c = dr::memory<double>(dc, c_.size(), "dc")] { kernels_->param_vjp(ridge_, size, in, along, w, c); });
     }
 
   private:
-    static float* floats(Address a) { return reinterpret_cast<float*>(a); }
-    static double* doubles(Address a) { return reinterpret_cast<double*>(a); }
+    static void take(std::vector<float>& to, py::handle tensor, std::size_t n) {
+        const float* p = dr::memory<float>(tensor, n, "a parameter");
+        to.assign(p, p + n);
+    }
 
     const dr::RidgeKernels* kernels_;
     std::vector<float> w_, c_, s_;
@@ -343,19 +426,24 @@ class Tv {
     // Floats that `gradient` keeps of each image for `hvp` if it is given memory for them.
     std::size_t kept(int height, int width) const { return kernels_->kept(tv_, height, width); }
 
-    void gradient(Address x, Address value, Address grad, Address kept, int b, int height, int width, int threads) const {
-        py::gil_scoped_release free;
-        kernels_->gradient(tv_, {b, height, width, team(threads)}, floats(x), reinterpret_cast<double*>(value), floats(grad),
-                           floats(kept));
+    void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
+        const Batch size = batch(b, height, width, threads);
+        const std::size_t n = tv_.channels * size.numbers();
+        run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
+             memory = dr::memory_or_null<float>(kept, b * this->kept(height, width), "the memory", dr::Extent::at_least)] {
+            kernels_->gradient(tv_, size, in, r, g, memory);
+        });
     }
-    void hvp(Address v, Address kept, Address out, int b, int height, int width, int threads) const {
-        py::gil_scoped_release free;
-        kernels_->hvp(tv_, {b, height, width, team(threads)}, floats(v), floats(kept), floats(out));
+    void hvp(py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
+        const Batch size = batch(b, height, width, threads);
+        const std::size_t n = tv_.channels * size.numbers();
+        run([&, along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
+             memory = dr::memory<float>(kept, b * this->kept(height, width), "the memory", dr::Extent::at_least)] {
+            kernels_->hvp(tv_, size, along, memory, product);
+        });
     }
 
   private:
-    static float* floats(Address a) { return reinterpret_cast<float*>(a); }
-
     const dr::TvKernels* kernels_;
     dr::Tv tv_;
 };
@@ -365,41 +453,65 @@ class Vectors {
   public:
     explicit Vectors(const std::string& isa) : kernels_(&table(isa, DR_TABLES(vectors))) {}
 
-    void dot(int count, std::size_t n, int threads, Address a, Address b, Address out) const {
-        py::gil_scoped_release free;
-        kernels_->dot(count, n, team(threads), in(a), in(b), sums(out));
+    // `n` numbers of each of `count` images.
+    void dot(int count, std::size_t n, int threads, py::handle a, py::handle b, py::handle out) const {
+        const std::size_t all = total(count, n);
+        run([&, a = in(a, all, "a"), b = in(b, all, "b"), sums = dr::memory<double>(out, count, "out")] {
+            kernels_->dot(count, n, team(threads), a, b, sums);
+        });
     }
-    void add(int count, std::size_t n, int threads, Address x, Address s, Address p, Address rows, Address out,
-             Address size) const {
-        py::gil_scoped_release free;
-        kernels_->add(count, n, team(threads), in(x), in(s), in(p), reinterpret_cast<const std::uint8_t*>(rows), floats(out),
-                      sums(size));
+    void add(int count, std::size_t n, int threads, py::handle x, py::handle s, py::handle p, py::handle rows, py::handle out,
+             py::handle size) const {
+        const std::size_t all = total(count, n);
+        run([&, x = in(x, all, "x"), s = in(s, count, "s"), p = in(p, all, "p"), rows = flags(rows, count, "rows"),
+             out = dr::memory<float>(out, all, "out"), size = dr::memory<double>(size, count, "size")] {
+            kernels_->add(count, n, team(threads), x, s, p, rows, out, size);
+        });
     }
-    void secant(int count, std::size_t n, int threads, Address idx, Address candidate, Address candidate_g, Address x,
-                Address g, Address out) const {
-        py::gil_scoped_release free;
-        kernels_->secant({count, team(threads), n, places(idx)}, in(candidate), in(candidate_g), in(x), in(g), sums(out));
+    // `idx` are places in the batch of `batch` images that x and g hold.
+    void secant(int count, std::size_t n, int threads, py::handle idx, int batch, py::handle candidate, py::handle candidate_g,
+                py::handle x, py::handle g, py::handle out) const {
+        const std::size_t all = total(count, n), whole = total(batch, n);
+        const dr::Work work{count, team(threads), n, dr::places(idx, count, batch, "idx")};
+        run([&, c = in(candidate, all, "candidate"), cg = in(candidate_g, all, "candidate_g"), x = in(x, whole, "x"),
+             g = in(g, whole, "g"), sums = dr::memory<double>(out, 4 * static_cast<std::size_t>(count), "out")] {
+            kernels_->secant(work, c, cg, x, g, sums);
+        });
     }
-    void remember(int count, std::size_t n, int threads, Address idx, int memory, const std::vector<Address>& state,
-                  Address slot, Address fresh, Address x, Address f, Address gram, Address rhs) const {
-        py::gil_scoped_release free;
-        kernels_->remember({count, team(threads), n, places(idx)}, differences(memory, state), places(slot),
-                           reinterpret_cast<const std::uint8_t*>(fresh), in(x), in(f), sums(gram), sums(rhs));
+    // `state` of `batch` images: dx, df [batch, memory, n], x, f [batch, n].
+    void remember(int count, std::size_t n, int threads, py::handle idx, int batch, int memory, const Tensors& state,
+                  py::handle slot, py::handle fresh, py::handle x, py::handle f, py::handle gram, py::handle rhs) const {
+        const std::size_t all = total(count, n), products = static_cast<std::size_t>(count) * memory;
+        const dr::Work work{count, team(threads), n, dr::places(idx, count, batch, "idx")};
+        const dr::Differences d = differences(batch, n, memory, state);
+        run([&, slot = dr::places(slot, count, memory, "slot"), fresh = flags(fresh, count, "fresh"), x = in(x, all, "x"),
+             f = in(f, all, "f"), gram = dr::memory<double>(gram, products, "gram"), rhs = dr::memory<double>(rhs, products, "rhs")] {
+            kernels_->remember(work, d, slot, fresh, x, f, gram, rhs);
+        });
     }
-    void combine(int count, std::size_t n, int threads, Address idx, int memory, const std::vector<Address>& state,
-                 Address c, Address limit, Address x, Address f, Address out) const {
-        py::gil_scoped_release free;
-        kernels_->combine({count, team(threads), n, places(idx)}, differences(memory, state), in(c),
-                          reinterpret_cast<const double*>(limit), in(x), in(f), floats(out));
+    void combine(int count, std::size_t n, int threads, py::handle idx, int batch, int memory, const Tensors& state,
+                 py::handle c, py::handle limit, py::handle x, py::handle f, py::handle out) const {
+        const std::size_t all = total(count, n), products = static_cast<std::size_t>(count) * memory;
+        const dr::Work work{count, team(threads), n, dr::places(idx, count, batch, "idx")};
+        const dr::Differences d = differences(batch, n, memory, state);
+        run([&, c = in(c, products, "c"), limit = dr::memory<double>(limit, count, "limit"), x = in(x, all, "x"), f = in(f, all, "f"),
+             out = dr::memory<float>(out, all, "out")] { kernels_->combine(work, d, c, limit, x, f, out); });
     }
 
   private:
-    static const float* in(Address a) { return reinterpret_cast<const float*>(a); }
-    static float* floats(Address a) { return reinterpret_cast<float*>(a); }
-    static double* sums(Address a) { return reinterpret_cast<double*>(a); }
-    static const std::int64_t* places(Address a) { return reinterpret_cast<const std::int64_t*>(a); }
-    static dr::Differences differences(int memory, const std::vector<Address>& state) {
-        return {memory, floats(state.at(0)), floats(state.at(1)), floats(state.at(2)), floats(state.at(3))};
+    static std::size_t total(int count, std::size_t n) {
+        if (count < 0) throw std::invalid_argument("a number of images");
+        return count * n;
+    }
+    static const float* in(py::handle t, std::size_t n, const char* name) { return dr::memory<float>(t, n, name); }
+    static const std::uint8_t* flags(py::handle t, std::size_t n, const char* name) {
+        return reinterpret_cast<const std::uint8_t*>(dr::memory<bool>(t, n, name));
+    }
+    static dr::Differences differences(int batch, std::size_t n, int memory, const Tensors& state) {
+        if (memory < 1 || state.size() != 4) throw std::invalid_argument("dx, df, x and f");
+        const std::size_t all = total(batch, n);
+        return {memory, dr::memory<float>(state[0], all * memory, "dx"), dr::memory<float>(state[1], all * memory, "df"),
+                dr::memory<float>(state[2], all, "x of all"), dr::memory<float>(state[3], all, "f of all")};
     }
 
     const dr::VectorKernels* kernels_;
@@ -419,8 +531,8 @@ PYBIND11_MODULE(_cpu, m) {
         return kernels(isa).multiply_adds(team(threads), 2000000L * scale, &sink);
     });
     py::class_<ConvChain>(m, "ConvChain")
-        .def(py::init<const std::vector<Address>&, const std::vector<Address>&, const std::vector<Address>&,
-                      const std::vector<Address>&, int, int, float, float, float, float, bool, const std::string&>())
+        .def(py::init<const Tensors&, const Tensors&, const Tensors&, const Tensors&, int, int, float, float, float, float, bool,
+                      const std::string&>())
         .def("current", &ConvChain::current)
         .def_property_readonly("isa", &ConvChain::isa)
         .def("kept", &ConvChain::kept)
@@ -428,10 +540,12 @@ PYBIND11_MODULE(_cpu, m) {
         .def("hvp", &ConvChain::hvp)
         .def("param_vjp", &ConvChain::param_vjp);
     py::class_<Srm>(m, "Srm")
-        .def(py::init<int, int, int, int, int, int, Address, Address, Address, Address, Address, const std::string&>())
+        .def(py::init<int, int, int, int, int, int, py::handle, py::handle, py::handle, py::handle, py::handle,
+                      const std::string&>())
+        .def("current", &Srm::current)
         .def("apply", &Srm::apply);
     py::class_<Ridge>(m, "Ridge")
-        .def(py::init<int, int, int, float, Address, Address, Address, const std::string&>())
+        .def(py::init<int, int, int, float, py::handle, py::handle, py::handle, const std::string&>())
         .def("kept", &Ridge::kept)
         .def("gradient", &Ridge::gradient)
         .def("hvp", &Ridge::hvp)

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <new>
 
+#include "subnormals.h"
+
 #if defined(__SANITIZE_THREAD__)
 // libgomp is not built for the thread sanitizer, which then does not see that a team starts after, and ends before,
 // the code around it.
@@ -29,6 +31,7 @@ static void each_of(int count, int threads, F work) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(std::max(1, std::min(threads, count))) firstprivate(shared)
     for (int i = 0; i < count; ++i) {
         DR_TSAN_ACQUIRE(shared);
+        const dr::Subnormals all;
         try {
             shared->work(i);
         } catch (const std::bad_alloc&) {

@@ -204,7 +204,10 @@ def vector_kernels(*tensors: torch.Tensor) -> VectorKernels | None:
 
     A backend may have a method `vectors(like)` that returns them or None.
     """
-    return _kernels("vectors", tensors, (tensors[0],))
+    first = tensors[0]
+    if any(t.dtype != first.dtype or t.device != first.device for t in tensors[1:]):
+        return None
+    return _kernels("vectors", tensors, (first,))
 
 
 def _kernels(method: str, tensors: tuple[torch.Tensor, ...], arguments: tuple[Any, ...]) -> Any:

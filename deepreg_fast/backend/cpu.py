@@ -6,6 +6,7 @@ product), the SRM's products and the solvers' vector work; docs/kernels.md says 
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -13,12 +14,13 @@ import torch
 from torch import nn
 
 from ..definitions import hadamard
-from ..definitions.conv_chain import HEADS, ChannelNorm, ConvChainForm
+from ..definitions.conv_chain import HEADS, ChannelNorm, ConvChainForm, layers_of
+from ..definitions.unaltered import why_elsewhere
 from . import cpu_ridge, cpu_tv
 from .cpu_vectors import CpuVectors
-from .extension import borrow, give_back, instruction_set
+from .extension import borrow, give_back, instruction_set, plain
 from .extension import extension as _extension
-from .reference import Linearization, Still, changes, norm_elsewhere
+from .reference import Gradients, Linearization, Still, kind_of, kind_of_srm, norm_elsewhere
 
 if TYPE_CHECKING:
     from .._cpu import ConvChain
@@ -34,14 +36,15 @@ class CpuLinearization:
     """
 
     def __init__(self, energy: nn.Module, form: ConvChainForm, x: torch.Tensor) -> None:
-        self.x = x.detach().contiguous()
-        self._form = form
-        self._params = [p for p in energy.parameters() if p.requires_grad]
-        self._still = Still(self._params)
-        self._names = {id(p): n for n, p in energy.named_parameters()}
+        self.x = plain(x)
+        self._tensors = [p for m in (*_convs(form), *_norms(form)) for p in (m.weight, cast(torch.Tensor, m.bias))]
+        self._last, self._gain = 2 * len(_convs(form)) - 2, float(form.net.gain)
+        self._centred = form.net.norm == "pixel"
+        self._gradients = Gradients(energy, self._tensors)
+        self._still = Still([p for p in energy.parameters() if p.requires_grad])
         self._chain = _chain(form)
         self._memory = borrow(self._chain.kept(*_size(x)[:3]))
-        self.value, self.grad = _gradient(self._chain, self.x, self._memory.data_ptr())
+        self.value, self.grad = _gradient(self._chain, self.x, self._memory)
 
     def __del__(self) -> None:
         memory = getattr(self, "_memory", None)
@@ -50,38 +53,36 @@ class CpuLinearization:
 
     def _check(self, v: torch.Tensor) -> torch.Tensor:
         self._still.check(v, self.x)
-        return v.detach().contiguous()
+        return plain(v)
 
     def hvp(self, v: torch.Tensor) -> torch.Tensor:
         """`hess r(x_b) v_b`."""
         v = self._check(v)
         out = torch.empty_like(v)
-        self._chain.hvp(self.x.data_ptr(), v.data_ptr(), self._memory.data_ptr(), out.data_ptr(), *_size(v))
+        self._chain.hvp(self.x, v, self._memory, out, *_size(v))
         return out
 
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
         v = self._check(v)
-        net, convs, norms = self._form.net, _convs(self._form), _norms(self._form)
-        tensors = [cast(torch.Tensor, p) for m in (*convs, *norms) for p in (m.weight, m.bias)]
-        flat = torch.empty(sum(p.numel() for p in tensors), dtype=torch.float64)
-        self._chain.param_vjp(self.x.data_ptr(), v.data_ptr(), self._memory.data_ptr(), flat.data_ptr(), *_size(v))
-        parts = [t.view(p.shape) for p, t in zip(tensors, flat.split([p.numel() for p in tensors]), strict=True)]
+        sizes = [p.numel() for p in self._tensors]
+        flat = v.new_empty(sum(sizes), dtype=torch.float64)
+        self._chain.param_vjp(self.x, v, self._memory, flat, *_size(v))
+        parts = [t.view(p.shape) for p, t in zip(self._tensors, flat.split(sizes), strict=True)]
         # The gain is folded into the outer filters: h(u) = net(gain u) / gain.
-        last = 2 * len(convs) - 2
-        parts[0] *= net.gain
-        parts[last] /= net.gain
-        parts[last + 1] /= net.gain
-        if net.norm == "pixel":
+        parts[0] *= self._gain
+        parts[self._last] /= self._gain
+        parts[self._last + 1] /= self._gain
+        if self._centred:
             # The kernels' filters are centred over their outputs (csrc/cpu/conv.h): the chain rule through that.
-            for part in parts[:last]:
+            for part in parts[: self._last]:
                 part -= part.mean(0, keepdim=True)
-        return {self._names[id(p)]: t.to(p.dtype) for p, t in zip(tensors, parts, strict=True) if p.requires_grad}
+        return self._gradients.by_name(parts)
 
 
 def _form(energy: Any) -> ConvChainForm:
     """The form of an energy that `why_not` let pass."""
-    return energy.conv_chain_form()
+    return getattr(energy, "unchecked_form", energy.conv_chain_form)()
 
 
 def _size(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -97,7 +98,7 @@ def _norms(form: ConvChainForm) -> list[ChannelNorm]:
     return cast("list[ChannelNorm]", list(form.net.norms)) if form.net.norm != "none" else []
 
 
-_PACKED: WeakKeyDictionary[nn.Module, tuple[Any, ConvChain, list[torch.Tensor]]] = WeakKeyDictionary()
+_PACKED: WeakKeyDictionary[nn.Module, tuple[Any, ConvChain]] = WeakKeyDictionary()
 
 
 def _chain(form: ConvChainForm) -> ConvChain:
@@ -105,8 +106,8 @@ def _chain(form: ConvChainForm) -> ConvChain:
     extension, _ = _extension()
     assert extension is not None
     convs, norms = _convs(form), _norms(form)
-    given = [
-        [cast(torch.Tensor, p).detach().contiguous() for p in parameters]
+    tensors = [
+        [plain(cast(torch.Tensor, p)) for p in parameters]
         for parameters in (
             [c.weight for c in convs],
             [c.bias for c in convs],
@@ -114,39 +115,43 @@ def _chain(form: ConvChainForm) -> ConvChain:
             [n.bias for n in norms],
         )
     ]
-    # The tensors are kept with the chain, so that their addresses stay theirs.
-    tensors = [t for group in given for t in group]
-    arguments = (
-        *([t.data_ptr() for t in group] for group in given),
+    settings = (
         convs[0].out_channels,
         HEADS.index(form.head),
-        form.alpha,
-        form.center,
-        form.net.gain,
-        norms[0].eps if norms else 0.0,
+        float(form.alpha),
+        float(form.center),
+        float(form.net.gain),
+        float(norms[0].eps) if norms else 0.0,
         form.net.norm == "image",
         instruction_set(),
     )
     found = _PACKED.get(form.net)
-    if found is None or found[0] != arguments or not found[1].current():
-        found = (arguments, extension.ConvChain(*arguments), tensors)
+    if found is None or found[0] != (len(convs), settings) or not found[1].current(*tensors):
+        found = ((len(convs), settings), extension.ConvChain(*tensors, *settings))
         _PACKED[form.net] = found
     return found[1]
 
 
-def _gradient(chain: ConvChain, x: torch.Tensor, kept: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    value = torch.empty(x.shape[0], dtype=torch.float64)
-    grad = torch.empty_like(x)
-    chain.gradient(x.data_ptr(), value.data_ptr(), grad.data_ptr(), kept, *_size(x))
+def _gradient(
+    chain: ConvChain, x: torch.Tensor, memory: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    value, grad = x.new_empty(len(x), dtype=torch.float64), torch.empty_like(x)
+    chain.gradient(x, value, grad, memory, *_size(x))
     return value.to(x.dtype), grad
 
 
 _TRANSFORMS = ("dct", "hadamard", "walsh")
-_SRMS: WeakKeyDictionary[nn.Module, tuple[Any, CpuSrm]] = WeakKeyDictionary()
+_SRMS: WeakKeyDictionary[nn.Module, tuple[Any, CpuSrm | None]] = WeakKeyDictionary()
 
 
 class CpuSrm:
-    """The C++ kernels of one SRM; they hold copies of its buffers."""
+    """The C++ kernels of one SRM; they hold copies of its buffers.
+
+    Raises
+    ------
+    ValueError, IndexError
+        If the buffers are none that the kernels cover.
+    """
 
     def __init__(self, A: Any, isa: str) -> None:
         extension, _ = _extension()
@@ -156,20 +161,34 @@ class CpuSrm:
             torch.from_numpy(hadamard.hadamard(n).astype("int8")) if A.transform == "hadamard" else None
             for n in A.image_shape[1:]
         ]
-        address = [0 if t is None else t.contiguous().data_ptr() for t in (A.rows, A.signs, A.perm, *matrices)]
         self._kernels = extension.Srm(
-            _TRANSFORMS.index(A.transform), *A.image_shape, A.block or 0, A.measurements, *address, isa
+            _TRANSFORMS.index(A.transform),
+            *A.image_shape,
+            A.block or 0,
+            A.measurements,
+            A.rows,
+            A.signs,
+            A.perm,
+            *matrices,
+            isa,
         )
+
+    def current(self, A: Any) -> bool:
+        """Whether the operator's buffers have the values that were copied, which is looked at, not guessed."""
+        try:
+            return self._kernels.current(A.rows, A.signs, A.perm)
+        except ValueError:
+            return False
 
     def _apply(
         self, product: int, x: torch.Tensor | None, y: torch.Tensor | None, weight: float | torch.Tensor = 0.0
     ) -> torch.Tensor:
-        one, weights = (0.0, weight) if isinstance(weight, torch.Tensor) else (weight, None)
-        given = [None if t is None else t.contiguous() for t in (x, y, weights)]
-        count = cast(torch.Tensor, y if x is None else x).shape[0]
-        out = torch.empty((count, self._measurements) if product == 0 else (count, *self._shape))
-        address = [0 if t is None else t.data_ptr() for t in given]
-        self._kernels.apply(product, count, torch.get_num_threads(), *address, one, out.data_ptr())
+        like = cast(torch.Tensor, y if x is None else x)
+        one, weights = (0.0, weight.to(like)) if isinstance(weight, torch.Tensor) else (weight, None)
+        x, y, weights = (None if t is None else plain(t) for t in (x, y, weights))
+        count = len(like)
+        out = like.new_empty((count, self._measurements) if product == 0 else (count, *self._shape))
+        self._kernels.apply(product, count, torch.get_num_threads(), x, y, weights, one, out)
         return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -209,15 +228,19 @@ class CpuBackend:
         ridge = cpu_ridge.form_of(energy)
         tv = cpu_tv.eps_of(energy)
         if form is None and ridge is None and tv is None:
-            return f"it has kernels for the conv chain (RED), Ridge and TV only, not for {type(energy).__name__}."
+            return f"it has kernels for the conv chain (RED), Ridge and TV only, not for {kind_of(energy)}."
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return f"it takes float32 tensors on the CPU, not {x.dtype} on {x.device}."
         if tv is not None:
-            return None
+            return cpu_tv.why_not(x)
         if ridge is not None:
             return cpu_ridge.why_not(ridge, x)
         assert form is not None
         net = form.net
+        if (reason := why_elsewhere(x, *chain.from_iterable(layers_of(net)))) is not None:
+            return reason
+        if x.shape[1] != net.image_channels:
+            return f"the images have {x.shape[1]} channels, but the network takes {net.image_channels}."
         if net.kernel_size != 3 or net.image_channels != 1 or len(net.convs) > _MAX_DEPTH:
             return (
                 f"it has 3 x 3 filters, one image channel and depth up to {_MAX_DEPTH}; this is "
@@ -227,15 +250,22 @@ class CpuBackend:
             return "the images are smaller than a filter."
         return norm_elsewhere(form)
 
-    def srm(self, A: nn.Module, like: torch.Tensor) -> CpuSrm | None:
+    def srm(self, A: Any, like: torch.Tensor) -> CpuSrm | None:
         """The C++ products for float32 on the CPU."""
         if like.device.type != "cpu" or like.dtype != torch.float32:
             return None
         isa = instruction_set()
-        key = (isa, *[(t.data_ptr(), changes(t)) for t in A._buffers.values() if t is not None])
+        kind = (isa, A.transform, A.block, A.image_shape, A.measurements)
         found = _SRMS.get(A)
-        if found is None or found[0] != key:
-            found = (key, CpuSrm(A, isa))
+        if found is not None and found[0] == kind and found[1] is not None and found[1].current(A):
+            return found[1]
+        # Of one that the kernels do not cover, until its buffers are others.
+        key = (isa, *kind_of_srm(A))
+        if found is None or found[1] is not None or found[0] != key:
+            try:
+                found = (kind, CpuSrm(A, isa))
+            except (ValueError, IndexError):
+                found = (key, None)
             _SRMS[A] = found
         return found[1]
 
@@ -256,7 +286,7 @@ class CpuBackend:
             return cpu_ridge.value_and_grad(ridge, x)
         if (eps := cpu_tv.eps_of(energy)) is not None:
             return cpu_tv.value_and_grad(eps, x)
-        return _gradient(_chain(_form(energy)), x.detach().contiguous())
+        return _gradient(_chain(_form(energy)), plain(x))
 
     def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
         """Keeps what the Hessian at x needs."""

@@ -8,8 +8,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from ..ambient import outside_inference
 from ..definitions.ridge import RidgeForm, RidgeNet
-from .extension import borrow, extension, give_back, instruction_set
+from ..definitions.unaltered import why_elsewhere
+from .extension import borrow, extension, give_back, instruction_set, plain
 from .reference import Still
 
 if TYPE_CHECKING:
@@ -25,6 +27,10 @@ def form_of(energy: Any) -> RidgeForm | None:
 
 def why_not(form: RidgeForm, x: torch.Tensor) -> str | None:
     """None for images and filters that the kernels cover."""
+    if (reason := why_elsewhere(x, form.net)) is not None:
+        return reason
+    if min(x.shape[-2:]) < 1:
+        return "the images have no pixels."
     side = form.net.filters.shape[-1]
     if side > _MAX_SIDE:
         return f"it has filters up to {_MAX_SIDE} x {_MAX_SIDE}; these are {side} x {side}."
@@ -37,11 +43,11 @@ _MADE: WeakKeyDictionary[nn.Module, tuple[Any, list[torch.Tensor], Ridge]] = Wea
 def _kernels(form: RidgeForm) -> Ridge:
     """The kernels with copies of the filters and coefficients: anew only if a parameter's value has changed."""
     net = form.net
-    key = (form.center, instruction_set())
+    key = (float(form.center), instruction_set(), net.convex, net.zero_mean, tuple(net.scales))
     found = _MADE.get(net)
     if found is None or found[0] != key or not all(map(torch.equal, found[1], net.parameters())):
         values = [p.detach().clone() for p in net.parameters()]
-        found = (key, values, _make(net, *key))
+        found = (key, values, _make(net, *key[:2]))
         _MADE[net] = found
     return found[2]
 
@@ -50,9 +56,9 @@ def _make(net: RidgeNet, center: float, isa: str) -> Ridge:
     module, _ = extension()
     assert module is not None
     with torch.no_grad():
-        w, c = (t.contiguous() for t in net.numbers())
-    s = torch.tensor(net.scales)
-    return module.Ridge(len(w), w.shape[-1], len(s), center, w.data_ptr(), c.data_ptr(), s.data_ptr(), isa)
+        w, c = (plain(t) for t in net.numbers())
+    s = w.new_tensor(net.scales)
+    return module.Ridge(len(w), w.shape[-1], len(s), center, w, c, s, isa)
 
 
 def _size(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -60,15 +66,15 @@ def _size(x: torch.Tensor) -> tuple[int, int, int, int]:
     return x.shape[0], x.shape[2], x.shape[3], torch.get_num_threads()
 
 
-def _gradient(kernels: Ridge, x: torch.Tensor, kept: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    value, grad = torch.empty(x.shape[0], dtype=torch.float64), torch.empty_like(x)
-    kernels.gradient(x.data_ptr(), value.data_ptr(), grad.data_ptr(), kept, *_size(x))
+def _gradient(kernels: Ridge, x: torch.Tensor, memory: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    value, grad = x.new_empty(len(x), dtype=torch.float64), torch.empty_like(x)
+    kernels.gradient(x, value, grad, memory, *_size(x))
     return value.to(x.dtype), grad
 
 
 def value_and_grad(form: RidgeForm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`r(x_b)` and `grad r(x_b)` in one sweep."""
-    return _gradient(_kernels(form), x.detach().contiguous())
+    return _gradient(_kernels(form), plain(x))
 
 
 class CpuRidgeLinearization:
@@ -78,14 +84,14 @@ class CpuRidgeLinearization:
     """
 
     def __init__(self, energy: nn.Module, form: RidgeForm, x: torch.Tensor) -> None:
-        self.x = x.detach().contiguous()
+        self.x = plain(x)
         self._net = form.net
         self._names = {id(p): n for n, p in energy.named_parameters() if p.requires_grad}
         self._params = [p for p in energy.parameters() if p.requires_grad]
         self._still = Still(self._params)
         self._kernels = _kernels(form)
         self._memory = borrow(len(x) * self._kernels.kept(*x.shape[2:]))
-        self.value, self.grad = _gradient(self._kernels, self.x, self._memory.data_ptr())
+        self.value, self.grad = _gradient(self._kernels, self.x, self._memory)
 
     def __del__(self) -> None:
         memory = getattr(self, "_memory", None)
@@ -94,15 +100,16 @@ class CpuRidgeLinearization:
 
     def _check(self, v: torch.Tensor) -> torch.Tensor:
         self._still.check(v, self.x)
-        return v.detach().contiguous()
+        return plain(v)
 
     def hvp(self, v: torch.Tensor) -> torch.Tensor:
         """`hess r(x_b) v_b`."""
         v = self._check(v)
         out = torch.empty_like(v)
-        self._kernels.hvp(v.data_ptr(), self._memory.data_ptr(), out.data_ptr(), *_size(v))
+        self._kernels.hvp(v, self._memory, out, *_size(v))
         return out
 
+    @outside_inference
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name: the kernels' sums by filters and coefficients, which
         autograd takes on to the parameters."""
@@ -111,8 +118,8 @@ class CpuRidgeLinearization:
             return {}
         with torch.enable_grad():
             w, c = self._net.numbers()
-        dw, dc = (torch.empty(t.shape, dtype=torch.float64) for t in (w, c))
-        self._kernels.param_vjp(self.x.data_ptr(), v.data_ptr(), dw.data_ptr(), dc.data_ptr(), *_size(v))
+        dw, dc = (v.new_empty(t.shape, dtype=torch.float64) for t in (w, c))
+        self._kernels.param_vjp(self.x, v, dw, dc, *_size(v))
         pairs = [(t, d.to(t.dtype)) for t, d in ((w, dw), (c, dc)) if t.requires_grad]
         found = torch.autograd.grad([t for t, _ in pairs], self._params, [d for _, d in pairs], allow_unused=True)
         return {

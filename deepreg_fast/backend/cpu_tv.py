@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .extension import borrow, extension, give_back, instruction_set
+from ..definitions.unaltered import why_elsewhere
+from .extension import borrow, extension, give_back, instruction_set, plain
 from .reference import Still
 
 if TYPE_CHECKING:
@@ -31,15 +32,22 @@ def _size(x: torch.Tensor) -> tuple[int, int, int, int]:
     return x.shape[0], x.shape[2], x.shape[3], torch.get_num_threads()
 
 
-def _gradient(kernels: Tv, x: torch.Tensor, kept: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    value, grad = torch.empty(x.shape[0], dtype=torch.float64), torch.empty_like(x)
-    kernels.gradient(x.data_ptr(), value.data_ptr(), grad.data_ptr(), kept, *_size(x))
+def why_not(x: torch.Tensor) -> str | None:
+    """None for images that the kernels cover."""
+    if (reason := why_elsewhere(x)) is not None:
+        return reason
+    return "the images have no pixels." if min(x.shape[1:]) < 1 else None
+
+
+def _gradient(kernels: Tv, x: torch.Tensor, memory: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    value, grad = x.new_empty(len(x), dtype=torch.float64), torch.empty_like(x)
+    kernels.gradient(x, value, grad, memory, *_size(x))
     return value.to(x.dtype), grad
 
 
 def value_and_grad(eps: float, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`r(x_b)` and `grad r(x_b)` in one sweep."""
-    return _gradient(_kernels(x.shape[1], eps, instruction_set()), x.detach().contiguous())
+    return _gradient(_kernels(x.shape[1], eps, instruction_set()), plain(x))
 
 
 class CpuTvLinearization:
@@ -49,11 +57,11 @@ class CpuTvLinearization:
     """
 
     def __init__(self, eps: float, x: torch.Tensor) -> None:
-        self.x = x.detach().contiguous()
+        self.x = plain(x)
         self._still = Still([])
         self._kernels = _kernels(x.shape[1], eps, instruction_set())
         self._memory = borrow(len(x) * self._kernels.kept(*x.shape[2:]))
-        self.value, self.grad = _gradient(self._kernels, self.x, self._memory.data_ptr())
+        self.value, self.grad = _gradient(self._kernels, self.x, self._memory)
 
     def __del__(self) -> None:
         memory = getattr(self, "_memory", None)
@@ -63,9 +71,9 @@ class CpuTvLinearization:
     def hvp(self, v: torch.Tensor) -> torch.Tensor:
         """`hess r(x_b) v_b`."""
         self._still.check(v, self.x)
-        v = v.detach().contiguous()
+        v = plain(v)
         out = torch.empty_like(v)
-        self._kernels.hvp(v.data_ptr(), self._memory.data_ptr(), out.data_ptr(), *_size(v))
+        self._kernels.hvp(v, self._memory, out, *_size(v))
         return out
 
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -19,8 +19,8 @@ class CpuVectors:
     def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """`<a_b, b_b>`, float64."""
         a, b = a.contiguous(), b.contiguous()
-        out = torch.empty(len(a), dtype=torch.float64)
-        self._kernels.dot(*_size(a), a.data_ptr(), b.data_ptr(), out.data_ptr())
+        out = a.new_empty(len(a), dtype=torch.float64)
+        self._kernels.dot(*_size(a), a, b, out)
         return out
 
     def add(
@@ -28,10 +28,8 @@ class CpuVectors:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`x_b + s_b p_b` where `rows`, else `x_b`, and its squared norm, float64."""
         x, p, s, rows = x.contiguous(), p.contiguous(), s.float().contiguous(), rows.contiguous()
-        out, size = torch.empty_like(x), torch.empty(len(x), dtype=torch.float64)
-        self._kernels.add(
-            *_size(x), x.data_ptr(), s.data_ptr(), p.data_ptr(), rows.data_ptr(), out.data_ptr(), size.data_ptr()
-        )
+        out, size = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float64)
+        self._kernels.add(*_size(x), x, s, p, rows, out, size)
         return out, size
 
     def secant(
@@ -39,15 +37,16 @@ class CpuVectors:
     ) -> torch.Tensor:
         """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>`, `[b, 4]`, of the steps from the images `idx` of `x` and `g`."""
         idx, candidate, candidate_g, x, g = (t.contiguous() for t in (idx, candidate, candidate_g, x, g))
-        out = torch.empty(len(idx), 4, dtype=torch.float64)
+        out = x.new_empty(len(idx), 4, dtype=torch.float64)
         self._kernels.secant(
             *_size(candidate),
-            idx.data_ptr(),
-            candidate.data_ptr(),
-            candidate_g.data_ptr(),
-            x.data_ptr(),
-            g.data_ptr(),
-            out.data_ptr(),
+            idx,
+            len(x),
+            candidate,
+            candidate_g,
+            x,
+            g,
+            out,
         )
         return out
 
@@ -62,20 +61,21 @@ class CpuVectors:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Into `state` (dx, df, x, f of all images) the newest differences; `<df_k, newest df>` and `<df_k, f>`."""
         memory = state[0].shape[1]
-        gram = torch.empty(len(idx), memory, dtype=torch.float64)
+        gram = x.new_empty(len(idx), memory, dtype=torch.float64)
         rhs = torch.empty_like(gram)
         idx, slot, fresh, x, f = (t.contiguous() for t in (idx, slot, fresh, x, f))
         self._kernels.remember(
             *_size(x),
-            idx.data_ptr(),
+            idx,
+            len(state[0]),
             memory,
-            [t.data_ptr() for t in state],
-            slot.data_ptr(),
-            fresh.data_ptr(),
-            x.data_ptr(),
-            f.data_ptr(),
-            gram.data_ptr(),
-            rhs.data_ptr(),
+            list(state),
+            slot,
+            fresh,
+            x,
+            f,
+            gram,
+            rhs,
         )
         return gram, rhs
 
@@ -93,14 +93,15 @@ class CpuVectors:
         out = torch.empty_like(x)
         self._kernels.combine(
             *_size(x),
-            idx.data_ptr(),
+            idx,
+            len(state[0]),
             state[0].shape[1],
-            [t.data_ptr() for t in state],
-            c.data_ptr(),
-            limit.data_ptr(),
-            x.data_ptr(),
-            f.data_ptr(),
-            out.data_ptr(),
+            list(state),
+            c,
+            limit,
+            x,
+            f,
+            out,
         )
         return out
 

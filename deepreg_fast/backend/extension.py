@@ -17,8 +17,17 @@ def borrow(count: int) -> torch.Tensor:
     try:
         spare = _SPARE.pop()
     except IndexError:
-        return torch.empty(count)
-    return spare if count <= spare.numel() <= 4 * count else torch.empty(count)
+        return _fresh(count)
+    return spare if count <= spare.numel() <= 4 * count else _fresh(count)
+
+
+def _fresh(count: int) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.float32, device="cpu")
+
+
+def plain(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers in memory of their own order, for a kernel to read."""
+    return t.detach().resolve_neg().contiguous()
 
 
 def give_back(memory: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..machine import NO_CUDA
 from .gpu_sweeps import DEFAULT, ChainOptions
-from .reference import Linearization
+from .reference import Linearization, kind_of
 
 if TYPE_CHECKING:
     from ..definitions.conv_chain import ConvChainForm
@@ -76,7 +76,7 @@ class GpuBackend:
         """None for a conv chain that the kernels cover, on a tensor that they serve."""
         form = _form(energy)
         if form is None:
-            return f"it has kernels for the conv chain (RED) only, not for {type(energy).__name__}."
+            return f"it has kernels for the conv chain (RED) only, not for {kind_of(energy)}."
         from . import gpu_chain
 
         return self.serves(x) or gpu_chain.why_not(form, x)

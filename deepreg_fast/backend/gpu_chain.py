@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..definitions.conv_chain import ConvChainForm
+from ..ambient import full_precision
+from ..definitions.conv_chain import ConvChainForm, layers_of
+from ..definitions.unaltered import why_elsewhere
 from .gpu_sweeps import DEFAULT, ChainOptions, Sweeps, convs_of, norms_of
-from .reference import Still, norm_elsewhere
+from .reference import Gradients, Still, norm_elsewhere
 
 _MAX_CHANNELS = 64
 
@@ -18,6 +21,10 @@ _MAX_CHANNELS = 64
 def why_not(form: ConvChainForm, x: Tensor) -> str | None:
     """None if the kernels cover this network and these images, else the reason."""
     net, convs = form.net, convs_of(form)
+    if (reason := why_elsewhere(x, *chain.from_iterable(layers_of(net)))) is not None:
+        return reason
+    if x.shape[1] != net.image_channels:
+        return f"the images have {x.shape[1]} channels, but the network takes {net.image_channels}."
     if net.kernel_size != 3 or net.image_channels != 1 or convs[0].out_channels > _MAX_CHANNELS:
         return (
             f"it has 3 x 3 filters, one image channel and up to {_MAX_CHANNELS} channels; this is "
@@ -30,6 +37,7 @@ def why_not(form: ConvChainForm, x: Tensor) -> str | None:
     return norm_elsewhere(form)
 
 
+@full_precision
 def value_and_grad(form: ConvChainForm, x: Tensor, options: ChainOptions = DEFAULT) -> tuple[Tensor, Tensor]:
     """`r(x_b)` `[B]` and `grad r(x_b)` `[B, 1, H, W]`, float32."""
     with _on(x.device):
@@ -46,12 +54,12 @@ class GpuLinearization:
 
     capturable = True
 
+    @full_precision
     def __init__(self, energy: nn.Module, form: ConvChainForm, x: Tensor, options: ChainOptions = DEFAULT) -> None:
         self.x = x.detach().contiguous()
-        self._form = form
-        self._params = [p for p in energy.parameters() if p.requires_grad]
-        self._still = Still(self._params)
-        self._names = {id(p): n for n, p in energy.named_parameters()}
+        tensors = [cast(Tensor, p) for m in (*convs_of(form), *norms_of(form)) for p in (m.weight, m.bias)]
+        self._gradients = Gradients(energy, tensors)
+        self._still = Still([p for p in energy.parameters() if p.requires_grad])
         with _on(x.device):
             self._sweeps = _sweeps(form, x, options)
             self._kept = self._sweeps.room_to_keep()
@@ -61,20 +69,20 @@ class GpuLinearization:
         self._still.check(v, self.x)
         return v.detach().contiguous()
 
+    @full_precision
     def hvp(self, v: Tensor) -> Tensor:
         """`hess r(x_b) v_b`."""
         v = self._check(v)
         with _on(v.device):
             return self._sweeps.product(self._kept, v)
 
+    @full_precision
     def param_vjp(self, v: Tensor) -> dict[str, Tensor]:
         """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name, summed in float64."""
         v = self._check(v)
         with _on(v.device):
             parts = self._sweeps.parameters(self._kept, v)
-        tensors = [cast(Tensor, p) for m in (*convs_of(self._form), *norms_of(self._form)) for p in (m.weight, m.bias)]
-        found = {id(p): t.to(p.dtype) for p, t in zip(tensors, parts, strict=True)}
-        return {n: found[i] for i, n in self._names.items() if i in {id(p) for p in self._params}}
+        return self._gradients.by_name(parts)
 
 
 def _sweeps(form: ConvChainForm, x: Tensor, options: ChainOptions) -> Sweeps:

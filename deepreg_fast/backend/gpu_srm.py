@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import nvrtc
-from .reference import changes
+from .reference import kind_of_srm
 from .srm_plan import ADJOINT, CORRECT, FORWARD, NORMAL, Plan, plan
 from .work import rows_at_work
 
@@ -86,7 +86,7 @@ class GpuSrm:
 def _words(flags: torch.Tensor) -> torch.Tensor:
     """Bits of 32 flags each, the first the lowest, as int32."""
     padded = torch.nn.functional.pad(flags, (0, -len(flags) % 32)).view(-1, 32).to(torch.int64)
-    words = (padded << torch.arange(32, device=flags.device)).sum(1)
+    words = (padded << torch.arange(32, dtype=torch.int64, device=flags.device)).sum(1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
@@ -112,6 +112,8 @@ def find(A: nn.Module, like: torch.Tensor) -> GpuSrm | None:
         return None
 
     def make() -> GpuSrm | None:
+        if not covers(A):
+            return None
         with torch.cuda.device(device):
             built = build(A, nvrtc.shared_limit(device), lambda options: nvrtc.module("srm.cu", options, device))
             # From now on other streams may use the tables, too.
@@ -124,9 +126,21 @@ def find(A: nn.Module, like: torch.Tensor) -> GpuSrm | None:
 _KEPT: WeakKeyDictionary[nn.Module, tuple[Any, GpuSrm | None]] = WeakKeyDictionary()
 
 
+def covers(A: Any) -> bool:
+    """Whether the buffers are such as an SRM draws: rows in order and different, signs of size 1, a permutation."""
+    rows, signs, perm, d = A.rows, A.signs, A.perm, int(np.prod(A.image_shape))
+    kinds = [(rows, torch.int64, A.measurements), (signs, torch.int8, d), (perm, torch.int64, d)]
+    if any(t is not None and (t.dtype != dtype or t.shape != (n,)) for t, dtype, n in kinds) or rows is None:
+        return False
+    in_order = bool((rows[1:] > rows[:-1]).all()) and 0 <= int(rows[0]) and int(rows[-1]) < d
+    of_size_one = signs is None or bool((signs.abs() == 1).all())
+    places = torch.arange(d, dtype=torch.int64, device=rows.device)
+    return in_order and of_size_one and (perm is None or bool((perm.sort().values == places).all()))
+
+
 def kept(A: nn.Module, make: Callable[[], GpuSrm | None]) -> GpuSrm | None:
     """What `make` gives, made anew where the operator's buffers are others or hold something else than before."""
-    key = [(t.data_ptr(), changes(t)) for t in A._buffers.values() if t is not None]
+    key = kind_of_srm(A)
     found = _KEPT.get(A)
     if found is None or found[0] != key:
         found = (key, make())

@@ -7,14 +7,17 @@ graph. This was measured as the fastest formulation in eager torch, and it takes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from ..ambient import detached, eager, full_precision, outside_inference
 from ..definitions.conv_chain import ConvChainForm
+from ..definitions.unaltered import why_hooked
 from ..errors import InputError
 
 
@@ -44,6 +47,18 @@ def norm_elsewhere(form: ConvChainForm) -> str | None:
     return "its LayerNorm stands before SiLU; this one stands after."
 
 
+def kind_of(energy: nn.Module) -> str:
+    """The class of an energy without kernels, and what has altered it."""
+    reason = getattr(energy, "altered", lambda: None)() or why_hooked(*energy.modules())
+    return type(energy).__name__ + ("" if reason is None else f" with {reason}")
+
+
+def kind_of_srm(A: Any) -> tuple[Any, ...]:
+    """What kernels for an SRM are made of: its description, and where its buffers are and how often they changed."""
+    buffers = [None if t is None else (t.data_ptr(), t.dtype, t.shape, changes(t)) for t in (A.rows, A.signs, A.perm)]
+    return (A.transform, A.block, tuple(A.image_shape), A.measurements, *buffers)
+
+
 def changes(t: torch.Tensor) -> int:
     """How often a tensor was changed in place, as torch counts it: not at all for one made in inference mode."""
     return 0 if t.is_inference() else t._version
@@ -70,25 +85,50 @@ class Still:
             )
 
 
+class Gradients:
+    """Turns the gradients of a network's tensors into those of an energy's parameters, by name: those of a parameter
+    that stands in several places are summed, and one that is not part of the network gets zeros."""
+
+    def __init__(self, energy: nn.Module, tensors: Sequence[torch.Tensor]) -> None:
+        self._places = [id(t) for t in tensors]
+        self._named = [(n, p) for n, p in energy.named_parameters() if p.requires_grad]
+
+    def by_name(self, parts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The gradients of the tensors, in their order, by parameter name."""
+        total: dict[int, torch.Tensor] = {}
+        for place, part in zip(self._places, parts, strict=True):
+            total[place] = total[place] + part if place in total else part
+        return {
+            n: total[id(p)].to(p.dtype).reshape(p.shape) if id(p) in total else torch.zeros_like(p)
+            for n, p in self._named
+        }
+
+
 class ReferenceLinearization:
     """The graph of the gradient, kept and reused."""
 
+    @outside_inference
+    @full_precision
     def __init__(self, energy: nn.Module, x: torch.Tensor) -> None:
+        _check_parameters(energy)
         self._names = [n for n, p in energy.named_parameters() if p.requires_grad]
         self._params = [p for p in energy.parameters() if p.requires_grad]
         self._still = Still(self._params)
-        self._x = x.detach().requires_grad_()
-        with torch.enable_grad(), _float32(x):
+        self._x = detached(x).requires_grad_()
+        with torch.enable_grad(), _float32(x), eager():
             value = energy.energy(self._x)  # type: ignore[operator]
             self._grad = _grad_of(value, self._x, create_graph=True)
         self.x = self._x.detach()
         self.value = value.detach()
         self.grad = self._grad.detach()
 
+    @outside_inference
+    @full_precision
     def _pull_back(self, v: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         self._still.check(v, self.x)
         if not self._grad.requires_grad or not inputs:
             return [torch.zeros_like(p) for p in inputs]
+        v = detached(v)
         with _float32(v):
             out = torch.autograd.grad(self._grad, inputs, v, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(out, inputs, strict=True)]
@@ -100,6 +140,14 @@ class ReferenceLinearization:
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
         return dict(zip(self._names, self._pull_back(v, list(self._params)), strict=True))
+
+
+def _check_parameters(energy: nn.Module) -> None:
+    if any(t.is_inference() for t in chain(energy.parameters(), energy.buffers())):
+        raise InputError(
+            f"The tensors of {type(energy).__name__} must be ones that torch can differentiate, but were made inside "
+            "torch.inference_mode(); build or load it outside."
+        )
 
 
 def _grad_of(value: torch.Tensor, x: torch.Tensor, create_graph: bool) -> torch.Tensor:
@@ -142,9 +190,12 @@ class ReferenceBackend:
         """Covers every energy."""
         return None
 
+    @outside_inference
+    @full_precision
     def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r(x_b)` and `grad r(x_b)` by one backward pass."""
-        leaf = x.detach().requires_grad_()
+        _check_parameters(energy)
+        leaf = detached(x).requires_grad_()
         with torch.enable_grad(), _float32(x):
             value = energy.energy(leaf)  # type: ignore[operator]
             grad = _grad_of(value, leaf, create_graph=False)

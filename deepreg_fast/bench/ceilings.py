@@ -72,14 +72,14 @@ def measure(
         f()
         return min(clock.measure(lambda _: f(), 0, 1) for _ in range(rounds))
 
-    a, b = (torch.randn(side, side, device=device) for _ in range(2))
+    a, b = (torch.randn(side, side, dtype=torch.float32, device=device) for _ in range(2))
     flops, found = 2 * side**3, {}
     for name, allow in (("fp32", False), ("tf32", True)):
         with tf32(allow):
             found[name] = flops / best(lambda: a @ b) / 1e9
     a16, b16 = a.bfloat16(), b.bfloat16()
     found["bf16"] = flops / best(lambda: a16 @ b16) / 1e9
-    source = torch.rand(megabytes << 18, device=device)
+    source = torch.rand(megabytes << 18, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
     return Ceilings(**found, copy=copy, special=_special(device, best), precision=precision or in_force())
@@ -108,7 +108,7 @@ def _special(device: torch.device, best: Callable[[Callable[[], object]], float]
         return None
     from .special import exponentials
 
-    out = torch.empty(1 << (22 if device.type == "cuda" else 10), device=device)
+    out = torch.empty(1 << (22 if device.type == "cuda" else 10), dtype=torch.float32, device=device)
     steps = 512 if device.type == "cuda" else 4
     return out.numel() * steps / best(lambda: exponentials(out, steps)) / 1e9
 

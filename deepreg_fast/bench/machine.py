@@ -59,9 +59,9 @@ def bounds(rounds: int = 15) -> Bounds:
         multiply, isa, threads = extension.multiply_adds, cpu.instruction_set(), torch.get_num_threads()
         flops = multiply(isa, threads, 1)
         fma = flops / _best(lambda _: multiply(isa, threads, 1), rounds) / 1e9
-    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
+    a, b = (torch.rand(1024, 1024, dtype=torch.float32, device="cpu") for _ in range(2))
     gemm = 2 * 1024**3 / _best(lambda _: a @ b, rounds) / 1e9
-    source = torch.rand(32 << 20)
+    source = torch.rand(32 << 20, dtype=torch.float32, device="cpu")
     target = torch.empty_like(source)
     copy = 2 * 4 * (32 << 20) / _best(lambda _: target.copy_(source), rounds) / 1e9
     return Bounds(fma, gemm, copy)

@@ -20,18 +20,19 @@ from .timing import Timed
 @lru_cache(maxsize=16)
 def _fft_tables(h: int, w: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     def places(n: int) -> torch.Tensor:
-        return torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2).flip(0)])
+        new = {"dtype": torch.int64, "device": "cpu"}
+        return torch.cat([torch.arange(0, n, 2, **new), torch.arange(1, n, 2, **new).flip(0)])
 
     def turn(n: int, count: int) -> torch.Tensor:
-        k = torch.arange(count, dtype=torch.float64)
-        scale = torch.full((count,), math.sqrt(2.0 / n), dtype=torch.float64)
+        k = torch.arange(count, dtype=torch.float64, device="cpu")
+        scale = torch.full((count,), math.sqrt(2.0 / n), dtype=torch.float64, device="cpu")
         scale[0] = math.sqrt(1.0 / n)
         return torch.polar(scale, -math.pi * k / (2 * n))
 
     rows, columns = turn(h, h)[:, None], turn(w, w // 2 + 1)[None, :]
     # The mirrored columns 1, ..., (w - 1) / 2 are scaled alike, as only column 0 is scaled otherwise.
     both, against = 0.5 * rows * columns, 0.5 * rows.conj() * columns
-    flipped = (-torch.arange(h)) % h
+    flipped = (-torch.arange(h, dtype=torch.int64, device="cpu")) % h
     tables = (places(h)[:, None], places(w)[None, :], flipped, both.to(torch.complex64), against.to(torch.complex64))
     return tuple(t.to(device) for t in tables)
 

@@ -42,7 +42,7 @@ class Problem:
         g = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for p in reg.parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=g))
+                p.add_(0.05 * torch.randn(p.shape, generator=g, dtype=torch.float32, device="cpu"))
         return reg.to(self.target.device)
 
     def solvable(self, images: list[torch.Tensor], reach: float) -> RED:
@@ -64,9 +64,10 @@ class Problem:
         g = torch.Generator().manual_seed(1000 * self.seed + stream)
         found = []
         for _ in range(self.inputs):
-            coarse = torch.rand(self.batch, 1, 6, 6, generator=g)
+            coarse = torch.rand(self.batch, 1, 6, 6, generator=g, dtype=torch.float32, device="cpu")
             x = torch.nn.functional.interpolate(coarse, self.size, mode="bicubic")
-            found.append((x + 0.02 * torch.randn(x.shape, generator=g)).contiguous().to(self.target.device))
+            noise = torch.randn(x.shape, generator=g, dtype=torch.float32, device="cpu")
+            found.append((x + 0.02 * noise).contiguous().to(self.target.device))
         return found
 
     def operator(self, transform: str = "dct") -> SRM:

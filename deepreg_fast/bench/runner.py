@@ -57,7 +57,9 @@ def _errors(case: Case) -> dict[str, float]:
         errors = []
         for k in range(len(case.exact)):
             exact = case.others.get(name, case.exact)[k].flatten()
-            poison = [torch.full((exact.numel(),), torch.nan, device=exact.device) for _ in range(2)]
+            poison = [
+                torch.full((exact.numel(),), torch.nan, dtype=torch.float32, device=exact.device) for _ in range(2)
+            ]
             del poison
             answer = flat(f(k)).reshape(-1).to(exact.device)
             if answer.numel() != exact.numel():

@@ -104,7 +104,8 @@ def step(p: Problem) -> Case:
     xs = p.images(5)
     reg, A = p.solvable(xs, 1.2), p.operator()
     pgd, adjoint = PGDOptions(100, 1e-3, "anderson"), AdjointOptions("cg", 30, 1e-2)
-    deltas = [0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(6)).to(x) for x in xs]
+    new = {"dtype": torch.float32, "device": "cpu"}
+    deltas = [0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(6), **new).to(x) for x in xs]
 
     def implicit(k: int, r: Regularizer = reg) -> list[torch.Tensor]:
         return list(hypergradient(xs[k], A.A(xs[k]), A, r, MU, options=pgd, adjoint=adjoint).theta.values())

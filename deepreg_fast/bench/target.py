@@ -113,7 +113,7 @@ def cuda() -> Target:
     device = torch.device("cuda", torch.cuda.current_device())
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     # Four times the cache, in float32.
-    clock = EventClock(torch.empty(cache, device=device))
+    clock = EventClock(torch.empty(cache, dtype=torch.float32, device=device))
     free, _ = torch.cuda.mem_get_info(device)
     return CudaTarget(device, "gpu", clock, cache, free // 8)
 

@@ -17,5 +17,5 @@ def augment(x: torch.Tensor, k: int) -> torch.Tensor:
     at once, which is the rotation by 180 degrees. The four form a group, each its own inverse, and keep `H x W`
     for images that are not square, which quarter turns would not.
     """
-    checks.integer(k, "k", 0, AUGMENTATIONS - 1)
+    k = checks.integer(k, "k", 0, AUGMENTATIONS - 1)
     return torch.flip(x, _FLIPPED[k]) if k else x

@@ -54,8 +54,8 @@ def embedded_images(size: int | tuple[int, int], train_crops: int = 9, held_out_
         If scikit-image or one of its pictures is not installed, or a picture is smaller than `size`.
     """
     pair(size)
-    checks.integer(train_crops, "train_crops", 1)
-    checks.integer(held_out_crops, "held_out_crops", 1)
+    train_crops = checks.integer(train_crops, "train_crops", 1)
+    held_out_crops = checks.integer(held_out_crops, "held_out_crops", 1)
     folder = _folder()
     return EmbeddedImages(
         _crop_all(folder, TRAIN_PICTURES, size, train_crops),

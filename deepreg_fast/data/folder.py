@@ -205,8 +205,8 @@ def carve_validation(
     """
     if len(set(names)) != len(names):
         raise InputError("carve_validation needs names that differ, but some name came twice.")
-    checks.integer(count, option, 0, max(len(names) - 1, 0))
-    checks.integer(seed, "seed", 0)
+    count = checks.integer(count, option, 0, max(len(names) - 1, 0))
+    seed = checks.integer(seed, "seed", 0)
     start = f"{seed}:".encode()
     ranked = sorted(names, key=lambda name: (hashlib.sha256(start + name_bytes(name)).digest(), name))
     held = set(ranked[:count])

@@ -6,12 +6,13 @@ import io
 import os
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from .. import checks
 from ..errors import DataError, InputError
 from ..files import replace_atomically
 
@@ -86,7 +87,8 @@ def centre_crop(image: torch.Tensor, size: Size, name: str = "the image", option
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """`(height, width)` from an integer or a pair, both checked to be positive integers."""
-    both = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    sides: Any = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    both = [checks.plain(n) for n in sides]
     if len(both) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in both):
         raise InputError(f"size must be a positive integer or a pair (height, width) of them, but is {size!r}.")
     return both[0], both[1]

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ambient import outside_inference
 from ..errors import InputError
+from .unaltered import numbers, why_altered
 
 NORMS = ("none", "pixel", "image")
 NORM_PLACES = ("before", "after")
@@ -28,12 +31,13 @@ class ChannelNorm(nn.Module):
     image size is accepted. Ba, Kiros, Hinton 2016.
     """
 
+    @outside_inference
     def __init__(self, channels: int, over: str, eps: float) -> None:
         super().__init__()
         self.dims = (1,) if over == "pixel" else (1, 2, 3)
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels, dtype=torch.float32, device="cpu"))
+        self.bias = nn.Parameter(torch.zeros(channels, dtype=torch.float32, device="cpu"))
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """The normalized `u`."""
@@ -49,6 +53,13 @@ def channel_norm(
     return centred * scale * weight[:, None, None] + bias[:, None, None]
 
 
+def convolution(ins: int, outs: int, kernel_size: int) -> nn.Conv2d:
+    """A convolution that keeps the size of images, in float32 on the CPU, whatever torch's defaults are. Its weights
+    are not drawn yet: torch would draw them from the global generator."""
+    new: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    return nn.utils.skip_init(nn.Conv2d, ins, outs, kernel_size, padding=kernel_size // 2, **new)  # type: ignore[return-value]
+
+
 class ConvChain(nn.Module):
     """`h(u) = net(kappa u) / kappa` with the input gain `kappa`, which leaves `Lip(h)` as it is.
 
@@ -56,6 +67,7 @@ class ConvChain(nn.Module):
     the others start at `N(0, 1/fan_in)`.
     """
 
+    @outside_inference
     def __init__(  # noqa: PLR0913 - the network's own description
         self,
         channels: int = 16,
@@ -77,9 +89,7 @@ class ConvChain(nn.Module):
         self.image_channels = image_channels
         self.reach = depth * (kernel_size // 2)
         self.kernel_size = kernel_size
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, kernel_size, padding=kernel_size // 2) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.convs = nn.ModuleList(convolution(a, b, kernel_size) for a, b in zip(widths, widths[1:], strict=False))
         self.norms = nn.ModuleList(
             nn.Identity() if norm == "none" else ChannelNorm(channels, norm, eps) for _ in range(depth - 1)
         )
@@ -92,7 +102,8 @@ class ConvChain(nn.Module):
         for conv in self.convs:
             assert isinstance(conv, nn.Conv2d) and conv.bias is not None
             fan_in = conv.in_channels * self.kernel_size**2
-            conv.weight.copy_(torch.randn(conv.weight.shape, generator=g) / math.sqrt(fan_in))
+            drawn = torch.randn(conv.weight.shape, generator=g, dtype=torch.float32, device="cpu")
+            conv.weight.copy_(drawn / math.sqrt(fan_in))
             conv.bias.zero_()
         last = self.convs[-1]
         assert isinstance(last, nn.Conv2d)
@@ -101,6 +112,7 @@ class ConvChain(nn.Module):
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """`h(u)`, `[B, C, H, W] -> [B, C, H, W]`."""
+        check_channels(u, self.convs[0])
         if min(u.shape[-2:]) < self.kernel_size:
             raise InputError(
                 f"Images must be at least {self.kernel_size} x {self.kernel_size} pixels, the reach of one "
@@ -110,6 +122,61 @@ class ConvChain(nn.Module):
         for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
             a = norm(F.silu(conv(a))) if self.norm_place == "after" else F.silu(norm(conv(a)))
         return self.convs[-1](a) / self.gain
+
+
+def check_channels(u: torch.Tensor, first: nn.Module) -> None:
+    """An `InputError` unless images `u` have the channels that a network's first convolution takes."""
+    if isinstance(first, nn.Conv2d) and u.shape[1] != first.in_channels:
+        raise InputError(
+            f"Images must have the {first.in_channels} channel(s) of the network, but have shape {list(u.shape)} "
+            "[B, C, H, W]; use it on each channel, or build a network with that image_channels."
+        )
+
+
+def layers_of(net: ConvChain) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The convolutions and the norms."""
+    return [*net.convs._modules.values()], [*net.norms._modules.values()]  # type: ignore[list-item]
+
+
+def why_altered_chain(net: object) -> str | None:
+    """None if `net` is a `ConvChain` that computes `h` with the weights of its layers, else what is different."""
+    if (reason := why_altered(net, ConvChain)) is not None:
+        return reason
+    assert isinstance(net, ConvChain)
+    if net.norm not in NORMS or net.norm_place not in NORM_PLACES or not numbers(net.gain):
+        return "settings that are none of its own"
+    convs, norms = layers_of(net)
+    if len(norms) + 1 != len(convs) or len(convs) < 2:
+        return "another number of layers"
+    k = net.kernel_size
+    plain = ((1, 1), (k // 2, k // 2), (1, 1), 1, "zeros")
+    widths = [net.image_channels, *[getattr(convs[0], "out_channels", 0)] * len(norms), net.image_channels]
+    for i, conv in enumerate(convs):
+        if (reason := why_altered(conv, nn.Conv2d, ("weight", "bias"))) is not None:
+            return reason
+        d = conv.__dict__
+        if (d["stride"], d["padding"], d["dilation"], d["groups"], d["padding_mode"]) != plain:
+            return "a convolution with another stride, padding, dilation or number of groups"
+        held = d["_parameters"]
+        if held["weight"].shape != (widths[i + 1], widths[i], k, k) or held["bias"].shape != (widths[i + 1],):
+            return "a convolution of another shape"
+    return _why_altered_norms(net, norms, widths[1])
+
+
+def _why_altered_norms(net: ConvChain, norms: list[nn.Module], channels: int) -> str | None:
+    dims = (1,) if net.norm == "pixel" else (1, 2, 3)
+    for m in norms:
+        if net.norm == "none":
+            reason = why_altered(m, nn.Identity)
+        else:
+            reason = why_altered(m, ChannelNorm, ("weight", "bias"))
+        if reason is not None:
+            return reason
+        if isinstance(m, ChannelNorm):
+            same = m.dims == dims and numbers(m.eps) and m.eps == norms[0].eps
+            if not same or m.weight.shape != (channels,) or m.bias.shape != (channels,):
+                return "a LayerNorm of another kind"
+    return None
 
 
 def conv_chain(u: torch.Tensor, params: Sequence[torch.Tensor], norm: str, gain: float, eps: float) -> torch.Tensor:

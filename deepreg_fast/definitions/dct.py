@@ -7,8 +7,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from ..ambient import outside_inference
+
 
 @lru_cache(maxsize=64)
+@outside_inference
 def dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`C[k, j] = sqrt((2 - [k=0])/n) cos(pi (2j+1) k / (2n))`, `[n, n]`, orthonormal, built in float64."""
     # The argument is reduced modulo 4n in integers, so that cos sees no large angle.

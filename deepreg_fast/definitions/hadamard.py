@@ -9,6 +9,7 @@ from functools import lru_cache, reduce
 import numpy as np
 import torch
 
+from ..ambient import outside_inference
 from ..errors import InputError
 from .dct import separable
 
@@ -137,6 +138,7 @@ def hadamard(n: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
+@outside_inference
 def _scaled(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(hadamard(n) / np.sqrt(n)).to(device=device, dtype=dtype)
 

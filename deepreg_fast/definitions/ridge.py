@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ambient import outside_inference
 from .conv_chain import per_image
 from .dct import dct_matrix
+from .unaltered import numbers, why_altered
 
 FINEST, COARSEST = 300.0, 3.0
 
@@ -64,15 +67,17 @@ class RidgeNet(nn.Module):
     `q = 1 / (F sqrt(s_1 s_K))`, so that curvatures are of order 1. Both kinds start as the same convex energy.
     """
 
+    @outside_inference
     def __init__(self, filters: int, kernel_size: int, scales: int, convex: bool, zero_mean: bool, seed: int) -> None:
         super().__init__()
         self.convex, self.zero_mean = convex, zero_mean
         self.scales = scales_of(scales)
         start = nested_dct(filters, kernel_size)
         g = torch.Generator().manual_seed(seed)
-        noise = torch.randn(start.shape, generator=g) / kernel_size
+        new: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        noise = torch.randn(start.shape, generator=g, **new) / kernel_size
         self.filters = nn.Parameter(start + 0.1 * noise)
-        steps = torch.full((filters, scales), math.log(2.0))
+        steps = torch.full((filters, scales), math.log(2.0), **new)
         if not convex:
             steps = steps.flip(1).cumsum(1).flip(1)
         self.raw = nn.Parameter(inverse_softplus(steps))
@@ -87,6 +92,18 @@ class RidgeNet(nn.Module):
             a = a - F.pad(a[:, 1:], (0, 1))
         q = 1.0 / (len(w) * math.sqrt(self.scales[0] * self.scales[-1]))
         return w, a * (q * a.new_tensor(self.scales))
+
+
+def why_altered_ridge(net: object) -> str | None:
+    """None if `net` is a `RidgeNet` as it was built, with other values at most; else what is different."""
+    if (reason := why_altered(net, RidgeNet, ("filters", "raw"))) is not None:
+        return reason
+    assert isinstance(net, RidgeNet)
+    count, side = len(net.filters), net.filters.shape[-1]
+    same = net.filters.shape == (count, 1, side, side) and net.raw.shape == (count, len(net.scales))
+    if not same or side % 2 == 0 or side < 3 or not count or not net.scales or not numbers(*net.scales):
+        return "filters or profiles of another shape"
+    return None
 
 
 @dataclass(frozen=True)

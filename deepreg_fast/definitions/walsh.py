@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import plain
 from ..errors import InputError
 
 
@@ -12,11 +13,12 @@ def block_size(d: int, block: int | None = None) -> int:
     largest = d & -d
     if block is None:
         return largest
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1 or block & (block - 1) or d % block:
+    found = plain(block)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1 or found & (found - 1) or d % found:
         raise InputError(
             f"The Walsh-Hadamard block must be a power of two that divides d = {d} (<= {largest}), but is {block!r}."
         )
-    return block
+    return found
 
 
 def walsh_blocks(v: torch.Tensor, block: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import checks
+from ..ambient import full_precision
 from ..status import Status
 from . import passes
 from .batch import dot, select
@@ -32,12 +33,13 @@ class CGOptions:
     truncated_fallback: bool = False
 
     def __post_init__(self) -> None:
+        checks.plain_fields(self)
         checks.integer(self.max_iterations, "max_iterations", 1)
         checks.number(self.tolerance, "tolerance", 0.0)
-        if not isinstance(self.truncated_fallback, bool):
-            raise checks.InputError(f"truncated_fallback must be True or False, but is {self.truncated_fallback!r}.")
+        checks.boolean(self.truncated_fallback, "truncated_fallback")
 
 
+@full_precision
 @torch.no_grad()
 def cg(
     matvec: Map,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from .. import backend, checks
+from ..ambient import full_precision
 from .batch import dot, expand, norm, select
 from .progress import Poll
 from .system import Map
 
 
+@full_precision
 @torch.no_grad()
 def extreme_eigenvalues(matvec: Map, v0: torch.Tensor, steps: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     """Smallest and largest Ritz value of each symmetric `A_b` on the Krylov space of `v0_b`.
@@ -34,7 +36,7 @@ def extreme_eigenvalues(matvec: Map, v0: torch.Tensor, steps: int = 20) -> tuple
     InputError
         If `v0` or `steps` does not fit.
     """
-    checks.integer(steps, "steps", 1)
+    steps = checks.integer(steps, "steps", 1)
     if not isinstance(v0, torch.Tensor) or v0.ndim < 2 or v0.dtype not in checks.FLOATS:
         raise checks.InputError(f"v0 must be a float32 or float64 tensor [B, ...], but is {checks.describe(v0)}.")
     if v0.numel() == 0:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import checks
+from ..ambient import full_precision
 from ..status import Status
 from . import passes
 from .batch import dot, expand, hypot, select
@@ -29,10 +30,12 @@ class MinresOptions:
     tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
+        checks.plain_fields(self)
         checks.integer(self.max_iterations, "max_iterations", 1)
         checks.number(self.tolerance, "tolerance", 0.0)
 
 
+@full_precision
 @torch.no_grad()
 def minres(
     matvec: Map,

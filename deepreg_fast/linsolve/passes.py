@@ -115,7 +115,7 @@ def judge(
     """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>` and the squared norms of candidate and candidate_g, `[6, B]`."""
     if (kernel := kernel_for("judge", candidate, candidate_g, x, g)) is not None:
         return kernel(candidate, candidate_g, x, g, rows)
-    four = secant(torch.arange(len(x), device=x.device), candidate, candidate_g, x, g)
+    four = secant(torch.arange(len(x), dtype=torch.int64, device=x.device), candidate, candidate_g, x, g)
     return torch.stack([*four.unbind(1), dot(candidate, candidate), dot(candidate_g, candidate_g)])
 
 

@@ -71,7 +71,7 @@ def _ask(flag: torch.Tensor) -> Callable[[], bool]:
     """Send a flag to the host without waiting; what is returned waits for it."""
     if flag.device.type != "cuda":
         return lambda: bool(flag)
-    answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+    answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
     answer.copy_(flag, non_blocking=True)
     sent = torch.cuda.Event()
     sent.record(torch.cuda.current_stream(flag.device))

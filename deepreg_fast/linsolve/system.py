@@ -86,7 +86,7 @@ class System:
         # Vectors this long are about to leave the number range, or their squares that of float64.
         self.longest = 1e38 if b.dtype == torch.float32 else 1e150
         self.a_norm = torch.zeros_like(self.b_norm)
-        self.residual = torch.where(finite, torch.where(zero, 0.0, 1.0), torch.inf).to(torch.float64)
+        self.residual = torch.where(finite, (~zero).to(torch.float64), torch.inf)
         self.status = torch.full_like(zero, OPEN, dtype=torch.int64)
         self.iterations = torch.zeros_like(self.status)
         self.running = finite & ~zero

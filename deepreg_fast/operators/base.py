@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .. import checks
+from ..ambient import full_precision
 from ..errors import InputError
 from ..linsolve.batch import expand
 
 _REGISTRY: dict[str, type[LinearOperator]] = {}
 Gamma = float | torch.Tensor
+_PER_IMAGE: ContextVar[bool] = ContextVar("deepreg_fast_per_image", default=False)
+
+
+@contextmanager
+def failing_per_image() -> Iterator[None]:
+    """Inside, a proximal map that CG cannot solve is NaN also where it fails for every image: a solver gives each image
+    its own status."""
+    token = _PER_IMAGE.set(True)
+    try:
+        yield
+    finally:
+        _PER_IMAGE.reset(token)
 
 
 class LinearOperator(nn.Module):
@@ -34,12 +51,11 @@ class LinearOperator(nn.Module):
 
     def __init__(self, image_shape: tuple[int, int, int], measurements: int) -> None:
         super().__init__()
-        shape = tuple(image_shape) if isinstance(image_shape, (tuple, list)) else ()
+        shape = tuple(image_shape) if isinstance(image_shape, (tuple, list, np.ndarray)) and len(image_shape) else ()
         if len(shape) != 3:
             raise InputError(f"image_shape must be (C, H, W), but is {image_shape!r}; a gray image has C = 1.")
-        for n in shape:
-            checks.integer(n, "every size in image_shape", 1)
-        self.image_shape: tuple[int, int, int] = (shape[0], shape[1], shape[2])
+        c, h, w = (checks.integer(n, "every size in image_shape", 1) for n in shape)
+        self.image_shape: tuple[int, int, int] = (c, h, w)
         self.measurements = measurements
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,6 +71,7 @@ class LinearOperator(nn.Module):
     def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define _adjoint(y).")
 
+    @full_precision
     def A(self, x: torch.Tensor) -> torch.Tensor:
         """`A x`, `[B, C, H, W] -> [B, m]`."""
         return self._forward(self._here(checks.images(x, "x", self.image_shape), "x"))
@@ -63,6 +80,7 @@ class LinearOperator(nn.Module):
         """`A x`."""
         return self.A(x)
 
+    @full_precision
     def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
         """`A^T y`, `[B, m] -> [B, C, H, W]`."""
         return self._adjoint(self._here(checks.vectors(y, self.measurements), "y"))
@@ -79,10 +97,12 @@ class LinearOperator(nn.Module):
             )
         return t
 
+    @full_precision
     def normal(self, x: torch.Tensor) -> torch.Tensor:
         """`A^T A x`."""
         return self._normal(self._here(checks.images(x, "x", self.image_shape), "x"))
 
+    @full_precision
     def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
         """The minimum-norm solution `A^T (A A^T)^{-1} y`; with `gram_scale = c` it is `A^T y / c`."""
         if self.gram_scale is None:
@@ -94,6 +114,7 @@ class LinearOperator(nn.Module):
         """Whether `shifted_inverse` has a closed form here."""
         return self.gram_scale is not None
 
+    @full_precision
     def shifted_inverse(self, v: torch.Tensor, c: Gamma) -> torch.Tensor:
         """`(A^T A + c I)^{-1} v`, `c > 0` a number or `[B]`: `(v - A^T A v / (g + c)) / c` where `A A^T = g I`."""
         if self.gram_scale is None:
@@ -103,11 +124,12 @@ class LinearOperator(nn.Module):
         s = _per_image(c, checks.images(v, "v", self.image_shape), "c", zero=False)
         return (v - self.normal(v) / (self.gram_scale + s)) / s
 
+    @full_precision
     def prox_l2(self, z: torch.Tensor, y: torch.Tensor, gamma: Gamma) -> torch.Tensor:
         """`argmin_x 1/2||x - z||^2 + gamma/2 ||y - A x||^2`, `gamma >= 0` a number or `[B]`.
 
         With `A A^T = g I`: `z + gamma/(1 + gamma g) A^T (y - A z)`; else by CG on
-        `(I + gamma A^T A) x = z + gamma A^T y`.
+        `(I + gamma A^T A) x = z + gamma A^T y`. An image where CG fails gets NaN; if all do, that is an error.
         """
         self._here(checks.images(z, "z", self.image_shape), "z")
         checks.same_kind(z, checks.vectors(y, self.measurements), "z and y")
@@ -125,15 +147,22 @@ class LinearOperator(nn.Module):
         from ..linsolve import CGOptions, cg
         from ..status import Status
 
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (z, y, g)):
+            raise InputError(
+                f"The proximal map of {type(self).__name__} is solved by CG, which autograd does not follow; "
+                "detach z, y and gamma, or define prox_l2."
+            )
         tolerance = 1e-10 if z.dtype == torch.float64 else 1e-6
         sol = cg(lambda p: p + g * self.normal(p), z + g * self._adjoint(y), CGOptions(500, tolerance), x0=z)
-        failed = (sol.residual > 1e-3).any() & ~(sol.status == int(Status.NON_FINITE)).any()
-        if bool(failed):
+        failed = (sol.residual > 1e-3) & (sol.status != int(Status.NON_FINITE))
+        if not bool(failed.any()):
+            return sol.x
+        if not _PER_IMAGE.get() and bool(failed.all()):
             raise InputError(
                 f"The proximal map of {type(self).__name__} must be solved to 1e-3, but CG stopped at residual "
                 f"{float(sol.residual.max()):.1e}; scale the operator to norm one or define prox_l2."
             )
-        return sol.x
+        return torch.where(expand(failed, sol.x), torch.nan, sol.x)
 
     def capturable(self, like: torch.Tensor) -> bool:
         """Whether the products and closed forms, for images like these, may be part of a CUDA graph: they look at no
@@ -162,7 +191,7 @@ def _per_image(value: Gamma, like: torch.Tensor, name: str, *, zero: bool = True
                 f"but has shape {list(value.shape)}."
             )
         return expand(value.to(dtype=like.dtype, device=like.device).reshape(-1), like)
-    checks.number(value, name, 0.0, open_low=not zero)
+    value = checks.number(value, name, 0.0, open_low=not zero)
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .. import backend, checks
+from ..ambient import outside_inference
 from ..definitions import hadamard, walsh
 from ..definitions import srm as definition
 from ..errors import InputError, OperatorMismatch
@@ -45,6 +46,7 @@ class SRM(LinearOperator):
 
     gram_scale = 1.0
 
+    @outside_inference
     def __init__(  # noqa: PLR0913 - the operator's own description
         self,
         image_shape: tuple[int, int, int],
@@ -62,7 +64,7 @@ class SRM(LinearOperator):
         self.transform = checks.choice(transform, "transform", TRANSFORMS)
         self.randomizer = checks.choice(randomizer, "randomizer", RANDOMIZERS)
         self.seed = checks.integer(seed, "seed", 0)
-        self.keep_dc = self.randomizer == "permutation" if keep_dc is None else bool(keep_dc)
+        self.keep_dc = self.randomizer == "permutation" if keep_dc is None else checks.boolean(keep_dc, "keep_dc")
         self.block = walsh.block_size(d, block) if transform == "walsh" else None
         if transform == "hadamard":
             for n in self.image_shape[1:]:
@@ -100,12 +102,16 @@ class SRM(LinearOperator):
         return srm_ops.product("adjoint", self, y) if srm_ops.serve(self, y) else definition.adjoint(self, y)
 
     def _normal(self, x: torch.Tensor) -> torch.Tensor:
+        if self._products_replaced():
+            return super()._normal(x)
         kernels = backend.srm_kernels(self, x)
         if kernels is not None:
             return kernels.normal(x)
         return srm_ops.product("normal", self, x) if srm_ops.serve(self, x) else super()._normal(x)
 
     def _correct(self, z: torch.Tensor, y: torch.Tensor, weight: Gamma) -> torch.Tensor:
+        if self._products_replaced():
+            return super()._correct(z, y, weight)
         tensors = (z, y, weight) if isinstance(weight, torch.Tensor) else (z, y)
         kernels = backend.srm_kernels(self, *tensors)
         weights = weight.reshape(-1).expand(len(z)) if isinstance(weight, torch.Tensor) else weight
@@ -115,7 +121,12 @@ class SRM(LinearOperator):
 
     def capturable(self, like: torch.Tensor) -> bool:
         """What the kernels for such images say of themselves."""
-        return getattr(backend.srm_kernels(self, like), "capturable", False)
+        return not self._products_replaced() and getattr(backend.srm_kernels(self, like), "capturable", False)
+
+    def _products_replaced(self) -> bool:
+        """Whether a subclass, or this object, has products of its own: what is made of both is then made of those."""
+        kind, names = type(self), ("_forward", "_adjoint")
+        return any(getattr(kind, n) is not getattr(SRM, n) or n in vars(self) for n in names)
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments."""

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from .. import backend, checks
+from ..ambient import full_precision
 from . import chain
 
 
+@full_precision
 def value_and_grad(reg: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`r(x_b)` `[B]` and `grad r(x_b)` `[B, C, H, W]`, both differentiable in x and in the regularizer's parameters.
 
@@ -28,6 +30,7 @@ def value_and_grad(reg: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch
     reg : a `Regularizer`, or any module that maps images to one energy each.
     x : `[B, C, H, W]`, float32 or float64.
     """
+    reg = getattr(reg, "_orig_mod", reg)
     _check(reg, x)
     form = _form(reg, x)
     if form is not None:
@@ -42,8 +45,10 @@ def value_and_grad(reg: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch
     return value, grad
 
 
+@full_precision
 def energy(reg: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`r(x_b)` `[B]`, differentiable in x (twice, by kernels) and in the parameters (by torch's definition)."""
+    reg = getattr(reg, "_orig_mod", reg)
     _check(reg, x)
     form = _form(reg, x)
     definition: Any = getattr(reg, "energy", reg)

@@ -26,6 +26,7 @@ from torch import nn
 from torch.autograd.function import Function
 
 from .. import backend
+from ..ambient import full_precision, outside_inference
 from ..definitions.conv_chain import ConvChain, ConvChainForm, conv_chain, head_energy, per_image
 from ..errors import InputError
 from ..linsolve.batch import expand
@@ -102,6 +103,7 @@ class ChainEnergy(nn.Module):
         return self._form
 
 
+@outside_inference
 def _energy(o: Outline, params: Tensors) -> ChainEnergy:
     """The energy of these arguments, the last few kept with their parameters, so that addresses stay theirs."""
     key = (o, *((p.data_ptr(), p.shape, p.stride(), p.dtype, p.device) for p in params))
@@ -114,11 +116,14 @@ def _energy(o: Outline, params: Tensors) -> ChainEnergy:
     return energy
 
 
+@outside_inference
+@full_precision
 def _linearize(o: Outline, x: torch.Tensor, params: Tensors) -> tuple[backend.Linearization, list[str]]:
     energy = _energy(o, params)
     return backend.select(energy, x).linearize(energy, x.detach()), energy.names
 
 
+@full_precision
 def _compute_value_grad(x: torch.Tensor, params: list[torch.Tensor], *tail: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if x.shape[0] == 0:
         return _fake_value_grad(x)
@@ -143,6 +148,7 @@ def _mapped(dims: Any) -> bool:
     return any(d is not None for d in dims) if isinstance(dims, (list, tuple)) else dims is not None
 
 
+@full_precision
 def _compute_vjp(
     x: torch.Tensor, v: torch.Tensor, params: list[torch.Tensor], in_x: bool, in_params: bool, *tail: Any
 ) -> list[torch.Tensor]:
@@ -174,6 +180,7 @@ def _vmap_vjp(  # noqa: PLR0913 - the operation's arguments
     return [unfolded(t, info.batch_size) for t in _vjp(*many, params, in_x, in_params, *tail)], [0] * int(in_x)
 
 
+@full_precision
 def _value_in_params(o: Outline, x: torch.Tensor, w: torch.Tensor, params: Tensors, of: list[int]) -> list[Any]:
     """`sum_b w_b dr_b/dtheta` for the parameters `of`, None for the others; by torch's definition."""
 
@@ -356,6 +363,7 @@ class _Vjp(Function):
         return tuple(_vjp(x, tv, params, ctx.in_x, ctx.in_params, *astuple(ctx.o)))
 
 
+@full_precision
 def _compute_tangent(x: torch.Tensor, params: list[torch.Tensor], tangents: list[torch.Tensor], *tail: Any) -> Any:
     with above():
         detached = [[t.detach() for t in some] for some in (params, tangents)]

@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd.function import Function
 
 from .. import backend
+from ..ambient import full_precision, outside_inference
 from ..definitions import srm as definition
 from ..errors import InputError
 from ..linsolve.batch import expand
@@ -53,11 +54,12 @@ def _description(A: Any) -> tuple[Any, ...]:
     return A.rows, A.signs, A.perm, list(A.image_shape), A.transform, A.block or 0
 
 
+@outside_inference
 def _form(rows: Any, signs: Any, perm: Any, shape: list[int], transform: str, block: int) -> definition.SrmForm:
     """The operator of these arguments, the last few kept: backends keep their kernels with it. The form keeps the
     buffers, so that their addresses stay theirs."""
     buffers = (rows, signs, perm)
-    at = [None if t is None else (t.data_ptr(), t.device, len(t)) for t in buffers]
+    at = [None if t is None else (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for t in buffers]
     key = (*at, *shape, transform, block)
     form = _FORMS.pop(key, None)
     if form is None:
@@ -69,6 +71,7 @@ def _form(rows: Any, signs: Any, perm: Any, shape: list[int], transform: str, bl
     return form
 
 
+@full_precision
 def _compute_product(t: torch.Tensor, which: str, *tail: Any) -> torch.Tensor:
     A, t = _form(*tail), t.detach()
     kernels = backend.srm_kernels_for(A, t)
@@ -124,6 +127,7 @@ class _Product(Function):
         return None if t is None else _product(t, ctx.which, *tail)
 
 
+@full_precision
 def _compute_correct(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, *tail: Any) -> torch.Tensor:
     A = _form(*tail)
     x, y, weight = x.detach(), y.detach(), weight.detach()

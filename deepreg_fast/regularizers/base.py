@@ -75,7 +75,11 @@ class Regularizer(nn.Module):
         checks.images(x)
         for p in self.parameters():
             checks.same_kind(x, p, f"x and the parameters of {type(self).__name__}")
-            break
+
+    def altered(self) -> str | None:
+        """What makes this energy another than its class defines, such as a hook or a replaced layer; None if nothing
+        does. Kernels are for energies that nothing has altered."""
+        return None
 
     def describe(self) -> dict[str, Any]:
         """What rebuilds this regularizer (without its weights), as JSON values: its registered name under `kind`, and
@@ -104,8 +108,16 @@ def from_description(description: dict[str, Any]) -> Regularizer:
         raise InputError(f"The description of a {kind!r} regularizer does not fit its class: {error}.") from error
 
 
+def written(reg: Any) -> Any:
+    """A regularizer as it was written, where `torch.compile` made `reg` of one: its kernels need no compiler, and
+    compiled code has no second derivative."""
+    original = getattr(reg, "_orig_mod", None)
+    return original if isinstance(original, Regularizer) else reg
+
+
 def as_regularizer(reg: nn.Module) -> Regularizer:
     """`reg` itself if it is a `Regularizer`, else `reg` taken as the energy `r` itself."""
+    reg = written(reg)
     if isinstance(reg, Regularizer):
         return reg
     if isinstance(reg, nn.Module):

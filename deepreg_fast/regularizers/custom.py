@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checks import describe as describe_value
+from .. import checks
+from ..ambient import full_precision
 from ..definitions.conv_chain import per_image
 from ..errors import InputError
 from .base import Regularizer
@@ -38,21 +40,29 @@ class EnergyRegularizer(Regularizer):
             )
         self.module = module
         self.models = models
-        self.alpha = float(alpha)
-        self.center = float(center)
+        self.alpha = checks.number(alpha, "alpha", -math.inf)
+        self.center = checks.number(center, "center", -math.inf)
+
+    def _check(self, x: torch.Tensor) -> None:
+        # A module of the user's may compute in several dtypes: the first parameter speaks for it.
+        checks.images(x)
+        for p in self.parameters():
+            checks.same_kind(x, p, f"x and the parameters of {type(self.module).__name__}")
+            break
 
     def describe(self) -> dict[str, Any]:
         """Names the module's class; `deepreg_fast.load(path, reg)` needs the module built by you."""
         kind = type(self.module)
         return {"kind": f"{kind.__module__}.{kind.__qualname__}", "models": self.models, "alpha": self.alpha}
 
+    @full_precision
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`r(x_b)`, `[B]`."""
         e = self.module(x)
         if not isinstance(e, torch.Tensor) or e.shape != x.shape[:1]:
             raise InputError(
                 f"The module must map images {list(x.shape)} to one energy each, shape [{x.shape[0]}], "
-                f"but returned {describe_value(e)}; sum over all dimensions but the first."
+                f"but returned {checks.describe(e)}; sum over all dimensions but the first."
             )
         if self.models == "r":
             return e

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
+from ..ambient import full_precision
 from ..definitions.conv_chain import NORM_PLACES, NORMS, ConvChain
 from ..errors import InputError
 from .base import Regularizer, register
@@ -34,17 +35,21 @@ class DenoiserField(Regularizer):
         norm_place: str = "before",
     ) -> None:
         super().__init__()
+        channels, depth = checks.integer(channels, "channels", 1), checks.integer(depth, "depth", 2)
+        gain = checks.number(gain, "gain", 0.0, open_low=True)
+        eps = checks.number(eps, "eps", 0.0, open_low=True)
         self.center = checks.number(center, "center", -1e6)
         self._description = {
             "kind": "denoiser",
-            "channels": checks.integer(channels, "channels", 1),
-            "depth": checks.integer(depth, "depth", 2),
+            "channels": channels,
+            "depth": depth,
             "norm": checks.choice(norm, "norm", NORMS),
-            "gain": checks.number(gain, "gain", 0.0, open_low=True),
+            "gain": gain,
             "center": self.center,
-            "eps": checks.number(eps, "eps", 0.0, open_low=True),
+            "eps": eps,
         }
-        checks.odd(kernel_size, "kernel_size")
+        kernel_size = checks.odd(kernel_size, "kernel_size")
+        seed = checks.integer(seed, "seed", 0)
         checks.choice(norm_place, "norm_place", NORM_PLACES)
         self.net = ConvChain(channels, depth, norm, kernel_size, gain, eps, 1, seed, norm_place)
         # Files of networks with the usual values stay readable by versions that know no other.
@@ -53,10 +58,12 @@ class DenoiserField(Regularizer):
         if self.net.norm_place != "before":
             self._description["norm_place"] = norm_place
 
+    @full_precision
     def denoise(self, x: torch.Tensor) -> torch.Tensor:
         """`d(x) = x - n(x - center)`."""
         return x - self.net(x - self.center)
 
+    @full_precision
     @torch.no_grad()
     def value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Zeros `[B]` (a field has no value) and `x - d(x)`."""
@@ -77,7 +84,7 @@ class DenoiserField(Regularizer):
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments but for the seed."""
-        return dict(self._description)
+        return self._description | {"gain": float(self.net.gain), "center": float(self.center)}
 
 
 register("denoiser", DenoiserField)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from .. import checks
+from ..ambient import full_precision
 from ..definitions.conv_chain import per_image
 from ..definitions.icnn import InputConvex
+from ..definitions.unaltered import why_altered
 from .base import Regularizer, register
 from .scaled import with_gain
 
@@ -31,15 +33,12 @@ class ICNN(Regularizer):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        channels, depth = checks.integer(channels, "channels", 1), checks.integer(depth, "depth", 1)
+        image_channels = checks.integer(image_channels, "image_channels", 1)
+        gain, seed = checks.number(gain, "gain", 0.0, open_low=True), checks.integer(seed, "seed", 0)
         self.rho = checks.number(rho, "rho", 0.0)
         self.center = checks.number(center, "center", -1e6)
-        self.net = InputConvex(
-            checks.integer(channels, "channels", 1),
-            checks.integer(depth, "depth", 1),
-            checks.integer(image_channels, "image_channels", 1),
-            checks.number(gain, "gain", 0.0, open_low=True),
-            seed,
-        )
+        self.net = InputConvex(channels, depth, image_channels, gain, seed)
         self._description = {
             "kind": "icnn",
             "channels": channels,
@@ -50,18 +49,28 @@ class ICNN(Regularizer):
             "image_channels": image_channels,
         }
 
+    @full_precision
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`r(x_b)`, `[B]`."""
         u = x - self.center
         return 0.5 * self.rho * per_image(u.square()) + self.net(u)
 
+    def altered(self) -> str | None:
+        """What makes this another energy than that of `ICNN`, as a subclass or by a network of another class."""
+        if type(self).energy is not ICNN.energy or "energy" in vars(self):
+            return "an energy of its own"
+        return why_altered(self.net, InputConvex)
+
     def rescaled(self, scale: float) -> Regularizer:
-        """The same with `scale` times the gain."""
-        return with_gain(self, scale)
+        """The same with `scale` times the gain; wrapped, where something else is computed."""
+        return super().rescaled(scale) if self.altered() is not None else with_gain(self, scale)
 
     def describe(self) -> dict[str, Any]:
-        """Constructor arguments but for the seed of the initial weights."""
-        return dict(self._description)
+        """Constructor arguments but for the seed of the initial weights; of an altered energy its class alone."""
+        if self.altered() is not None:
+            return super().describe()
+        now = {"rho": float(self.rho), "gain": float(self.net.gain), "center": float(self.center)}
+        return self._description | now
 
 
 register("icnn", ICNN)

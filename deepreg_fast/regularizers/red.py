@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
 
 from .. import checks
-from ..definitions.conv_chain import HEADS, NORM_PLACES, NORMS, ConvChain, ConvChainForm
+from ..ambient import full_precision
+from ..definitions.conv_chain import (
+    HEADS,
+    NORM_PLACES,
+    NORMS,
+    ChannelNorm,
+    ConvChain,
+    ConvChainForm,
+    layers_of,
+    why_altered_chain,
+)
+from ..definitions.unaltered import numbers, why_hooked
 from .base import Regularizer, register
 from .scaled import with_gain
 
@@ -63,13 +75,16 @@ class RED(Regularizer):
         norm_place: str = "before",
     ) -> None:
         super().__init__()
-        checks.integer(channels, "channels", 1)
-        checks.integer(depth, "depth", 2)
+        channels = checks.integer(channels, "channels", 1)
+        depth = checks.integer(depth, "depth", 2)
         checks.choice(norm, "norm", NORMS)
         checks.choice(norm_place, "norm_place", NORM_PLACES)
         checks.choice(head, "head", HEADS)
-        checks.integer(image_channels, "image_channels", 1)
-        checks.odd(kernel_size, "kernel_size")
+        image_channels = checks.integer(image_channels, "image_channels", 1)
+        kernel_size = checks.odd(kernel_size, "kernel_size")
+        gain = checks.number(gain, "gain", 0.0, open_low=True)
+        eps = checks.number(eps, "eps", 0.0, open_low=True)
+        seed = checks.integer(seed, "seed", 0)
         self.alpha = checks.number(alpha, "alpha", -1.0)
         self.center = checks.number(center, "center", -1e6)
         self.head = head
@@ -87,9 +102,6 @@ class RED(Regularizer):
             "image_channels": image_channels,
         }
         self.net = ConvChain(channels, depth, norm, kernel_size, gain, eps, image_channels, seed, norm_place)
-        # Files of networks with the usual place stay readable by versions that know no other.
-        if self.net.norm_place != "before":
-            self._description["norm_place"] = norm_place
         if head == "norm":
             # 1/2 ||h||^2 is stationary in every parameter where h = 0, so it would never train from there.
             self.net.reset(seed, last_zero=False)
@@ -98,22 +110,42 @@ class RED(Regularizer):
         """The network, acting on centred images."""
         return self.net(u)
 
+    @full_precision
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`r(x_b)`, `[B]`."""
         return ConvChainForm(self.net, self.head, self.alpha, self.center).energy(x)
 
     def conv_chain_form(self) -> ConvChainForm | None:
-        """What kernels for this energy need; None for a subclass that computes something else."""
-        own = type(self).energy is not RED.energy or type(self.net) is not ConvChain
-        return None if own else ConvChainForm(self.net, self.head, self.alpha, self.center)
+        """What kernels for this energy need; None where something else is computed."""
+        if self.altered() is not None or why_hooked(self.net, *chain.from_iterable(layers_of(self.net))) is not None:
+            return None
+        return self.unchecked_form()
+
+    def unchecked_form(self) -> ConvChainForm:
+        """The same without the question whether something has altered it."""
+        return ConvChainForm(self.net, self.head, self.alpha, self.center)
+
+    def altered(self) -> str | None:
+        """What makes this another energy than that of `RED`, as a subclass or by changes to the network."""
+        if type(self).energy is not RED.energy or "energy" in vars(self):
+            return "an energy of its own"
+        if not numbers(self.alpha, self.center) or self.head not in HEADS:
+            return "settings that are no numbers"
+        return why_altered_chain(self.net)
 
     def rescaled(self, scale: float) -> Regularizer:
         """The same with `scale` times the gain; wrapped, where a subclass computes something else."""
         return super().rescaled(scale) if self.conv_chain_form() is None else with_gain(self, scale)
 
     def describe(self) -> dict[str, Any]:
-        """Constructor arguments but for the seed of the initial weights."""
-        return dict(self._description)
+        """Constructor arguments but for the seed of the initial weights; of an altered energy its class alone."""
+        if self.altered() is not None:
+            return super().describe()
+        net, norms = self.net, [m for m in self.net.norms if isinstance(m, ChannelNorm)]
+        now = {"norm": net.norm, "alpha": float(self.alpha), "head": self.head, "gain": float(net.gain)}
+        now |= {"center": float(self.center)} | ({"eps": float(norms[0].eps)} if norms else {})
+        # Files of networks with the usual place stay readable by versions that know no other.
+        return {**self._description, **now} | ({"norm_place": net.norm_place} if net.norm_place != "before" else {})
 
 
 register("red", RED)

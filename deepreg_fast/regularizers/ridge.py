@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..definitions.ridge import RidgeForm, RidgeNet
+from ..ambient import full_precision
+from ..definitions.ridge import RidgeForm, RidgeNet, why_altered_ridge
+from ..definitions.unaltered import numbers, why_hooked
 from .base import Regularizer, register
 
 
@@ -50,9 +52,10 @@ class Ridge(Regularizer):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        checks.integer(filters, "filters", 1)
-        checks.integer(scales, "scales", 1, 8)
-        if checks.integer(kernel_size, "kernel_size", 3) % 2 == 0:
+        filters, scales = checks.integer(filters, "filters", 1), checks.integer(scales, "scales", 1, 8)
+        convex, zero_mean = checks.boolean(convex, "convex"), checks.boolean(zero_mean, "zero_mean")
+        kernel_size, seed = checks.integer(kernel_size, "kernel_size", 3), checks.integer(seed, "seed", 0)
+        if kernel_size % 2 == 0:
             raise checks.InputError(f"kernel_size must be odd, but is {kernel_size}.")
         self.center = checks.number(center, "center", -1e6)
         self._description = {
@@ -60,12 +63,13 @@ class Ridge(Regularizer):
             "filters": filters,
             "kernel_size": kernel_size,
             "scales": scales,
-            "convex": bool(convex),
-            "zero_mean": bool(zero_mean),
+            "convex": convex,
+            "zero_mean": zero_mean,
             "center": self.center,
         }
-        self.net = RidgeNet(filters, kernel_size, scales, bool(convex), bool(zero_mean), seed)
+        self.net = RidgeNet(filters, kernel_size, scales, convex, zero_mean, seed)
 
+    @full_precision
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`r(x_b)`, `[B]`."""
         if x.shape[1] != 1:
@@ -75,17 +79,30 @@ class Ridge(Regularizer):
         return RidgeForm(self.net, self.center).energy(x)
 
     def ridge_form(self) -> RidgeForm | None:
-        """What kernels for this energy need; None for a subclass that computes something else."""
-        own = type(self).energy is not Ridge.energy or type(self.net) is not RidgeNet
-        return None if own else RidgeForm(self.net, self.center)
+        """What kernels for this energy need; None where something else is computed."""
+        if self.altered() is not None or why_hooked(self.net) is not None:
+            return None
+        return RidgeForm(self.net, self.center)
+
+    def altered(self) -> str | None:
+        """What makes this another energy than that of `Ridge`, as a subclass or by changes to the network."""
+        if type(self).energy is not Ridge.energy or "energy" in vars(self):
+            return "an energy of its own"
+        return why_altered_ridge(self.net) if numbers(self.center) else "a center that is no number"
 
     def weak_convexity(self) -> torch.Tensor:
         """`[F]`, bounds `rho_i` with `psi_i'' >= -rho_i`: the sum of `c_ik < 0`; zeros where r is convex."""
         return self.net.numbers()[1].detach().neg().clamp_min(0).sum(1)
 
     def describe(self) -> dict[str, Any]:
-        """Constructor arguments but for the seed of the initial weights."""
-        return dict(self._description)
+        """Constructor arguments but for the seed of the initial weights; of an altered energy its class alone."""
+        if self.altered() is not None:
+            return super().describe()
+        return self._description | {
+            "convex": self.net.convex,
+            "zero_mean": self.net.zero_mean,
+            "center": float(self.center),
+        }
 
 
 register("ridge", Ridge)

@@ -8,17 +8,19 @@ from typing import Any, TypeVar
 import torch
 
 from .. import checks
+from ..ambient import full_precision, outside_inference
 from ..backend import Backend, Linearization
 from .base import Regularizer, from_description, register
 
 R = TypeVar("R", bound=Regularizer)
 
 
+@outside_inference
 def with_gain(reg: R, scale: float) -> R:
     """A copy of `reg` whose network has `scale` times the input gain: for an energy of second degree in `u` and
     `net(u) = N(gain u)/gain` together, that is `reg.rescaled(scale)` without a wrapper, so that kernels stay fused."""
-    out = copy.deepcopy(reg)
-    out.net.gain *= checks.number(scale, "scale", 0.0, open_low=True)  # type: ignore[union-attr, operator]
+    out, scale = copy.deepcopy(reg), checks.number(scale, "scale", 0.0, open_low=True)
+    out.net.gain *= scale  # type: ignore[union-attr, operator]
     out._description["gain"] *= scale  # type: ignore[index]
     return out
 
@@ -47,6 +49,7 @@ class Scaled(Regularizer):
         """`z = c + s u`."""
         return self.center + self.scale * (x - self.center)
 
+    @full_precision
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`r(c + s u)/s^2`, `[B]`."""
         return self.reg.energy(self._inner(x)) / self.scale**2

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ambient import full_precision
 from ..backend import Backend, Linearization
 from ..errors import InputError
 from .base import Regularizer, from_description, register
@@ -45,6 +46,7 @@ class Sum(Regularizer):
     def __iter__(self) -> Iterator[Regularizer]:
         yield from self.parts  # type: ignore[misc]
 
+    @full_precision
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`sum_i r_i(x_b)`, `[B]`."""
         return torch.stack([p.energy(x) for p in self]).sum(0)
@@ -56,7 +58,7 @@ class Sum(Regularizer):
 
     def linearize(self, x: torch.Tensor) -> Linearization:
         """Keep what the Hessian at `x` needs."""
-        return _SumLinearization([p.linearize(x) for p in self])
+        return _SumLinearization(self, [p.linearize(x) for p in self])
 
     def served_by(self, x: torch.Tensor) -> Backend:
         """That of the parts; if they differ, the first whose bits depend on the batch, for then so do the sum's."""
@@ -75,8 +77,8 @@ class Sum(Regularizer):
 class _SumLinearization:
     """The parts' linearizations at the same x."""
 
-    def __init__(self, parts: list[Linearization]) -> None:
-        self._parts = parts
+    def __init__(self, whole: Sum, parts: list[Linearization]) -> None:
+        self._whole, self._parts = whole, parts
         self.x = parts[0].x
         self.value = _total([p.value for p in parts])
         self.grad = _total([p.grad for p in parts])
@@ -87,7 +89,15 @@ class _SumLinearization:
 
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
-        return {f"parts.{i}.{k}": g for i, p in enumerate(self._parts) for k, g in p.param_vjp(v).items()}
+        # A parameter of several parts has one name in the sum, and another in each part.
+        names = {id(p): n for n, p in self._whole.named_parameters()}
+        total: dict[str, torch.Tensor] = {}
+        for part, lin in zip(self._whole, self._parts, strict=True):
+            places = {n: names[id(p)] for n, p in part.named_parameters()}
+            for k, g in lin.param_vjp(v).items():
+                name = places[k]
+                total[name] = total[name] + g if name in total else g
+        return total
 
 
 def _total(terms: Sequence[torch.Tensor]) -> torch.Tensor:

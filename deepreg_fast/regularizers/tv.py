@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from .. import checks
+from ..ambient import full_precision
 from ..definitions.tv import smoothed_tv
+from ..definitions.unaltered import numbers
 from .base import Regularizer, register
 
 
@@ -24,13 +26,15 @@ class TV(Regularizer):
         super().__init__()
         self.eps = checks.number(eps, "eps", 0.0, open_low=True)
 
+    @full_precision
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`r(x_b)`, `[B]`."""
         return smoothed_tv(x, self.eps)
 
     def tv_eps(self) -> float | None:
         """What kernels for this energy need; None for a subclass that computes something else."""
-        return self.eps if type(self).energy is TV.energy else None
+        altered = type(self).energy is not TV.energy or "energy" in vars(self) or not numbers(self.eps)
+        return None if altered else float(self.eps)
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments."""

@@ -25,7 +25,8 @@ def estimates(reg: Regularizer, x: torch.Tensor, radius: float) -> dict[str, lis
     best = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for start in range(STARTS):
         # Each image's own numbers, so that they do not depend on the piece that it is evaluated in.
-        noise = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(start), dtype=torch.float64).to(x)
+        g = torch.Generator().manual_seed(start)
+        noise = torch.randn(x.shape[1:], generator=g, dtype=torch.float64, device="cpu").to(x)
         delta = expand(size / norm(noise[None]), x) * noise.expand_as(x)
         for _ in range(ASCENTS):
             point = beta_hat(reg, x, delta, grad)

@@ -86,7 +86,7 @@ class Anderson:
         self.gram[idx, slot, :] = row
         self.gram[idx, :, slot] = row
         self.count = put(self.count, idx, count + 1)
-        valid = torch.arange(self.memory, device=x.device) < count.clamp(max=self.memory)[:, None]
+        valid = torch.arange(self.memory, dtype=torch.int64, device=x.device) < count.clamp(max=self.memory)[:, None]
         gram = torch.where(valid[:, None, :] & valid[:, :, None], take(self.gram, idx), 0.0)
         scale = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
         eye = torch.eye(self.memory, dtype=torch.float64, device=x.device)

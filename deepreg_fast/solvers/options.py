@@ -45,6 +45,7 @@ class PGDOptions:
     record: bool = False
 
     def __post_init__(self) -> None:
+        checks.plain_fields(self)
         checks.fields_typed(self)
         checks.integer(self.max_iterations, "max_iterations", 1)
         checks.number(self.tolerance, "tolerance", 0.0)
@@ -53,6 +54,8 @@ class PGDOptions:
         checks.number(self.grow, "grow", 1.0)
         checks.number(self.shrink, "shrink", 0.01, 0.99)
         checks.integer(self.memory, "memory", 1, 20)
+        checks.boolean(self.monotone, "monotone")
+        checks.boolean(self.record, "record")
 
 
 @dataclass

@@ -13,10 +13,11 @@ from contextlib import AbstractContextManager
 import torch
 
 from .. import backend
+from ..ambient import full_precision
 from ..linsolve import passes
 from ..linsolve.batch import dot, expand, norm, secant, take
 from ..linsolve.progress import WARM_UP, Poll, Replay, keeping, masked
-from ..operators.base import LinearOperator
+from ..operators.base import LinearOperator, failing_per_image
 from ..regularizers.base import Regularizer
 from .acceleration import Anderson, Plain, make
 from .decide import residual_of, verdict_on
@@ -26,6 +27,8 @@ from .state import State, first_gradient
 Observer = Callable[[int, torch.Tensor], None]
 
 
+@full_precision
+@torch.no_grad()
 def pgd(  # noqa: PLR0913 - the problem is these five, the rest is optional
     y: torch.Tensor,
     A: LinearOperator,
@@ -91,6 +94,8 @@ class _Run:
         x0: torch.Tensor,
         tau0: torch.Tensor | None,
     ) -> None:
+        y, x0, mu = y.detach(), x0.detach(), mu.detach()
+        tau0 = None if tau0 is None else tau0.detach()
         self.y, self.A, self.reg, self.mu, self.options = y, A, reg, mu, options
         self.state = State(x0, tau0, options, reg.center)
         self.state.end(~torch.isfinite(y).all(1))
@@ -161,7 +166,8 @@ class _Run:
         s, i = self.state, self.state.idx
         x, grad, tau, running = (take(t, i) for t in (s.x, s.grad, s.tau, s.running))
         z = passes.descend(x, tau, grad, running)
-        prox = self.A.prox_l2(z, take(self.y, i), (tau / take(self.mu, i)).to(x.dtype))
+        with failing_per_image():
+            prox = self.A.prox_l2(z, take(self.y, i), (tau / take(self.mu, i)).to(x.dtype))
         step, plain, sums = passes.pgd_step(prox, x, grad, running)
         if isinstance(self.accelerator, Plain):
             return plain, sums
@@ -173,9 +179,17 @@ class _Run:
         evaluated as a pair of itself: torch has other convolution kernels for a single image, and its bits would
         depend on when its neighbours ended."""
         if len(x) == 1 and len(self.state.x) > 1 and not self.reg.served_by(x).batch_invariant:
-            v, g = self.reg.value_and_grad(torch.cat([x, x]))
+            v, g = self._value_and_grad(torch.cat([x, x]))
             return v[:1], g[:1]
-        return self.reg.value_and_grad(x)
+        return self._value_and_grad(x)
+
+    def _value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if type(self.reg).value_and_grad is Regularizer.value_and_grad:
+            return self.reg.value_and_grad(x)
+        # One of another class may differentiate something, and leave its graph on what it returns.
+        with torch.enable_grad():
+            value, grad = self.reg.value_and_grad(x)
+        return value.detach(), grad.detach()
 
     def _objective(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """`1/2 ||y - A x||^2 / mu + r(x)` of the images `idx`, `[b]`, float64."""

@@ -35,7 +35,7 @@ class State:
         self.running = torch.ones_like(self.cautious)
         self.lowest = torch.full_like(self.tau, torch.inf)
         self.first = torch.zeros_like(self.tau)
-        self.idx = torch.arange(batch, device=device)
+        self.idx = torch.arange(batch, dtype=torch.int64, device=device)
         self.end(~finite.flatten(1).all(1))
 
     def end(self, rows: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..ambient import outside_inference
 from ..errors import TrainingDiverged
 from ..implicit import AdjointOptions, initial_point, parameter_gradients, solve_adjoint, unrolled_gradients
 from ..linsolve.batch import dot, expand, norm
@@ -51,6 +52,7 @@ class BilevelTrainer(Trainer):
 
     method = "bilevel"
 
+    @outside_inference
     def __init__(self, config: BilevelConfig, reg: nn.Module | None = None, progress: bool | None = None) -> None:
         self._given = reg
         super().__init__(config, progress)
@@ -236,7 +238,8 @@ class BilevelTrainer(Trainer):
         """Gradient of `xi sum_b relu(beta_hat_b - beta)`; nothing where no image is above the bound."""
         if point is None or not bool((told["beta_hat"] > self._beta()).any()):
             return {}
-        return point.grad_theta(self.config.xi * (point.beta > self._beta()))
+        above = (point.beta > self._beta()).to(point.x.dtype)
+        return point.grad_theta(self.config.xi * above)
 
     def _count(self, told: dict[str, torch.Tensor]) -> None:
         """Count what each guard did."""

@@ -100,7 +100,12 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Adam's step numbers and moments, by parameter number and name."""
     state = optimizer.state_dict()["state"]
-    return {f"adam.{i}.{k}": v.reshape(-1) for i, found in state.items() for k, v in found.items()}
+    # The type of the step numbers follows torch's default dtype.
+    return {
+        f"adam.{i}.{k}": (v.to(torch.float32) if k == "step" else v).reshape(-1)
+        for i, found in state.items()
+        for k, v in found.items()
+    }
 
 
 def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, np.ndarray]) -> None:

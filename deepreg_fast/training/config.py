@@ -70,6 +70,7 @@ class TrainConfig:
     mu0: float = option(1e-2, "Weight mu of the regularizer (its start where it is trained).")
 
     def __post_init__(self) -> None:
+        checks.plain_fields(self)
         # Its own sentence names the devices.
         checks.device_name(self.device)
         checks.fields_typed(self)

@@ -44,8 +44,8 @@ class MedianClip:
     def __call__(self, params: Sequence[torch.Tensor]) -> tuple[float, bool]:
         """Clip `p.grad` in place; the norm before, and whether it was clipped."""
         grads = [p.grad for p in params if p.grad is not None]
-        squares = torch.stack([g.double().square().sum() for g in grads]) if grads else torch.zeros(0)
-        norm = math.sqrt(sum(squares.cpu().tolist()))
+        squares = torch.stack([g.double().square().sum() for g in grads]).cpu().tolist() if grads else []
+        norm = math.sqrt(sum(squares))
         ordered = sorted(self.norms)
         limit = self.factor * ordered[len(ordered) // 2] if len(ordered) >= 10 else float("inf")
         clipped = self.factor > 0 and norm > limit

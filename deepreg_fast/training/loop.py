@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from ..ambient import full_precision, on_cpu, outside_inference
 from ..errors import CheckpointError, InputError, OutOfMemory, TrainingDiverged
 from ..fidelity import add_noise
 from ..files import check_outputs, locked, remove_temporaries, same_file, write_atomically
@@ -51,6 +52,7 @@ class Trainer:
 
     method: ClassVar[str] = "train"
 
+    @outside_inference
     def __init__(self, config: TrainConfig, progress: bool | None = None) -> None:
         self.config = config
         self.folder = Path(config.out)
@@ -70,7 +72,7 @@ class Trainer:
         self.reg = self.build()
         self.reg = self.reg.to(self.device)
         self.params = [p for p in self.reg.parameters() if p.requires_grad]
-        self.log_mu = torch.tensor(math.log(config.mu0), dtype=torch.float64, requires_grad=True)
+        self.log_mu = torch.tensor(math.log(config.mu0), dtype=torch.float64, device="cpu", requires_grad=True)
         if config.init:
             self.start_from(config.init)
         self.optimizer = torch.optim.Adam(self.groups(), betas=(0.9, 0.99))
@@ -139,6 +141,9 @@ class Trainer:
         """Where the last checkpoint is."""
         return self.folder / "last.safetensors"
 
+    @full_precision
+    @outside_inference
+    @torch.enable_grad()
     def fit(self) -> Regularizer:
         """Train from the present step to the last; the regularizer is returned and saved as `weights.safetensors`.
 
@@ -238,7 +243,9 @@ class Trainer:
                 f"norm {norm}; the last good checkpoint is {self.checkpoint_path}: lower lr or raise warmup and resume."
             )
         self.counters.add("clipped", clipped)
-        self.optimizer.step()
+        # Adam makes its numbers at its first step.
+        with on_cpu():
+            self.optimizer.step()
         self.after_update()
         epoch = self.samples.epoch(self.step_done + 1, min(c.batch, len(self.samples)))
         seconds = time.perf_counter() - began
@@ -328,6 +335,7 @@ class Trainer:
             self.load_state(path)
             return self.fit()
 
+    @outside_inference
     def load_state(self, path: str | Path | None = None) -> None:
         """Take the state of a checkpoint without training on; nothing is written."""
         where = Path(path) if path is not None else self.checkpoint_path

@@ -156,11 +156,11 @@ class PinnedTable:
 
     @staticmethod
     def _rows(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        return torch.zeros(shape, pin_memory=device.type == "cuda")
+        return torch.zeros(shape, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
 
     def get(self, rows: Rows) -> torch.Tensor:
         """A copy of these rows, on the device."""
-        out = torch.empty((len(rows), *self.data.shape[1:]), device=self.device)
+        out = torch.empty((len(rows), *self.data.shape[1:]), dtype=self.data.dtype, device=self.device)
         for i, row in enumerate(rows.host.tolist()):
             out[i].copy_(self.data[row], non_blocking=True)
         return out
