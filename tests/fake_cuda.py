@@ -113,6 +113,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeTensorMode,
         patch.setattr(placement, "upload", lambda t, device: t.to(device))
         patch.setattr(placement.PinnedTable, "_rows", staticmethod(lambda shape, _: torch.zeros(shape)))
         patch.setattr(torch.nn.Module, "to", _moved)
+        # Its weights come from the meta device, from which a fake module cannot be moved.
+        patch.setattr(torch.nn.utils, "skip_init", lambda kind, *args, **options: kind(*args, **options))
         try:
             # Without graphs: those of CUDA tensors ask for a stream.
             with mode, _Recorder(reads), torch.no_grad():

@@ -285,8 +285,10 @@ def _planes(depth: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     moved = [0]
 
-    def launch(self: Any, kernel: Any, rows: Any, count: int, given: dict[str, Any], constants: dict[str, Any]) -> None:
-        if not constants:
+    def launch(
+        self: Any, kernel: Any, rows: Any, count: int, given: dict[str, Any], constants: dict[str, Any] | None = None
+    ) -> None:
+        if constants is None:
             return  # the kernels at the ends, which touch images only
         first, last = constants["FIRST"], constants["LAST"]
         forth, back = constants["FORWARD"], constants["BACKWARD"]

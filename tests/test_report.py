@@ -54,7 +54,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     printed = capsys.readouterr().out
     assert main_code == 0
     for method in ("minimum norm", "tv", "bi-level", "shipped weights cs5-beta10"):
-        assert re.search(rf"{method} +│ +\d+\.\d\d dB", printed), printed
+        assert re.search(rf"{method} +\d+\.\d\d dB", printed), printed
     assert str((out / "report.html").resolve()) in printed
     text = (out / "report.html").read_text(encoding="utf-8")
     check = _Check()

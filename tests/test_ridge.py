@@ -339,7 +339,7 @@ class Twisted(dr.Ridge):
 @pytest.mark.parametrize(
     ("reg", "dtype", "word"),
     [
-        (Twisted(2, 3), torch.float32, "Ridge only"),
+        (Twisted(2, 3), torch.float32, "Ridge and TV only"),
         (dr.Ridge(2, 3), torch.float64, "float64"),
         (dr.Ridge(2, 17), torch.float32, "17 x 17"),
     ],

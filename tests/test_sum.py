@@ -85,7 +85,8 @@ def test_it_is_computed_by_its_parts_kernels() -> None:
     A = dr.SRM((1, 13, 17), 0.4)
     with dr.use_backend("cpu"):
         assert dr.recover(A.A(x), A, both, mu=0.1).backend == "cpu"
-    mixed = dr.Sum([*parts(), dr.TV(0.1)])
+    assert dr.Sum([*parts(), dr.TV(0.1)]).served_by(x).name == "cpu"
+    mixed = dr.Sum([*parts(), dr.ICNN(2)])
     assert mixed.served_by(x).name == "reference"
 
 

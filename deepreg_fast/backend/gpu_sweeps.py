@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -125,6 +126,7 @@ class Sweeps:
         self._tiles = -(-self._height // th) * -(-self._width // tw)
         pairs = packed(form.net, *self._to_pack(), self._u.device, lambda: [self._pack(i) for i in range(self._K + 1)])
         self._filters, self._vectors = [p[0] for p in pairs], [p[1] for p in pairs]
+        self._layers: dict[tuple[Any, int, str, bool], dict[str, Any]] = {}
 
     # What is kept, and what is used meanwhile.
 
@@ -187,46 +189,49 @@ class Sweeps:
         return filters, vectors
 
     def _launch(
-        self,
-        kernel: Any,
-        rows: Tensor | None,
-        count: int,
-        given: dict[str, Any],
-        constants: Any,
-        maxnreg: int | None = None,
+        self, kernel: Any, rows: Tensor | None, count: int, given: dict[str, Any], fixed: dict[str, Any] | None = None
     ) -> None:
-        """One program for each tile of `count` images; arguments that are not given are None."""
-        names = [n for n in kernel.arg_names if not n.isupper()]
-        size = {"height": self._height, "width": self._width, "alpha": self._alpha, "eps": self._eps}
+        """One program for each tile of `count` images; arguments that are not given are None.
+
+        `fixed`: what this object's launches of a kind share (`_fixed`).
+        """
+        fixed = self._fixed(kernel) if fixed is None else fixed
         # Bytes are read alike on every device.
-        given = {**size, **given, "rows": None if rows is None else rows.contiguous().view(torch.uint8)}
-        kernel[count * self._tiles,](
-            **{n: given.get(n) for n in names},
-            **constants,
-            **self._tile,
-            num_warps=self._warps,
-            num_stages=1,
-            enable_fp_fusion=True,
-            maxnreg=maxnreg,
-        )
+        rows = None if rows is None else rows.contiguous().view(torch.uint8)
+        kernel[count * self._tiles,](**{**fixed, **given, "rows": rows})
+
+    def _fixed(self, kernel: Any, maxnreg: int | None = None, **constants: Any) -> dict[str, Any]:
+        """The arguments and options of a kernel that do not change from launch to launch."""
+        size = {"height": self._height, "width": self._width, "alpha": self._alpha, "eps": self._eps}
+        options = {"num_warps": self._warps, "num_stages": 1, "enable_fp_fusion": True, "maxnreg": maxnreg}
+        names = _absent(kernel)
+        return {**names, **{n: v for n, v in size.items() if n in names}, **constants, **self._tile, **options}
 
     def _layer(self, kernel: Any, layer: int, ways: str, part: _Part, given: dict[str, Any]) -> None:
         """`primal` or `tangent` of hidden layer `layer`, forward ("f"), back ("b") or both."""
+        key = kernel, layer, ways, "sums" in given
+        if (fixed := self._layers.get(key)) is None:
+            fixed = self._layers[key] = self._fixed_layer(*key)
+        self._launch(kernel, part.rows, len(part.u), {"u": part.u, "c": part.kept.c, **given}, fixed)
+
+    def _fixed_layer(self, kernel: Any, layer: int, ways: str, sums: bool) -> dict[str, Any]:
+        """`_fixed` of a hidden layer: its filters, its place in the network, and the limit on registers."""
+        if self._options.maxnreg is not None:
+            limit = self._options.maxnreg[kernel is self._kernels.tangent]
+        elif self._options.tile is None:
+            limit = self._kernels.maxnreg(self._CP, 1 < layer < self._K, sums)
+        else:
+            limit = None
         parameters = {
             "w": self._filters[layer - 1], "w_after": self._filters[layer], "vectors": self._vectors[layer - 1],
-            "last": self._vectors[-1], "u": part.u, "c": part.kept.c,
+            "last": self._vectors[-1],
         }  # fmt: skip
         constants = {
             "C": self._C, "CP": self._CP, "FIRST": layer == 1, "LAST": layer == self._K, "FORWARD": "f" in ways,
             "BACKWARD": "b" in ways, "NORM": self._norm, "PRECISION": self._options.precision,
         }  # fmt: skip
-        if self._options.maxnreg is not None:
-            limit = self._options.maxnreg[kernel is self._kernels.tangent]
-        elif self._options.tile is None:
-            limit = self._kernels.maxnreg(self._CP, 1 < layer < self._K, "sums" in given)
-        else:
-            limit = None
-        self._launch(kernel, part.rows, len(part.u), {**parameters, **given}, constants, limit)
+        names = _absent(kernel)
+        return self._fixed(kernel, limit, **{n: p for n, p in parameters.items() if n in names}, **constants)
 
     def _ways_back(self) -> Iterator[tuple[int, str]]:
         for layer in range(self._K, 0, -1):
@@ -261,7 +266,7 @@ class Sweeps:
             self._layer(self._kernels.primal, layer, "f", part, given)
         if not self._red:
             given = {"image_in": part.u, "h_taps": part.h_taps, "c": part.kept.c, "value": partial, **bias}
-            self._launch(self._kernels.head, part.rows, len(part.u), given, {})
+            self._launch(self._kernels.head, part.rows, len(part.u), given)
         for layer, ways in self._ways_back():
             given = {"before": pair[(layer - 1) % 2], "after": pair[(layer + 1) % 2]}
             given |= {"z": z.get(layer), "g": g.get(layer)}
@@ -272,7 +277,7 @@ class Sweeps:
 
     def _join(self, part: _Part, image: Tensor, c: Tensor, out: Tensor, bias: dict[str, Tensor]) -> None:
         given = {"image_in": image, "c": c, "h_taps": part.h_taps, "g_taps": part.g_taps, "out": out, **bias}
-        self._launch(self._kernels.join, part.rows, len(image), given, {})
+        self._launch(self._kernels.join, part.rows, len(image), given)
 
     # The products.
 
@@ -307,7 +312,7 @@ class Sweeps:
         if self._red:
             return v
         given = {"image_in": v, "h_taps": part.h_taps, "c": part.image}
-        self._launch(self._kernels.head, part.rows, len(v), given, {})
+        self._launch(self._kernels.head, part.rows, len(v), given)
         return part.image
 
     def _back(  # noqa: PLR0913 - a layer on the way back
@@ -360,6 +365,12 @@ class Sweeps:
             biases = [b - b.mean() for b in biases]
         found = [p for pair in zip(weights, [*biases, last_bias[None] / gain], strict=True) for p in pair]
         return found + [s[i, :C] for s in sums for i in (1, 2) if self._norm]
+
+
+@lru_cache(maxsize=64)
+def _absent(kernel: Any) -> dict[str, None]:
+    """The arguments of a kernel that are no constants, none of them given."""
+    return dict.fromkeys(n for n in kernel.arg_names if not n.isupper())
 
 
 def aligned(t: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def load_samples(config: TrainConfig) -> tuple[Samples, torch.Tensor]:
 def _validation(images: list[torch.Tensor], names: list[str], config: TrainConfig) -> torch.Tensor:
     """The validation images `[N, 1, h, w]`, cropped to the smallest of them where the settings' crop is larger."""
     if not images:
-        return torch.zeros(0, 1, 1, 1)
+        return torch.zeros(0, 1, 1, 1, dtype=torch.float32, device="cpu")
     if config.validation_crop:
         side = min(config.validation_crop, *(min(x.shape[-2:]) for x in images))
         images = [centre_crop(x, side) for x in images]
