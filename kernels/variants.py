@@ -40,7 +40,9 @@ def unspecialized(*integers: str, anywhere: Iterable[str] | None = ()) -> Callab
     """
 
     def decorate(function: Any) -> Any:
-        tensors = tuple(signature(function).parameters) if anywhere is None else tuple(anywhere)
+        # Triton 3.6 refuses constants among the names; annotations are texts here.
+        arguments = [n for n, p in signature(function).parameters.items() if "constexpr" not in str(p.annotation)]
+        tensors = tuple(arguments if anywhere is None else anywhere)
         jit: Any = triton.jit
         return jit(function, do_not_specialize=integers, do_not_specialize_on_alignment=tensors)
 

@@ -105,18 +105,19 @@ def _tests(stage: Stage) -> None:
         return
     command = [sys.executable, "-P", "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors"]
+    env = {**os.environ}
     if stage.mode == "dry":
         command += ["tests/test_metrics.py"]
     elif stage.mode == "stand-in":
         # Nothing is computed, so nothing is asserted: what counts is that every launch is reached.
-        command = [sys.executable, "-P", "-O", *command[2:], "--assert=plain", "-p", "gpu_stages.stand_in_tests"]
-        command += ["-m", "gpu", *(again or marked)]
+        env["PYTHONOPTIMIZE"] = "1"
+        command += ["--assert=plain", "-p", "gpu_stages.stand_in_tests", "-m", "gpu", *(again or marked)]
     else:
         command += ["-m", "gpu", *(again or marked)]
     if importlib.util.find_spec("xdist") is not None and stage.mode != "dry":
         # Files share their fixtures, and a worker's launches are those that it has loaded.
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadfile" if stage.on_gpu else "load"]
-    done = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.stdout is not None
     lines: list[str] = []
     counts: dict[str, int] = {}
