@@ -151,7 +151,7 @@ class Session:
     def __init__(self, arguments: argparse.Namespace, folder: Path, cache: Path) -> None:
         self.arguments, self.folder, self.began = arguments, folder, time.monotonic()
         self.mode = "dry" if arguments.dry_run else "stand-in" if arguments.stand_in else "gpu"
-        self.env = environment(folder, self.mode, cache)
+        self.env, self.cache = environment(folder, self.mode, cache), cache
         self.env["DEEPREG_FAST_GPU_OUT"] = str(Path(arguments.out).resolve())
         if arguments.before and Path(arguments.before).exists():
             self.env["DEEPREG_FAST_GPU_BEFORE"] = str(Path(arguments.before).resolve())
@@ -176,7 +176,7 @@ class Session:
         if limit < 3.0:
             self.keep(stage.name, {"state": "no time left", "seconds": 0.0})
             return
-        partial = self.folder / f"{stage.name}.json"
+        partial, entries = self.folder / f"{stage.name}.json", _entries(self.cache)
         while True:
             remaining = limit - (time.monotonic() - began)
             skip = sorted(_read(partial).get("items", {}))
@@ -186,6 +186,8 @@ class Session:
             if state == "again" and set(record.get("items", {})) > set(skip) and time.monotonic() - began < limit - 2:
                 continue
             state = record.get("state", "cut") if state == "again" else state
+            # Those of processes that a stage has started, too.
+            record["new_cache_entries"] = _entries(self.cache) - entries
             self.keep(stage.name, {**record, "state": state, "seconds": round(time.monotonic() - began, 1)})
             print(f"{stage.name}: {state}, {time.monotonic() - began:.0f} s", flush=True)
             return
@@ -240,6 +242,11 @@ class Session:
             (self.out / f".{name}").replace(self.out / name)
 
 
+def _entries(cache: Path) -> int:
+    """How many compilations Triton's cache holds."""
+    return sum(1 for _ in (cache / "triton").glob("*"))
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -271,6 +278,8 @@ def summary(record: dict[str, Any]) -> str:
             head += (
                 f"; {len(anew)} compiled anew in {compile_record['seconds']:.1f} s, {compile_record['cached']} cached"
             )
+        if stage.get("new_cache_entries"):
+            head += f"; {stage['new_cache_entries']} new cache entries"
         verdicts = list(stage.get("verdicts", {}).values())
         if verdicts:
             head += "; " + ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
