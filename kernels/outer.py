@@ -27,7 +27,7 @@ from .variants import Variant, unspecialized, variant
 PRECISION = "tf32x3"
 TILE = (1, 32)
 """Rows and columns of a piece, powers of two: the tensor cores' longest sum."""
-DOWN = 16
+DOWN = 8
 """Tiles of a piece of the filters of one channel, below each other: a thread's longest sum."""
 STAGES = 1
 PROGRAMS = 1024
