@@ -31,13 +31,13 @@ IMAGES = ("u", "v", "c", "c1", "image_in", "out", "h_taps", "g_taps", "value", "
 """Tensors that may begin anywhere: parts of images of any size, and numbers of an image or a tile."""
 
 
-def maxnreg(cp: int, middle: bool, sums: bool) -> int | None:
+def maxnreg(cp: int, sums: bool) -> int | None:
     """The most registers of a thread of `primal` and `tangent`, None where the compiler chooses.
 
-    With 168, three programs of four warps share a multiprocessor in the place of two. Layers that are neither the first
-    nor the last would spill some where they also form sums.
+    With 168, three programs of four warps share a multiprocessor in the place of two. Layers that also form sums would
+    spill some.
     """
-    return None if cp != 16 or (middle and sums) else 168
+    return None if cp != 16 or sums else 168
 
 
 @triton.jit
@@ -361,7 +361,7 @@ def variants() -> list[Variant]:
                 way = {"FIRST": first, "LAST": last, "FORWARD": "f" in ways, "BACKWARD": "b" in ways}
                 head_of = {"HEAD": 0 if ways == "fb" else 1, "NORM": norm, "PRECISION": "tf32x3"}
                 constants = {"C": cp, "CP": cp, **size, **way, **head_of, **absent}
-                limit = maxnreg(cp, not (first or last), "sums" in outputs)
+                limit = maxnreg(cp, "sums" in outputs)
                 found.append(_variant(kernel, constants, warps, maxnreg=limit))
                 if cp == 16 and ways == "fb":
                     found.append(_variant(kernel, constants, warps, "*bf16", limit))

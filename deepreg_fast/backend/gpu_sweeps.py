@@ -219,7 +219,7 @@ class Sweeps:
         if self._options.maxnreg is not None:
             limit = self._options.maxnreg[kernel is self._kernels.tangent]
         elif self._options.tile is None:
-            limit = self._kernels.maxnreg(self._CP, 1 < layer < self._K, sums)
+            limit = self._kernels.maxnreg(self._CP, sums)
         else:
             limit = None
         parameters = {
