@@ -223,6 +223,12 @@ def tangent(  # noqa: PLR0913 - a kernel's launch
     if BACKWARD:
         cn = slope * cot
         cn1 = bend * n1 * cot + slope * cot1
+        if sums is not None:
+            to = sums + tl.program_id(0).to(tl.int64) * (3 * CP) + tl.arange(0, CP)
+            own = inside(y, x, height, width)[:, None]
+            if NORM:
+                tl.store(to + CP, tl.sum(tl.where(own, cn1 * xhat + cn * xhat1, 0.0).to(tl.float64), 0))
+                tl.store(to + 2 * CP, tl.sum(tl.where(own, cn1, 0.0).to(tl.float64), 0))
         if NORM:
             t = gamma * cn
             t1 = gamma * cn1
@@ -239,12 +245,7 @@ def tangent(  # noqa: PLR0913 - a kernel's launch
         if g_taps is not None:
             scatter(gu1, w, g_taps + pixel * 9, y, x, height, width, CP, PRECISION)
         if sums is not None:
-            to = sums + tl.program_id(0).to(tl.int64) * (3 * CP) + tl.arange(0, CP)
-            own = inside(y, x, height, width)[:, None]
             tl.store(to, tl.sum(tl.where(own, gu1, 0.0).to(tl.float64), 0))
-            if NORM:
-                tl.store(to + CP, tl.sum(tl.where(own, cn1 * xhat + cn * xhat1, 0.0).to(tl.float64), 0))
-                tl.store(to + 2 * CP, tl.sum(tl.where(own, cn1, 0.0).to(tl.float64), 0))
     # Last, when little else lies in registers.
     if h_taps is not None:
         scatter(slope * n1, w_after, h_taps + pixel * 9, y, x, height, width, CP, PRECISION)
