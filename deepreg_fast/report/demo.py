@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..data import ImageSet, embedded_images
-from ..evaluation import Method, evaluate, run, tuned_tv
+from ..evaluation import Method, evaluate, run
 from ..files import locked
 from ..implicit import initial_point
 from ..metrics import psnr
@@ -22,6 +22,7 @@ from ..solvers import PGDOptions, Solution
 from ..status import Status
 from ..terminal import Pulse
 from ..training import BilevelConfig, BilevelTrainer
+from ..tuning import tuned_tv
 from ..weights import load
 from .figures import Line, images_figure, lines_figure, psnr_figure
 from .html import Panel, Report
