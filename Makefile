@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help demo test test-long lint pytest sanitize sanitize-threads install clean
 
 help:
-	@echo "make demo    train a small regularizer, recover images, write demo-report/"
+	@echo "make demo    train a regularizer that passes TV, recover images, write demo-report/"
 	@echo "make test    ruff, pyright, then the tests with coverage"
 	@echo "make test-long         the tests at full size that make test runs at a smaller one"
 	@echo "make lint    ruff and pyright alone"

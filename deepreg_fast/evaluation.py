@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .recovery import recover
 from .regularizers import TV
 from .regularizers.base import Regularizer
 from .solvers import PGDOptions, Solution
+from .solvers.pgd import Observer
 from .status import counts
 
 
@@ -148,8 +149,9 @@ def evaluation_images(problem: Problem, tune_on: str = "") -> tuple[ImageSet, to
     tuning = load_folder(data, size, tuning_names, _CROP)
     if tuning.shape != test.shape:
         raise DataError(
-            f"Images for testing and tuning must be of one shape, but {test.names[0]} has {_pixels(test)} pixels and "
-            f"{tuning.names[0]} has {_pixels(tuning)}; give a {_CROP} to take the centre crop of each."
+            f"Images for testing and tuning must be of one shape, but {test.names[0]} has "
+            f"{'x'.join(map(str, test.shape[1:]))} pixels and {tuning.names[0]} has "
+            f"{'x'.join(map(str, tuning.shape[1:]))}; give a {_CROP} to take the centre crop of each."
         )
     return test, tuning.x
 
@@ -163,10 +165,6 @@ def _tuning_images(tune_on: str, test: ImageSet, count: int) -> torch.Tensor:
     names = image_names(tune_on)
     chosen = carve_validation(names, count, 0)[1] if count < len(names) else names
     return load_folder(tune_on, (height, width), chosen, _CROP).x
-
-
-def _pixels(images: ImageSet) -> str:
-    return f"{images.shape[1]}x{images.shape[2]}"
 
 
 @dataclass(frozen=True)
@@ -192,111 +190,30 @@ class Method:
 
 @full_precision
 @torch.no_grad()
-def run(method: Method, y: torch.Tensor, A: LinearOperator, batch: int | None = None) -> Solution | torch.Tensor:
-    """Recover all images by one method, `batch` at a time (by default 5 on the CPU, whose caches a few images fill, and
-    64 elsewhere); what needs no solver comes as a tensor."""
-    batch = batch or (5 if y.device.type == "cpu" else 64)
-    if method.reg is None:
-        return A.A_adjoint(y) if method.name == "adjoint" else initial_point(y, A, TV())
-    reg = method.regularizer
-    parts = [recover(y[i : i + batch], A, reg, method.mu, options=method.options) for i in range(0, len(y), batch)]
-    return Solution(
-        x=torch.cat([p.x for p in parts]),
-        status=torch.cat([p.status for p in parts]),
-        iterations=torch.cat([p.iterations for p in parts]),
-        gradients=torch.cat([p.gradients for p in parts]),
-        residual=torch.cat([p.residual for p in parts]),
-        tau=torch.cat([p.tau for p in parts]),
-        backend=parts[0].backend,
-    )
-
-
-def bracketed(values: Sequence[float], score: Callable[[float], float], start: int) -> int:
-    """The place of the best of `values`, whose scores rise and then fall: from `start` on towards the better neighbor,
-    until both score no better. Where `start` has no finite score, all are tried."""
-    if not np.isfinite(score(values[start])):
-        return max(range(len(values)), key=lambda i: score(values[i]))
-    best = start
-    for step in (-1, 1):
-        while 0 <= best + step < len(values) and score(values[best + step]) > score(values[best]):
-            best += step
-        if best != start:
-            break
-    return best
-
-
-class Tuner:
-    """Chooses a method's mu and scale by its mean PSNR on images `x` `[M, C, H, W]`, never the ones that are reported.
-
-    `scores`, if given, keeps the PSNR of each pair under `score_key`: one that is there already is not computed again.
-    Ties lose, and values that are not finite count as minus infinity.
-    """
-
-    def __init__(
-        self, x: torch.Tensor, y: torch.Tensor, A: LinearOperator, scores: MutableMapping[str, float] | None = None
-    ) -> None:
-        self.x, self.y, self.A = x, y, A
-        self.scores = {} if scores is None else scores
-
-    @staticmethod
-    def score_key(method: Method) -> str:
-        """The pair that a score belongs to."""
-        return f"mu={method.mu!r} scale={method.scale!r}"
-
-    def score(self, method: Method) -> float:
-        """Mean PSNR in dB."""
-        key = self.score_key(method)
-        if key not in self.scores:
-            sol = run(method, self.y, self.A)
-            assert isinstance(sol, Solution)
-            value = float(psnr(sol.x, self.x).mean())
-            self.scores[key] = value if np.isfinite(value) else -np.inf
-        return self.scores[key]
-
-    def mu(self, method: Method, low: float = 1e-4, high: float = 1.0) -> Method:
-        """The method with the best mu: its own, one value per decade, then thirds of a decade around the best of these.
-
-        The values are not all tried: as the score rises and then falls with mu, the best one is bracketed by the two
-        beside it.
-        """
-
-        def score(mu: float) -> float:
-            return self.score(replace(method, mu=mu))
-
-        decades = [float(10.0**e) for e in np.arange(np.log10(low), np.log10(high) + 1e-9, 1.0)]
-        best = decades[bracketed(decades, score, len(decades) // 2)]
-        fine = [m for k in (-2, -1, 0, 1, 2) if low <= (m := best * 10.0 ** (k / 3)) <= high]
-        best = fine[bracketed(fine, score, fine.index(best))]
-        own = [] if method.mu is None else [method.mu]
-        return replace(method, mu=max([best, *own], key=score))
-
-    def scale(self, method: Method) -> Method:
-        """The method with the best scale between 1/2 and 2: half octaves, then quarters around the best."""
-
-        def score(scale: float) -> float:
-            return self.score(replace(method, scale=scale))
-
-        best = max((2.0 ** (k / 2) for k in (0, -1, 1, -2, 2)), key=score)
-        return replace(method, scale=max((best, best * 2**-0.25, best * 2**0.25), key=score))
-
-
-def tune_mu(
-    method: Method, x: torch.Tensor, y: torch.Tensor, A: LinearOperator, low: float = 1e-4, high: float = 1.0
-) -> Method:
-    """`Tuner(x, y, A).mu(method, low, high)`: the method with the mu of the best mean PSNR on the images `x`."""
-    return Tuner(x, y, A).mu(method, low, high)
-
-
-def tuned_tv(
-    x: torch.Tensor,
+def run(
+    method: Method,
     y: torch.Tensor,
     A: LinearOperator,
-    eps: float = 3e-3,
-    scores: MutableMapping[str, float] | None = None,
-) -> Method:
-    """Smoothed TV with mu tuned on the images `x`; `Lip(grad TV) <= 8/eps` sets the first step."""
-    options = PGDOptions(800, 1e-3, acceleration="anderson", tau=eps / 4)
-    return Tuner(x, y, A, scores).mu(Method("tv", TV(eps), options=options), 1e-5, 1.0)
+    batch: int | None = None,
+    near: Solution | None = None,
+    observer: Observer | None = None,
+) -> Solution | torch.Tensor:
+    """Recover all images by one method; what needs no solver comes as a tensor.
+
+    `batch` images are recovered at a time: by default 5 on the CPU, whose caches a few images fill, and 64 elsewhere,
+    but all at once for an `observer` (see `recover`). The recoveries start from the images and step sizes of `near`,
+    a solution for another mu; by default from the minimum-norm solutions.
+    """
+    batch = batch or (len(y) if observer else 5 if y.device.type == "cpu" else 64)
+    if method.reg is None:
+        return A.A_adjoint(y) if method.name == "adjoint" else initial_point(y, A, TV())
+    parts, reg, rest = [], method.regularizer, {"options": method.options, "observer": observer}
+    for rows in (slice(i, i + batch) for i in range(0, len(y), batch)):
+        start = {"x0": near.x[rows], "tau0": near.tau[rows]} if near else {}
+        parts.append(recover(y[rows], A, reg, method.mu, **rest, **start))  # type: ignore[arg-type]
+    names = ("x", "status", "iterations", "gradients", "residual", "tau")
+    joined = {n: torch.cat([getattr(p, n) for p in parts]) for n in names}
+    return Solution(**joined, backend=parts[0].backend)  # type: ignore[arg-type]
 
 
 def evaluate(
@@ -321,18 +238,25 @@ def evaluate(
     for m, after in zip(methods, [*names[1:], ""], strict=True):
         out[m.name] = figures(m, x, y, A)[0]
         done(None, f"recovering by {after}" if after else "")
-    if "tv" in out:
-        reference = np.array(out["tv"]["psnr"])
-        for name, found in out.items():
-            if name != "tv":
-                found["vs_tv"] = paired(np.array(found["psnr"]), reference)
+    against_tv(out)
     return out
 
 
-def figures(method: Method, x: torch.Tensor, y: torch.Tensor, A: LinearOperator) -> tuple[dict[str, Any], torch.Tensor]:
-    """What `evaluate` tells of one method, and the recovered images `[N, C, H, W]`."""
+def against_tv(results: dict[str, Any]) -> None:
+    """Add `vs_tv` to the figures of each method, if "tv" is among them."""
+    if "tv" in results:
+        reference = np.array(results["tv"]["psnr"])
+        for name, found in results.items():
+            if name != "tv":
+                found["vs_tv"] = paired(np.array(found["psnr"]), reference)
+
+
+def figures(
+    method: Method, x: torch.Tensor, y: torch.Tensor, A: LinearOperator, observer: Observer | None = None
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """What `evaluate` tells of one method, and the recovered images `[N, C, H, W]`. `observer`, see `run`."""
     began = time.perf_counter()
-    sol = run(method, y, A)
+    sol = run(method, y, A, observer=observer)
     if y.is_cuda:
         torch.cuda.synchronize(y.device)
     seconds = time.perf_counter() - began

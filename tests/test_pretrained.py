@@ -20,8 +20,9 @@ from deepreg_fast import pretrained
 from deepreg_fast.cli.options import default_mu, pgd_options, unlike_training
 from deepreg_fast.data import bsd400_registry, bsd400_split, embedded_images, split_sha256
 from deepreg_fast.errors import CheckpointError, InputError
-from deepreg_fast.evaluation import Method, run, tuned_tv
+from deepreg_fast.evaluation import Method, run
 from deepreg_fast.fidelity import LAM
+from deepreg_fast.tuning import tuned_tv
 
 from .helpers import random_red
 from .test_cli import Run, _run  # noqa: F401 - the fixture `run`

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import deepreg_fast as dr
-from deepreg_fast import evaluation, terminal
+from deepreg_fast import terminal, tuning
 from deepreg_fast.cli import bench, main
 from deepreg_fast.evaluation import Method
 from deepreg_fast.reproduce.folder import Folder
@@ -159,7 +159,7 @@ def _pictures(tmp_path: Path) -> Path:
 def test_names_are_shown_as_they_are(run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Tuning TV would take most of the time and shows no name.
     quick = Method("tv", dr.TV(), 1e-2, dr.PGDOptions(2))
-    monkeypatch.setattr(evaluation, "tuned_tv", lambda *_: quick)
+    monkeypatch.setattr(tuning, "tuned_tv", lambda *_: quick)
     names = ("[v2]net", "net[]", "[/x]", "[bold]b", "settings", "a\x1b[31mb", "tv")
     weights: list[object] = []
     for name in names:

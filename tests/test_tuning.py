@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepreg_fast as dr
-from deepreg_fast.evaluation import Method, Tuner, bracketed
+from deepreg_fast import tuning
+from deepreg_fast.data import embedded_images
+from deepreg_fast.evaluation import Method, run
+from deepreg_fast.solvers import Solution
+from deepreg_fast.tuning import Tuner, bracketed, tuned_tv
 
 from .helpers import images
 
@@ -63,3 +68,55 @@ def test_the_choice_for_tv_on_images() -> None:
     method = Method("tv", dr.TV(1e-2), options=dr.PGDOptions(40, 1e-3, acceleration="anderson", tau=2.5e-3))
     chosen = Tuner(x, y, A).mu(method, 1e-3, 1.0).mu
     assert chosen == pytest.approx(_exhaustive(Tuner(x, y, A), method, 1e-3, 1.0), rel=1e-12)
+
+
+def _photographs() -> tuple[torch.Tensor, torch.Tensor, dr.SRM]:
+    x = embedded_images(24).train.x[::36]
+    A = dr.SRM((1, 24, 24), 0.3)
+    return x, A.A(x), A
+
+
+_TV = Method("tv", dr.TV(1e-2), options=dr.PGDOptions(800, 1e-3, acceleration="anderson", tau=2.5e-3))
+
+
+def test_warm_starts_take_fewer_gradients_to_as_good_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, gradients = _photographs(), [0]
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        found = run(*arguments, **named)
+        assert isinstance(found, Solution) and bool((found.status == int(dr.Status.CONVERGED)).all())
+        gradients[0] += int(found.gradients.sum())
+        return found
+
+    monkeypatch.setattr(tuning, "run", counted)
+    chosen, spent = {}, {}
+    cold = Tuner(*problem)
+    for warm in (False, True):
+        gradients[0] = 0
+        tuner = Tuner(*problem, warm=True) if warm else cold
+        chosen[warm] = tuner.mu(_TV, 1e-4, 1.0)
+        spent[warm] = gradients[0] / len(tuner.scores)
+    assert spent[True] < 0.7 * spent[False]
+    assert cold.score(chosen[True]) == pytest.approx(cold.score(chosen[False]), abs=0.03)
+
+
+def test_kept_scores_do_not_depend_on_the_search() -> None:
+    problem, scores = _photographs(), {}
+    tuned_tv(*problem, eps=1e-2, scores=scores)
+    assert len(scores) > 3
+    for key in list(scores)[:3]:
+        alone = Tuner(*problem).score(replace(_TV, mu=float(key.split()[0].removeprefix("mu="))))
+        assert alone == scores[key]
+
+
+def test_the_nearest_solution_is_one_of_the_same_scale() -> None:
+    tuner = Tuner(*_photographs(), warm=True)
+    method = replace(_TV, options=dr.PGDOptions(2))
+    assert tuner._near(replace(method, mu=1.0)) is None
+    solved = {}
+    for mu, scale in ((1e-3, 1.0), (1e-1, 1.0), (2e-2, 2.0)):
+        tuner.score(at := replace(method, mu=mu, scale=scale))
+        solved[mu] = tuner._near(at)
+    assert tuner._near(replace(method, mu=2e-2)) is solved[1e-1] is not None
+    assert tuner._near(replace(method, mu=1e-4)) is solved[1e-3]
+    assert tuner._near(replace(method, mu=1e-4, scale=2.0)) is solved[2e-2]

@@ -94,9 +94,10 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
         _check_out(out, data, split, weights or [])
     settings = {k: v for k, v in locals().items() if k not in ("weights", "out", "as_json")}
 
-    from ..evaluation import Method, Problem, measure, tuned_tv
+    from ..evaluation import Method, Problem, measure
     from ..evaluation import evaluate as compare
-    from ..evaluation import tune_mu as tuned
+    from ..tuning import tune_mu as tuned
+    from ..tuning import tuned_tv
     from ..weights import load
 
     place = use_device(device)

@@ -36,6 +36,9 @@ figcaption { font-size: .9rem; margin-top: .3rem; max-width: 50rem; }
 .pair div { display: grid; grid-template-columns: 1fr 1fr; gap: .7rem; }
 .grid figcaption { font-size: .82rem; line-height: 1.35; }
 .grid figcaption b { display: block; color: var(--ink); font-weight: 600; }
+.four { grid-template-columns: repeat(4, 1fr); max-width: 62rem; }
+.small { grid-template-columns: repeat(auto-fill, minmax(3.6rem, 1fr)); max-width: 40rem; }
+.sharp img { image-rendering: pixelated; }
 .bar { max-width: 20rem; } .bar img { height: .8rem; }
 .bar span { display: flex; justify-content: space-between; font-size: .82rem; color: var(--soft); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; line-height: 1.4; }
@@ -55,6 +58,7 @@ summary { cursor: pointer; color: var(--accent); }
 pre { overflow-x: auto; font-size: .85rem; }
 @media (max-width: 40rem) {
   body { padding: 1rem 1rem 3rem; } h1 { font-size: 1.4rem; }
+  .four { grid-template-columns: repeat(2, 1fr); }
   td:first-child { min-width: 6.5rem; max-width: 8.5rem; } }
 """
 _NUMBER = re.compile(r"–?|[+−-]?\d[^a-z]*( (of \d+|s|min|h|×|dB))?")
@@ -118,8 +122,9 @@ class Report:
         body = "".join(_figure(p.svg, p.caption, p.alt, "panel") for p in panels)
         self._parts.append(f'<div class="panels">{body}</div>' if panels else "")
 
-    def pictures(self, pictures: Sequence[Picture]) -> None:
-        """Add images in a grid."""
+    def pictures(self, pictures: Sequence[Picture], kind: str = "", sharp: bool = False) -> None:
+        """Add images in a grid; "four" makes it four columns (two on a phone), "small" many. `sharp` shows their pixels
+        as squares."""
         cells = []
         for p in pictures:
             images = _image(p.uri, p.alt) + (_image(*p.beside) if p.beside[0] else "")
@@ -127,7 +132,8 @@ class Report:
                 f"<figure{' class=pair' if p.beside[0] else ''}><div>{images}</div>"
                 f"<figcaption><b>{escape(p.title)}</b>{escape(p.caption)}</figcaption></figure>"
             )
-        self._parts.append(f'<div class="grid">{"".join(cells)}</div>')
+        names = " ".join(filter(None, ("grid", kind, "sharp" if sharp else "")))
+        self._parts.append(f'<div class="{names}">{"".join(cells)}</div>')
 
     def scale(self, picture: Picture, marks: Sequence[str]) -> None:
         """Add a colour bar with the marks at even distances under it."""

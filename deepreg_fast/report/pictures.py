@@ -61,7 +61,7 @@ def pictures(report: Report, record: Record) -> None:
     end = scene.scale
     report.scale(
         Picture(
-            _png(np.linspace(-end, end, 256)[None], "error", end), "Colour bar of the errors.", "", _scale_text(end)
+            png(np.linspace(-end, end, 256)[None], "error", end), "Colour bar of the errors.", "", _scale_text(end)
         ),
         (f"−{end:g}", "0", f"+{end:g}"),
     )
@@ -144,10 +144,10 @@ def _inputs(scene: _Scene, i: int) -> list[Picture]:
     kept = f"{A.measurements:,} of {x.numel():,} coefficients, the darker the larger"
     quality = f"{w.fixed(float(psnr(least, x)[0]), 2)} dB"
     return [
-        Picture(_png(x[0, 0], "gray"), f"{name}, the true image", "Truth", name),
+        Picture(png(x[0, 0], "gray"), f"{name}, the true image", "Truth", name),
         Picture(_measured(y[0], A), f"Measurements of {name}: size of the kept coefficients", "y, as log |y|", kept),
-        Picture(_png(A.A_adjoint(y)[0, 0], "stretched"), f"{name}: back-projection", "Aᵀy", "stretched"),
-        Picture(_png(least[0, 0], "gray"), f"{name}: minimum-norm solution", "Minimum norm", quality),
+        Picture(png(A.A_adjoint(y)[0, 0], "stretched"), f"{name}: back-projection", "Aᵀy", "stretched"),
+        Picture(png(least[0, 0], "gray"), f"{name}: minimum-norm solution", "Minimum norm", quality),
     ]
 
 
@@ -157,8 +157,8 @@ def _recovered(scene: _Scene, row: Row, i: int, tv: Row | None) -> Picture:
     told = f"{w.fixed(value, 2)} dB"
     if tv is not None and tv is not row and i < len(tv.psnr):
         told += f", {w.signed(value - float(tv.psnr[i]))} against TV"
-    error = _png(x - truth, "error", scene.scale), f"{name}: error of {row.label}"
-    return Picture(_png(x, "gray"), f"{name} recovered by {row.label}, {told}", row.label, told, error)
+    error = png(x - truth, "error", scene.scale), f"{name}: error of {row.label}"
+    return Picture(png(x, "gray"), f"{name} recovered by {row.label}, {told}", row.label, told, error)
 
 
 def _measured(y: torch.Tensor, A: SRM) -> str:
@@ -173,7 +173,7 @@ def _measured(y: torch.Tensor, A: SRM) -> str:
     return _uri(Image.fromarray(plane.reshape(h, width, 3)))
 
 
-def _png(image: np.ndarray | torch.Tensor, kind: str, end: float = 1.0) -> str:
+def png(image: np.ndarray | torch.Tensor, kind: str, end: float = 1.0) -> str:
     """A data URI of an image `[H, W]`: "gray" from 0 to 1, "stretched" to its range, "error" from -end to end."""
     image = np.nan_to_num(np.asarray(image, np.float64))
     if kind == "error":

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..evaluation import Measured, Method, Tuner, figures, means, measure, tuned_tv
+from ..evaluation import Measured, Method, figures, means, measure
 from ..files import write_atomically
 from ..metrics import psnr
 from ..recovery import recover
 from ..regularizers import TV, DenoiserField
 from ..solvers import PGDOptions
+from ..tuning import Tuner, tuned_tv
 from ..weights import load, save
 from . import lipschitz
 from .folder import Folder
