@@ -51,10 +51,10 @@ def activate1(  # noqa: PLR0913 - a kernel's launch
     p0, p = tl.load(along + image * 8), tl.load(along + image * 8 + 1)
     xhat1 = tl.where(own, rs * (load_tile(u1 + at, y, x, height, width, CP) - p0 - xhat * p), 0.0)
     sloped = slope * (gamma * xhat1)
-    store_tile(u1 + at, xhat1, y, x, height, width, CP)
-    store_tile(a1 + at, sloped, y, x, height, width, CP)
     if a is not None:
         store_tile(a + at, value, y, x, height, width, CP)
+    store_tile(u1 + at, xhat1, y, x, height, width, CP)
+    store_tile(a1 + at, sloped, y, x, height, width, CP)
     tl.store(partial + tl.program_id(0), _sum(sloped * load_tile(g + at, y, x, height, width, CP)))
 
 
