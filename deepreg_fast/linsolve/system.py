@@ -17,7 +17,8 @@ import torch
 from .. import backend, checks
 from ..status import Status
 from .batch import dot, expand, norm, power_of_two, select
-from .progress import WARM_UP, Poll, Replay, keeping
+from .graphs import WARM_UP, Replay
+from .progress import Poll, keeping
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 

@@ -16,7 +16,8 @@ from .. import backend
 from ..ambient import full_precision
 from ..linsolve import passes
 from ..linsolve.batch import dot, expand, norm, secant, take
-from ..linsolve.progress import WARM_UP, Poll, Replay, keeping, masked
+from ..linsolve.graphs import WARM_UP, Replay
+from ..linsolve.progress import Poll, keeping, masked
 from ..operators.base import LinearOperator, failing_per_image
 from ..regularizers.base import Regularizer
 from .acceleration import Anderson, Plain, make
