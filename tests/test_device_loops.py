@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepreg_fast as dr
 from deepreg_fast import backend
+from deepreg_fast.backend import gpu_graphs
 from deepreg_fast.errors import OutOfMemory
 from deepreg_fast.linsolve import (
     CGOptions,
@@ -433,11 +434,11 @@ class Recorded(graphs.Replay):
 
     fail = False
 
-    def __init__(self, body: Callable[[], None], holders: Any, device: Any = None) -> None:
+    def __init__(self, body: Callable[[], None], holders: Any, device: Any = None, reuse: Any = None) -> None:
         super().__init__(body, holders, torch.device("cpu"), self._tape)
 
     def _tape(self, body: Callable[[], None], device: torch.device) -> Tape:
-        before = [(t, t.clone()) for t in self._home.values()]
+        before = [(t, t.clone()) for _, _, t in self._state()]
         TAPES.append(Tape())
         with TAPES[-1]:
             body()
@@ -553,26 +554,22 @@ def test_a_graph_is_recorded_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPa
         yield
         told.append("out")
 
-    reserved = iter([100, 130, 0, 0])
     for name, fake in {"CUDAGraph": Told, "Stream": Told, "device": inside, "stream": inside}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: told.append(f"end {given}"), raising=False)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("empty"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=400))
-    monkeypatch.setattr(graphs, "_RESERVED", {})
+    monkeypatch.setattr(gpu_graphs, "_FREED", {})
     device = torch.device("cuda", 0)
     graphs._record(lambda: told.append("body"), device)
     assert told == ["wait_stream", "in", "in", "capture_begin pool thread_local", "body", "capture_end", "out", "out"]
     told.clear()
-    graphs._release(device)
-    assert told == []
-    graphs._RESERVED[device] += 21
-    graphs._release(device)
-    graphs._release(device)
-    assert told == ["empty"]
+    for size, wanted in ((30, ["reset"]), (21, ["reset", "empty"]), (30, ["reset"])):
+        told.clear()
+        gpu_graphs.free(gpu_graphs.Loop(Told(), {}, size=size), device)
+        assert told == wanted
     told.clear()
     with pytest.raises(ZeroDivisionError):
         graphs._record(lambda: told.append(str(1 // 0)), device)
@@ -585,7 +582,7 @@ def test_which_rounds_can_be_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     def graph_of(run: _Run, capturable: bool = True) -> torch.device | None:
         run.state.x = SimpleNamespace(is_cuda=True, device=device)  # type: ignore[assignment]
         monkeypatch.setattr(backend, "select", lambda *_: SimpleNamespace(capturable=capturable))
-        return run.device()
+        return run.device(None)
 
     def run(reg: Regularizer, A: dr.LinearOperator, rounds: int = 100) -> _Run:
         x = torch.rand(1, 1, 4, 4)
@@ -596,7 +593,7 @@ def test_which_rounds_can_be_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graph_of(run(red, one), capturable=False) is None
     assert graph_of(run(Quartic(), one)) is None
     assert graph_of(run(red, one, 20)) is None
-    assert run(red, one).device() is None
+    assert run(red, one).device(None) is None
     assert not dr.SRM((1, 4, 4)).capturable(torch.rand(1, 1, 4, 4))
 
 
