@@ -11,11 +11,13 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 import deepreg_fast as dr
 from deepreg_fast import backend, implicit
@@ -26,7 +28,7 @@ from deepreg_fast.operators.base import LinearOperator
 from deepreg_fast.regularizers.base import Regularizer
 from deepreg_fast.solvers import acceleration, pgd
 
-from .helpers import normal
+from .helpers import images, normal, random_red
 from .test_device_loops import Tape, equal, poison
 
 SOLUTION = ("x", "status", "iterations", "gradients", "residual", "tau")
@@ -136,12 +138,29 @@ class Scale(LinearOperator):
         return Signature(("scale", self.image_shape), self)
 
 
+def tensors_in(*values: Any) -> list[torch.Tensor]:
+    """Tensors, and those in lists and tuples."""
+    return [t for v in values for t in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(t, torch.Tensor)]
+
+
+def place(t: torch.Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def keeps(loop: Loop) -> set[int]:
+    """The places of the memory that a loop keeps."""
+    found = list(loop.state.values()) + loop.inputs
+    for thing in loop.held:
+        found += [thing] if isinstance(thing, torch.Tensor) else tensors_in(*vars(thing).values())
+    return {place(t) for t in found}
+
+
 CALLS: list[str] = []
-TAPES: list[Tape] = []
+TAPES: list[Undoing] = []
 RECORDING = threading.Lock()
 
 
-def record(body: Callable[[], None], device: torch.device) -> Tape:
+def record(body: Callable[[], None], device: torch.device) -> Undoing:
     """A tape in the place of a CUDA graph. What ran while it was made is undone, for a recording runs nothing."""
     with RECORDING, Undoing() as tape:
         body()
@@ -151,18 +170,26 @@ def record(body: Callable[[], None], device: torch.device) -> Tape:
 
 
 class Undoing(Tape):
-    """Keeps what was there before an operation changed it."""
+    """Keeps what was there before an operation changed it, and notes the memory that it reads and does not make."""
 
     def __init__(self) -> None:
         super().__init__()
         self.before: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.replays, self.freed = 0, False
+        self.made: set[int] = set()
+        self.read: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, torch.Tensor):
                 self.before.append((value, value.clone()))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        self.reads(*map(place, tensors_in(*args, *(kwargs or {}).values())))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.made |= {*map(place, tensors_in(out))} - self.read
+        return out
+
+    def reads(self, *places: int) -> None:
+        self.read |= set(places) - self.made - {0}
 
     def undo(self) -> None:
         for t, value in reversed(self.before):
@@ -184,12 +211,13 @@ def captured() -> Iterator[None]:
     """Solves as on a device that captures, by the backend above, from an empty cache."""
     kept = dict(backend._TABLE)
     with pytest.MonkeyPatch.context() as patch, progress.as_device(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "This solve goes on without a CUDA graph")
         backend.register(Analytic())  # type: ignore[arg-type]
         patch.setattr(acceleration, "_solve", acceleration.eliminate)
         # A tape has torch's operations, and no kernels of ours.
         patch.setattr(backend.cpu.CpuBackend, "vectors", lambda *_: None)
         patch.setattr(graphs, "_record", record)
+        patch.setattr(graphs, "_WITHOUT", set())
         for module in (import_module("deepreg_fast.solvers.pgd"), system, implicit):
             patch.setattr(module, "records", lambda t: True)
         KEPT.clear()
@@ -270,6 +298,7 @@ def test_the_second_solve_is_recorded_and_the_third_is_replayed_at_once(solve: s
     CALLS.clear()
     getattr(p, solve)()
     assert len(TAPES) == 1 and TAPES[0].replays > 1 and len(CALLS) == graphs.AGAIN + RECORDED + OUTSIDE[solve]
+    assert TAPES[0].read <= keeps(KEPT._entries[0].loop)
     replays, CALLS[:] = TAPES[0].replays, []
     getattr(p, solve)()
     assert len(TAPES) == 1 and TAPES[0].replays > replays and len(CALLS) == OUTSIDE[solve]
@@ -587,3 +616,85 @@ def interrupted(p: Problem, solve: str) -> None:
     with pytest.MonkeyPatch.context() as patch, suppress(ZeroDivisionError):
         patch.setattr(Undoing, "replay", breaks)
         getattr(p, solve)()
+
+
+# -- the GPU backend's own launches ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="gpu")
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The GPU backend in Triton's interpreter and by g++, whose launches go on the tape."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    from . import host_cuda
+    from .test_gpu_whole import Interpreted
+
+    if torch.cuda.is_available() or host_cuda.COMPILER is None:
+        pytest.skip("tests/test_gpu.py runs the real one, or there is no g++")
+
+    def taped(launch: Callable[..., Any], places: Callable[..., list[int]]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> None:
+            tape = next((m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, Undoing)), None)
+            with _disable_current_modes():
+                if tape is not None:
+                    tape.before += [(t, t.clone()) for t in tensors_in(*args, *named.values())]
+                    tape.reads(*places(*args, **named))
+                    tape.calls.append((launch, args, named, None))
+                launch(*args, **named)
+
+        return call
+
+    executor, launcher = interpreter.GridExecutor, host_cuda.HostLauncher
+    ours = lambda *args, **named: [*map(place, tensors_in(*args, *named.values()))]  # noqa: E731
+    # Of its arguments the pointers are unsigned.
+    theirs = lambda *args: [int(a) for a in args[-1] if isinstance(a, np.uint64)]  # noqa: E731
+    monkeypatch.setattr(executor, "__call__", taped(executor.__call__, ours))
+    monkeypatch.setattr(launcher, "launch", taped(launcher.launch, theirs))
+    table = dict(backend._TABLE)
+    backend.register(Interpreted())
+    with dr.use_backend("interpreted"):
+        yield
+    backend._TABLE.clear()
+    backend._TABLE.update(table)
+
+
+@pytest.mark.parametrize("norm", ["none", "image"])
+@pytest.mark.parametrize("head", ["red", "residual"])
+def test_a_moved_linearization_reads_nothing_else(gpu: None, norm: str, head: str) -> None:
+    reg = random_red(scale=0.05, double=False, channels=4, norm=norm, head=head)
+    x, v = (images(2, 1, 4, 4, dtype=torch.float32, seed=seed) for seed in range(2))
+    lin: Any = reg.linearize(x)
+    wanted, read = lin.hvp(v), []
+    there = lin.moved(lambda t: read.append(t) or t.clone())
+    for t in read:
+        t.fill_(torch.nan)
+    assert torch.equal(there.hvp(v), wanted)
+    assert len({id(t) for t in read}) == len(read)
+
+
+def test_solves_on_the_gpu_backend_have_the_bits_of_solves_without_graphs(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While parameters change in place; and a graph reads nothing that it does not keep."""
+    monkeypatch.setattr(graphs, "WARM_UP", 1)
+    monkeypatch.setattr(graphs, "ROUNDS", 2)
+    reg = random_red(scale=0.05, double=False, channels=4, norm="pixel", alpha=0.5, depth=2)
+    A, mu = dr.SRM((1, 4, 4), 0.4), torch.ones(1)
+
+    def solves(x: torch.Tensor) -> tuple[Any, Any]:
+        recovery = pgd(A.A(x), A, reg, mu, dr.PGDOptions(3, 1e-12, "anderson", memory=2), 0.5 * x)
+        lin = reg.linearize(x)
+        return recovery, implicit.solve_adjoint(lin, A, mu, x - recovery.x, implicit.AdjointOptions("cg", 3, 1e-12))
+
+    for seed in range(2):
+        with torch.no_grad():
+            for parameter in reg.parameters():
+                parameter.mul_(0.9)
+        x = images(1, 1, 4, 4, dtype=torch.float32, seed=seed)
+        found = solves(x)
+        with graphs.without_graphs():
+            wanted = solves(x)
+        for ours, theirs, fields in zip(found, wanted, (SOLUTION, LINEAR), strict=True):
+            equal(ours, theirs, fields)
+    assert len(TAPES) == 2 and min(tape.replays for tape in TAPES) > 2
+    for entry, tape in zip(KEPT._entries, TAPES, strict=True):
+        assert entry.loop.graph is tape and tape.read <= keeps(entry.loop)
