@@ -46,6 +46,7 @@ _HOME = {
     "use_backend": "backend",
     "backends": "backend",
     "gpu_options": "backend",
+    "release_graphs": "backend",
     "Status": "status",
     "add_noise": "fidelity",
     "mu_with_noise": "fidelity",
@@ -57,7 +58,7 @@ __all__ = ["__version__", "ops", *_HOME]  # pyright: ignore[reportUnsupportedDun
 
 if TYPE_CHECKING:
     from . import ops
-    from .backend import backends, gpu_options, use_backend
+    from .backend import backends, gpu_options, release_graphs, use_backend
     from .fidelity import add_noise, mu_with_noise
     from .implicit import AdjointOptions, Hypergradient, hypergradient
     from .linsolve import CGOptions, MinresOptions, cg, minres

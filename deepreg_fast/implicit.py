@@ -7,6 +7,7 @@ gives, for `L = sum_b ||xhat_b - x_b||^2` and `H = A^T A + mu hess r(xhat)`:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from .errors import InputError
 from .fidelity import resolve_mu
 from .linsolve import CGOptions, LinearSolution, MinresOptions, cg, minres
 from .linsolve.batch import dot, expand, norm
+from .linsolve.graphs import Reuse, records, reuse_of
 from .linsolve.progress import keeping
 from .operators.base import LinearOperator
 from .regularizers.base import Regularizer, as_regularizer
@@ -86,19 +88,14 @@ def solve_adjoint(  # noqa: PLR0913 - the system is five things
 
     Where CG meets negative curvature its truncated iterate is returned (Steihaug 1983), with that status.
     """
-
-    def matvec(v: torch.Tensor) -> torch.Tensor:
-        return A.normal(v) + expand(mu, v) * lin.hvp(v)
-
-    def precondition(v: torch.Tensor) -> torch.Tensor:
-        return A.shifted_inverse(v, mu * curvature)
-
-    preconditioner = precondition if A.has_shifted_inverse else None
-    capturable = b.is_cuda and A.capturable(b) and getattr(lin, "capturable", False)
+    adjoint = _Adjoint(lin, A, mu, curvature)
+    matvec, preconditioner = adjoint.matvec, adjoint.precondition if A.has_shifted_inverse else None
+    capturable = records(b) and A.capturable(b) and getattr(lin, "capturable", False)
+    reuse = adjoint.reuse(b) if capturable else None
     if options.method == "unrolled":
         raise InputError("method must be 'cg', 'minres' or 'jfb' for an adjoint solve, but is 'unrolled'.")
     if options.method == "jfb":
-        x = precondition(b) if preconditioner else b / expand(mu * curvature, b)
+        x = preconditioner(b) if preconditioner else b / expand(mu * curvature, b)
         zero = torch.zeros(len(b), dtype=torch.int64, device=b.device)
         residual = norm(b - matvec(x)) / norm(b).clamp_min(1e-300)
         sol = LinearSolution(x, torch.full_like(zero, int(Status.MAX_ITERATIONS)), zero, residual)
@@ -110,10 +107,11 @@ def solve_adjoint(  # noqa: PLR0913 - the system is five things
             x0=gamma0,
             preconditioner=preconditioner,
             capturable=capturable,
+            reuse=reuse,
         )
     else:
         cg_options = CGOptions(options.max_iterations, options.tolerance, truncated_fallback=True)
-        sol = cg(matvec, b, cg_options, x0=gamma0, preconditioner=preconditioner, capturable=capturable)
+        sol = cg(matvec, b, cg_options, x0=gamma0, preconditioner=preconditioner, capturable=capturable, reuse=reuse)
     length = norm(sol.x)
     limit = options.bound * norm(b) / mu.double()
     factor = torch.where(length > limit, limit / length.clamp_min(1e-300), 1.0)
@@ -121,6 +119,30 @@ def solve_adjoint(  # noqa: PLR0913 - the system is five things
     cut = (length > limit) & (sol.status == int(Status.CONVERGED))
     sol.status = torch.where(cut, int(Status.STAGNATED), sol.status)
     return sol
+
+
+class _Adjoint:
+    """`A^T A + mu hess r` at a point, and its preconditioner."""
+
+    def __init__(self, lin: Linearization, A: LinearOperator, mu: torch.Tensor, curvature: float) -> None:
+        self.lin, self.A, self.mu, self.curvature = lin, A, mu.detach(), curvature
+
+    def matvec(self, v: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        return self.A.normal(v) + expand(self.mu, v) * self.lin.hvp(v)
+
+    def precondition(self, v: torch.Tensor) -> torch.Tensor:
+        """`(A^T A + mu c I)^{-1} v`."""
+        return self.A.shifted_inverse(v, self.mu * self.curvature)
+
+    def reuse(self, b: torch.Tensor) -> Reuse | None:
+        """What lets a graph of products serve later solves: at other points, with other values of the parameters."""
+        signature = getattr(self.lin, "signature", lambda: None)()
+        return reuse_of(("adjoint", float(self.curvature)), self, signature, self.A.signature(b))
+
+    def place(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """As `graphs.Inputs`."""
+        self.mu, self.lin = put(self.mu), self.lin.moved(put)  # type: ignore[attr-defined]
 
 
 @full_precision

@@ -15,8 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepreg_fast as dr
 from deepreg_fast import backend
+from deepreg_fast.backend import gpu_graphs
 from deepreg_fast.errors import OutOfMemory
-from deepreg_fast.linsolve import CGOptions, MinresOptions, cg, extreme_eigenvalues, minres, passes, progress, system
+from deepreg_fast.linsolve import (
+    CGOptions,
+    MinresOptions,
+    cg,
+    extreme_eigenvalues,
+    graphs,
+    minres,
+    passes,
+    progress,
+    system,
+)
 from deepreg_fast.linsolve.batch import add, eliminate, expand, select
 from deepreg_fast.linsolve.cg import _ConjugateGradients
 from deepreg_fast.linsolve.minres import _Minres
@@ -418,16 +429,16 @@ def flat(out: Any) -> list[torch.Tensor]:
 TAPES: list[Tape] = []
 
 
-class Recorded(progress.Replay):
+class Recorded(graphs.Replay):
     """With a tape in the place of the graph; recording it must leave the state's values as they were, as CUDA does."""
 
     fail = False
 
-    def __init__(self, body: Callable[[], None], holders: Any, device: Any = None) -> None:
+    def __init__(self, body: Callable[[], None], holders: Any, device: Any = None, reuse: Any = None) -> None:
         super().__init__(body, holders, torch.device("cpu"), self._tape)
 
     def _tape(self, body: Callable[[], None], device: torch.device) -> Tape:
-        before = [(t, t.clone()) for t in self._home.values()]
+        before = [(t, t.clone()) for _, _, t in self._state()]
         TAPES.append(Tape())
         with TAPES[-1]:
             body()
@@ -448,12 +459,12 @@ def taped(replay: type[Recorded]) -> Iterator[None]:
     TAPES.clear()
     with pytest.MonkeyPatch.context() as patch, progress.as_device(), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        patch.setattr(progress, "WARM_UP", 3)
-        patch.setattr(progress, "_WITHOUT", set())
+        patch.setattr(graphs, "WARM_UP", 3)
+        patch.setattr(graphs, "_WITHOUT", set())
         patch.setattr(import_module("deepreg_fast.solvers.pgd"), "Replay", replay)
         patch.setattr(system, "Replay", replay)
         yield
-        assert progress._WITHOUT == ({torch.device("cpu")} if replay.fail else set())
+        assert graphs._WITHOUT == ({torch.device("cpu")} if replay.fail else set())
     assert len(TAPES) == 1 and (not TAPES[0].calls or replay.fail)
     assert [str(w.message) for w in told if "CUDA graph" in str(w.message)] == replay.fail * [
         "This solve goes on without a CUDA graph, which could not be made: operation not permitted when stream is "
@@ -513,12 +524,12 @@ def test_replay_of_tensors_that_change_places(monkeypatch: pytest.MonkeyPatch) -
             self.c.mul_(0.5)
             self.d, self.e, self.f = self.e, self.f, self.d
 
-    monkeypatch.setattr(progress, "WARM_UP", 2)
+    monkeypatch.setattr(graphs, "WARM_UP", 2)
     eager, tape = Trade(), Trade()
     with Recorded(tape, (tape,)) as advance:
         for k in range(7):
             advance()
-            for _ in range(1 if k < 2 else progress.ROUNDS):
+            for _ in range(1 if k < 2 else graphs.ROUNDS):
                 eager()
             if k == 4:
                 eager.b, tape.b = eager.a, tape.a
@@ -543,29 +554,25 @@ def test_a_graph_is_recorded_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPa
         yield
         told.append("out")
 
-    reserved = iter([100, 130, 0, 0])
     for name, fake in {"CUDAGraph": Told, "Stream": Told, "device": inside, "stream": inside}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *given: told.append(f"end {given}"), raising=False)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("empty"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=400))
-    monkeypatch.setattr(progress, "_RESERVED", {})
+    monkeypatch.setattr(gpu_graphs, "_FREED", {})
     device = torch.device("cuda", 0)
-    progress._record(lambda: told.append("body"), device)
+    graphs._record(lambda: told.append("body"), device)
     assert told == ["wait_stream", "in", "in", "capture_begin pool thread_local", "body", "capture_end", "out", "out"]
     told.clear()
-    progress._release(device)
-    assert told == []
-    progress._RESERVED[device] += 21
-    progress._release(device)
-    progress._release(device)
-    assert told == ["empty"]
+    for size, wanted in ((30, ["reset"]), (21, ["reset", "empty"]), (30, ["reset"])):
+        told.clear()
+        gpu_graphs.free(gpu_graphs.Loop(Told(), {}, size=size), device)
+        assert told == wanted
     told.clear()
     with pytest.raises(ZeroDivisionError):
-        progress._record(lambda: told.append(str(1 // 0)), device)
+        graphs._record(lambda: told.append(str(1 // 0)), device)
     assert told[-2:] == ["capture_end", "end (0, 'pool')"]
 
 
@@ -575,7 +582,7 @@ def test_which_rounds_can_be_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     def graph_of(run: _Run, capturable: bool = True) -> torch.device | None:
         run.state.x = SimpleNamespace(is_cuda=True, device=device)  # type: ignore[assignment]
         monkeypatch.setattr(backend, "select", lambda *_: SimpleNamespace(capturable=capturable))
-        return run.device()
+        return run.device(None)
 
     def run(reg: Regularizer, A: dr.LinearOperator, rounds: int = 100) -> _Run:
         x = torch.rand(1, 1, 4, 4)
@@ -586,7 +593,7 @@ def test_which_rounds_can_be_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graph_of(run(red, one), capturable=False) is None
     assert graph_of(run(Quartic(), one)) is None
     assert graph_of(run(red, one, 20)) is None
-    assert run(red, one).device() is None
+    assert run(red, one).device(None) is None
     assert not dr.SRM((1, 4, 4)).capturable(torch.rand(1, 1, 4, 4))
 
 
@@ -620,14 +627,14 @@ def test_a_graph_on_the_gpu_has_the_bits_of_the_loop(solver: Solver) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         replayed = solver(lambda v: d * v, b, options, capturable=True)
-    assert eager.iterations.max() > 2 * progress.WARM_UP
+    assert eager.iterations.max() > 2 * graphs.WARM_UP
     equal(replayed, eager, ("x", "status", "iterations", "residual"))
 
 
 @pytest.mark.gpu
 def test_a_graph_that_cannot_be_made_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product that looks at a number, though it was said not to; torch's allocator is none the worse for it."""
-    monkeypatch.setattr(progress, "_WITHOUT", set())
+    monkeypatch.setattr(graphs, "_WITHOUT", set())
     d = torch.logspace(-3, 0, 4000).cuda()[None]
 
     def looks(v: torch.Tensor) -> torch.Tensor:

@@ -56,20 +56,24 @@ def test_parameters_without_a_count_are_packed_each_time() -> None:
     assert packed.count == 2
 
 
-def test_what_is_packed_goes_with_its_network_unless_a_graph_reads_it() -> None:
+def test_what_is_packed_goes_with_its_network() -> None:
     net = nn.Linear(2, 3)
     packed = _Calls(net)
-    with recording(CPU) as cold:
-        packed()
-        packed()
-    assert packed.count == 2 and cold.held == [], "what a recording packs is not there before its graph has run"
     ours = weakref.ref(packed()[0][0])
-    with recording(CPU) as graph:
-        packed()
-    assert packed.count == 3
     del net, packed
     gc.collect()
-    assert ours() is not None
-    graph.held.clear()
-    gc.collect()
     assert ours() is None
+
+
+def test_a_graph_packs_once_from_memory_that_it_keeps() -> None:
+    net, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    packed, others = _Calls(net), _Calls(other)
+    before = packed()
+    with recording(CPU) as graph:
+        first = packed()
+        assert packed() is first and first is not before and packed("pixel") is not first
+        assert others() is not first
+    assert packed.count == 3 and others.count == 1
+    assert packed() is before, "what a recording packs is not there before its graph has run"
+    kept = {t.data_ptr() for t in graph.held if isinstance(t, Tensor)}
+    assert kept == {p.data_ptr() for m in (net, other) for p in m.parameters()}

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -258,12 +259,30 @@ def _ignore(*_: Any, **__: Any) -> None:
     return None
 
 
+def _patch_loops() -> None:
+    """Record rounds as on a GPU. A replay writes nothing, so the flag that keeps a loop going falls here."""
+    from deepreg_fast import implicit
+    from deepreg_fast.linsolve import graphs, progress, system
+
+    progress._AS_DEVICE.set(True)
+    modules: list[Any] = [implicit, system, import_module("deepreg_fast.solvers.pgd")]
+    for module in modules:
+        module.records = lambda t: True
+    usual = graphs.Replay.__call__
+
+    def call(self: graphs.Replay) -> None:
+        usual(self)
+        if self._loop is not None:
+            self._loop.state[0, "running"].zero_()
+
+    graphs.Replay.__call__ = call  # type: ignore[method-assign]
+
+
 def install() -> Driver:
     """Put the stand-in in the place of Triton's driver, of NVRTC's loader and of torch's CUDA device, for good."""
     from triton.runtime import driver as triton_driver
 
     from deepreg_fast.backend import gpu, gpu_srm, nvrtc
-    from deepreg_fast.linsolve import progress
 
     # NVRTC looks for the real libcuda at its first use, and crashes on the stand-in.
     nvrtc.compile_sources({"empty.cu": "__global__ void empty() {}"}, [], ARCHITECTURE)
@@ -286,6 +305,6 @@ def install() -> Driver:
     loader.shared_limit = lambda _: SHARED_LIMIT
     loader.CudaModule = loader.module = lambda name, options, device: _CudaSources(name, options)
     gpu_srm.find = find
-    progress._AS_DEVICE.set(True)
+    _patch_loops()
     Devices().__enter__()
     return driver

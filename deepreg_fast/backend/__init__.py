@@ -6,7 +6,7 @@ which `"auto"` tries them. A backend that the user names runs or raises `Backend
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from ..errors import BackendUnavailable, InputError
 from . import cpu, gpu, reference
 from .gpu import gpu_options
+from .gpu_graphs import release_graphs
 from .reference import Linearization
 from .work import only, rows_at_work
 
@@ -34,7 +35,8 @@ class Backend(Protocol):
     """The three derivatives of one energy, and what the backend can do here.
 
     It may have `capturable = True`: `value_and_grad` looks at no number on the host and may be part of a CUDA graph.
-    A `Linearization` says the same of `hvp`, `SrmKernels` of all products.
+    A `Linearization` says the same of `hvp`, `SrmKernels` of all products. It may then have `signature(energy, x)`, and
+    a linearization `signature()` and `moved(put)`: what lets a graph serve later solves (`gpu_graphs.py`).
     """
 
     name: str
@@ -171,6 +173,11 @@ def use_backend(name: str) -> Iterator[None]:
         _CHOICE.reset(token)
 
 
+def choice() -> tuple[Hashable, ...]:
+    """What decides which backend serves: the name in force, and the table."""
+    return (_CHOICE.get(), *((name, id(backend)) for name, backend in _TABLE.items()))
+
+
 def select(energy: nn.Module, x: torch.Tensor) -> Backend:
     """The backend that serves this energy and tensor under the choice in force."""
     name = _CHOICE.get()
@@ -246,10 +253,12 @@ __all__ = [
     "SrmKernels",
     "VectorKernels",
     "backends",
+    "choice",
     "followed",
     "gpu_options",
     "only",
     "register",
+    "release_graphs",
     "rows_at_work",
     "select",
     "srm_kernels",

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..machine import NO_CUDA
+from .gpu_graphs import Signature
 from .gpu_sweeps import DEFAULT, ChainOptions
 from .reference import Linearization, kind_of
 
@@ -96,6 +97,14 @@ class GpuBackend:
         form = _form(energy)
         assert form is not None
         return gpu_chain.GpuLinearization(energy, form, x, _OPTIONS.get())
+
+    def signature(self, energy: nn.Module, x: torch.Tensor) -> Signature:
+        """What recorded gradients depend on besides their images."""
+        from . import gpu_chain
+
+        form = _form(energy)
+        assert form is not None
+        return gpu_chain.signature(energy, form, _OPTIONS.get())
 
     def srm(self, A: nn.Module, like: torch.Tensor) -> GpuSrm | None:
         """The CUDA C++ products."""

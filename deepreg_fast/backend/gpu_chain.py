@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from itertools import chain
 from typing import cast
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from ..ambient import full_precision
 from ..definitions.conv_chain import ConvChainForm, layers_of
 from ..definitions.unaltered import why_elsewhere
+from .gpu_graphs import Signature, giving_way, places_of
 from .gpu_sweeps import DEFAULT, ChainOptions, Sweeps, convs_of, norms_of
 from .reference import Gradients, Still, norm_elsewhere
 
@@ -37,6 +40,17 @@ def why_not(form: ConvChainForm, x: Tensor) -> str | None:
     return norm_elsewhere(form)
 
 
+def signature(energy: nn.Module, form: ConvChainForm, options: ChainOptions = DEFAULT) -> Signature:
+    """What recorded products of this energy depend on: the numbers that launches are given, and the parameters' places.
+    Not their values: a gradient's graph packs them each time it runs, a linearization's are copied to it."""
+    net = form.net
+    eps = tuple(float(m.eps) for m in norms_of(form))
+    numbers = (form.head, float(form.alpha), float(form.center), net.norm, net.norm_place, float(net.gain), eps)
+    memory = tuple(p.detach() for p in energy.parameters())
+    return Signature((len(net.convs), *numbers, options, places_of(memory)), energy, memory)
+
+
+@giving_way
 @full_precision
 def value_and_grad(form: ConvChainForm, x: Tensor, options: ChainOptions = DEFAULT) -> tuple[Tensor, Tensor]:
     """`r(x_b)` `[B]` and `grad r(x_b)` `[B, 1, H, W]`, float32."""
@@ -54,21 +68,42 @@ class GpuLinearization:
 
     capturable = True
 
+    @giving_way
     @full_precision
     def __init__(self, energy: nn.Module, form: ConvChainForm, x: Tensor, options: ChainOptions = DEFAULT) -> None:
         self.x = x.detach().contiguous()
         tensors = [cast(Tensor, p) for m in (*convs_of(form), *norms_of(form)) for p in (m.weight, m.bias)]
         self._gradients = Gradients(energy, tensors)
         self._still = Still([p for p in energy.parameters() if p.requires_grad])
+        self._signature = signature(energy, form, options)
         with _on(x.device):
             self._sweeps = _sweeps(form, x, options)
             self._kept = self._sweeps.room_to_keep()
             self.value, self.grad = self._sweeps.gradient(self._kept)
 
+    def signature(self) -> Signature:
+        """What a recorded `hvp` depends on besides the tensors that `moved` moves."""
+        return self._signature
+
+    def moved(self, put: Callable[[Tensor], Tensor]) -> GpuLinearization:
+        """The same linearization, whose `hvp` reads `put(t)` in the place of each tensor t that it reads."""
+        places: dict[int, Tensor] = {}
+
+        def once(t: Tensor) -> Tensor:
+            # The point may be a part of what is kept.
+            if id(t) not in places:
+                places[id(t)] = put(t)
+            return places[id(t)]
+
+        there = copy(self)
+        there._sweeps, there._kept = self._sweeps.moved(once), self._kept.each(once)
+        return there
+
     def _check(self, v: Tensor) -> Tensor:
         self._still.check(v, self.x)
         return v.detach().contiguous()
 
+    @giving_way
     @full_precision
     def hvp(self, v: Tensor) -> Tensor:
         """`hess r(x_b) v_b`."""
@@ -76,6 +111,7 @@ class GpuLinearization:
         with _on(v.device):
             return self._sweeps.product(self._kept, v)
 
+    @giving_way
     @full_precision
     def param_vjp(self, v: Tensor) -> dict[str, Tensor]:
         """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name, summed in float64."""

@@ -3,10 +3,11 @@ numbers; and what a CUDA graph reads, kept as long as the graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -35,10 +36,12 @@ def _free(device: torch.device) -> int:
 
 @dataclass
 class Recording:
-    """A CUDA graph that is being made: the stream on which it will run, and what it reads and does not make."""
+    """A CUDA graph that is being made: the stream on which it will run, what it reads and does not make, and what it
+    has made of parameters."""
 
     stream: int
     held: list[object] = field(default_factory=list)
+    packed: dict[Hashable, Any] = field(default_factory=dict)
 
 
 _RECORDING: ContextVar[Recording | None] = ContextVar("deepreg_fast_recording", default=None)
@@ -58,8 +61,13 @@ def recording(device: torch.device) -> Iterator[Recording]:
 def hold(thing: object) -> None:
     """Keep what a launch reads with the graph that is being recorded, if one is."""
     now = _RECORDING.get()
-    if now is not None:
+    if now is not None and not any(thing is other for other in now.held):
         now.held.append(thing)
+
+
+def recording_here() -> Recording | None:
+    """The graph that is being made in this thread by `recording`, if one is."""
+    return _RECORDING.get()
 
 
 def stream_of(device: torch.device) -> int:

@@ -1,4 +1,5 @@
-"""A network's parameters as the kernels read them, packed once for each version of their values."""
+"""A network's parameters as the kernels read them, packed once for each version of their values; a CUDA graph packs
+them once each time it runs."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gpu_memory import hold, recording_now, stream_of
+from .gpu_memory import Recording, hold, recording_here, recording_now, stream_of
 
 Packed = list[tuple[Tensor, Tensor]]
 """Filters and vectors of each convolution."""
@@ -54,8 +55,11 @@ def packed(
 
     Changes are those that torch counts, which it does not do through `.data`. Tensors made in inference mode are not
     counted at all, so that their answers are not kept. An answer belongs to the stream on which it was made, and to the
-    module as long as that lives; a CUDA graph that is being recorded keeps what it reads.
+    module as long as that lives. A graph that is being recorded packs for itself, from the parameters' own memory: each
+    time it runs it has their values of then, whatever changed them in place.
     """
+    if (graph := recording_here()) is not None:
+        return _in_graph(graph, net, parameters, settings, pack)
     key = (device, stream_of(device))
     with _LOCK:
         entry = _ENTRIES.get(net, {}).get(key)
@@ -63,12 +67,27 @@ def packed(
         # Before packing: a change meanwhile must show.
         versions = None if any(p.is_inference() for p in parameters) else tuple(p._version for p in parameters)
         answer = pack()
-        # What a recording packs is there only when its graph has run.
+        # What a recording by someone else packs is there only when its graph has run.
         if versions is None or recording_now(device):
             return answer
         refs, memory = tuple(map(weakref.ref, parameters)), tuple(p.detach() for p in parameters)
         entry = _Entry(refs, memory, versions, settings, answer)
         with _LOCK:
             _ENTRIES.setdefault(net, {})[key] = entry
-    hold(entry.packed)
     return entry.packed
+
+
+def _in_graph(
+    graph: Recording,
+    net: nn.Module,
+    parameters: Sequence[Tensor],
+    settings: tuple[Any, ...],
+    pack: Callable[[], Packed],
+) -> Packed:
+    """Packed once in a graph, before the first launch that reads it; the graph keeps the parameters' memory."""
+    key = (id(net), *(p.data_ptr() for p in parameters), settings)
+    if key not in graph.packed:
+        for p in parameters:
+            hold(p.detach())
+        graph.packed[key] = pack()
+    return graph.packed[key]

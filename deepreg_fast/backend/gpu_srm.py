@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import nvrtc
+from .gpu_memory import hold
 from .reference import kind_of_srm
 from .srm_plan import ADJOINT, CORRECT, FORWARD, NORMAL, Plan, plan
 from .work import rows_at_work
@@ -50,6 +51,7 @@ class GpuSrm:
         y: torch.Tensor | None,
         weight: float | torch.Tensor = 0.0,
     ) -> torch.Tensor:
+        hold(self)
         like = x if x is not None else y
         assert like is not None
         one, weights = (0.0, weight.to(like.dtype).contiguous()) if isinstance(weight, torch.Tensor) else (weight, None)

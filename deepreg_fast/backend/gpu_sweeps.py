@@ -7,7 +7,8 @@ that all of it can be captured in a CUDA graph. Hidden layers are 1..K, the last
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
@@ -77,10 +78,14 @@ class Kept:
     g: Planes
     c: Tensor
 
+    def each(self, f: Callable[[Tensor], Tensor]) -> Kept:
+        """With `f` of each tensor in its place."""
+        z, g = ({layer: f(t) for layer, t in planes.items()} for planes in (self.z, self.g))
+        return Kept(z, g, f(self.c))
+
     def of(self, part: slice) -> Kept:
         """The same for a part of the batch."""
-        z, g = ({layer: t[part] for layer, t in planes.items()} for planes in (self.z, self.g))
-        return Kept(z, g, self.c[part])
+        return self.each(lambda t: t[part])
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,14 @@ class Sweeps:
         pairs = packed(form.net, *self._to_pack(), self._u.device, lambda: [self._pack(i) for i in range(self._K + 1)])
         self._filters, self._vectors = [p[0] for p in pairs], [p[1] for p in pairs]
         self._layers: dict[tuple[Any, int, str, bool], dict[str, Any]] = {}
+
+    def moved(self, put: Callable[[Tensor], Tensor]) -> Sweeps:
+        """The same sweeps, which read `put(t)` in the place of each of their tensors t."""
+        there = copy(self)
+        there._u = put(self._u)
+        there._filters, there._vectors = [put(t) for t in self._filters], [put(t) for t in self._vectors]
+        there._layers = {}
+        return there
 
     # What is kept, and what is used meanwhile.
 

@@ -6,6 +6,7 @@ As in `gpu_sweeps.py` tensors may be on any device, nothing asks the device anyt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -29,10 +30,14 @@ class KeptWhole(Kept):
 
     fixed: Planes
 
+    def each(self, f: Callable[[Tensor], Tensor]) -> KeptWhole:
+        """With `f` of each tensor in its place."""
+        z, g, fixed = ({layer: f(t) for layer, t in planes.items()} for planes in (self.z, self.g, self.fixed))
+        return KeptWhole(z, g, f(self.c), fixed)
+
     def of(self, part: slice) -> KeptWhole:
         """The same for a part of the batch."""
-        z, g, fixed = ({layer: t[part] for layer, t in planes.items()} for planes in (self.z, self.g, self.fixed))
-        return KeptWhole(z, g, self.c[part], fixed)
+        return self.each(lambda t: t[part])
 
 
 @dataclass(frozen=True)

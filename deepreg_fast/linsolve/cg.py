@@ -8,9 +8,11 @@ import torch
 
 from .. import checks
 from ..ambient import full_precision
+from ..backend.gpu_graphs import giving_way
 from ..status import Status
 from . import passes
 from .batch import dot, select
+from .graphs import Reuse
 from .system import OPEN, LinearSolution, Map, System, drive, empty
 
 
@@ -39,15 +41,17 @@ class CGOptions:
         checks.boolean(self.truncated_fallback, "truncated_fallback")
 
 
+@giving_way
 @full_precision
 @torch.no_grad()
-def cg(
+def cg(  # noqa: PLR0913 - the system, then the options
     matvec: Map,
     b: torch.Tensor,
     options: CGOptions | None = None,
     x0: torch.Tensor | None = None,
     preconditioner: Map | None = None,
     capturable: bool = False,
+    reuse: Reuse | None = None,
 ) -> LinearSolution:
     """Solve `A_b x_b = b_b` for each image, A symmetric positive definite.
 
@@ -64,6 +68,8 @@ def cg(
     capturable : bool
         On a CUDA device: `matvec` and `preconditioner` may be replayed as parts of a CUDA graph (they look at no
         number and keep nothing).
+    reuse : Reuse, optional
+        Lets that graph serve later solves (`graphs.py`).
 
     Returns
     -------
@@ -86,7 +92,7 @@ def cg(
     if options.truncated_fallback:
         fallback = preconditioner or torch.clone
     method = _ConjugateGradients(system, preconditioner)
-    return drive(system, method, options.max_iterations, fallback=fallback, capturable=capturable)
+    return drive(system, method, options.max_iterations, fallback=fallback, capturable=capturable, reuse=reuse)
 
 
 class _ConjugateGradients:

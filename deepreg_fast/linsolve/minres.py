@@ -8,9 +8,11 @@ import torch
 
 from .. import checks
 from ..ambient import full_precision
+from ..backend.gpu_graphs import giving_way
 from ..status import Status
 from . import passes
 from .batch import dot, expand, hypot, select
+from .graphs import Reuse
 from .system import LinearSolution, Map, System, drive, empty
 
 
@@ -35,15 +37,17 @@ class MinresOptions:
         checks.number(self.tolerance, "tolerance", 0.0)
 
 
+@giving_way
 @full_precision
 @torch.no_grad()
-def minres(
+def minres(  # noqa: PLR0913 - the system, then the options
     matvec: Map,
     b: torch.Tensor,
     options: MinresOptions | None = None,
     x0: torch.Tensor | None = None,
     preconditioner: Map | None = None,
     capturable: bool = False,
+    reuse: Reuse | None = None,
 ) -> LinearSolution:
     """Solve `A_b x_b = b_b` for each image, A symmetric.
 
@@ -61,6 +65,8 @@ def minres(
     capturable : bool
         On a CUDA device: `matvec` and `preconditioner` may be replayed as parts of a CUDA graph (they look at no
         number and keep nothing).
+    reuse : Reuse, optional
+        Lets that graph serve later solves (`graphs.py`).
 
     Returns
     -------
@@ -79,7 +85,7 @@ def minres(
     system = System(matvec, b, x0, options.tolerance)
     system.begin(by_energy=False)
     method = _Minres(system, preconditioner)
-    return drive(system, method, options.max_iterations, monotone=True, capturable=capturable)
+    return drive(system, method, options.max_iterations, monotone=True, capturable=capturable, reuse=reuse)
 
 
 class _Minres:

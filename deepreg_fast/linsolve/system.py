@@ -9,7 +9,7 @@ Memory: some ten images for each image of the batch, whatever the number of iter
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,7 +17,8 @@ import torch
 from .. import backend, checks
 from ..status import Status
 from .batch import dot, expand, norm, power_of_two, select
-from .progress import WARM_UP, Poll, Replay, keeping
+from .graphs import Replay, Reuse, records, worthwhile
+from .progress import Poll, keeping
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
@@ -43,6 +44,8 @@ class LinearSolution:
 
 class Method(Protocol):
     """One iterative method on a `System`, stepping all images in `system.running`."""
+
+    preconditioner: Map | None
 
     def restart(self) -> None:
         """Begin anew, for the running images, from `system.x` and its true residual `system.r`."""
@@ -177,7 +180,7 @@ def empty(b: torch.Tensor) -> LinearSolution:
     return LinearSolution(b.clone(), none, none.clone(), torch.zeros(0, dtype=torch.float64, device=b.device))
 
 
-def drive(
+def drive(  # noqa: PLR0913 - a method on a system, and what a step may be
     system: System,
     method: Method,
     max_iterations: int,
@@ -185,6 +188,7 @@ def drive(
     monotone: bool = False,
     fallback: Map | None = None,
     capturable: bool = False,
+    reuse: Reuse | None = None,
 ) -> LinearSolution:
     """Run `method` until every image has ended, and let only true residuals say "converged".
 
@@ -192,7 +196,7 @@ def drive(
     restarts from it (at most `REPLACEMENTS` times, each of which must halve it, else the image has stagnated).
     `monotone`: the method minimizes the residual, so the start is kept where rounding made the end worse than it.
     `fallback(b)` replaces an iterate that is still zero where the method gave up. `capturable`: a step may be replayed
-    as a CUDA graph.
+    as a CUDA graph; `reuse`: also in later solves of this method with these limits.
     """
     s = system
 
@@ -202,9 +206,12 @@ def drive(
             method.step()
         s.running = s.running & (s.iterations < max_iterations)
 
-    worth_it = capturable and s.b.is_cuda and max_iterations >= 2 * WARM_UP
+    if reuse is not None:
+        kind = (type(method), method.preconditioner is None, max_iterations, s.tolerance)
+        reuse = replace(reuse, key=(*kind, reuse.key))
+    worth_it = capturable and records(s.b) and worthwhile(max_iterations, reuse)
     device = s.b.device if worth_it else None
-    with backend.only(None), keeping(s.so_far), Replay(step, (s, method), device) as advance:
+    with backend.only(None), keeping(s.so_far), Replay(step, (s, method), device, reuse=reuse) as advance:
         best = s.residual if monotone else torch.full_like(s.residual, torch.inf)
         for _ in range(REPLACEMENTS + 1):
             s.running = (s.status == OPEN) & (s.iterations < max_iterations)
@@ -230,7 +237,8 @@ def drive(
             s.end(out, Status.MAX_ITERATIONS)
             s.end(rows & (s.status == OPEN) & ~(s.residual <= 0.5 * before), Status.STAGNATED)
         s.end(s.status == OPEN, Status.STAGNATED)
-        return s.finish()
+        end = s.finish()
+        return LinearSolution(*map(advance.own, (end.x, end.status, end.iterations, end.residual)))
 
 
 def _fall_back(s: System, rows: torch.Tensor, fallback: Map) -> None:

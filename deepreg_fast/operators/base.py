@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import checks
 from ..ambient import full_precision
+from ..backend.gpu_graphs import Signature
 from ..errors import InputError
 from ..linsolve.batch import expand
 
@@ -168,6 +169,15 @@ class LinearOperator(nn.Module):
         """Whether the products and closed forms, for images like these, may be part of a CUDA graph: they look at no
         number on the host and were warmed up by a first call. Not known of an operator that does not say so."""
         return False
+
+    def signature(self, like: torch.Tensor) -> Signature | None:
+        """What recorded products and closed forms depend on besides the images, so that a CUDA graph of them may serve
+        later solves. None, as here, where that is not known; then a graph ends with its solve."""
+        return None
+
+    def _just(self, kind: type[LinearOperator]) -> bool:
+        """Whether this is a `kind` itself, none of whose methods is replaced."""
+        return type(self) is kind and not any(callable(getattr(kind, name, None)) for name in vars(self))
 
     def describe(self) -> dict[str, Any]:
         """What rebuilds this operator, as JSON values with its registered name under `kind`."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..backend.gpu_graphs import Signature
 from .base import LinearOperator, register
 
 
@@ -28,6 +29,10 @@ class Identity(LinearOperator):
     def capturable(self, like: torch.Tensor) -> bool:
         """Nothing but shapes changes."""
         return True
+
+    def signature(self, like: torch.Tensor) -> Signature | None:
+        """Its settings; None for a subclass, whose products are its own."""
+        return Signature(("identity", self.image_shape, self.gram_scale), self) if self._just(Identity) else None
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments."""

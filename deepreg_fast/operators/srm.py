@@ -9,6 +9,8 @@ import torch
 
 from .. import backend, checks
 from ..ambient import outside_inference
+from ..backend.gpu_graphs import Signature
+from ..backend.reference import kind_of_srm
 from ..definitions import hadamard, walsh
 from ..definitions import srm as definition
 from ..errors import InputError, OperatorMismatch
@@ -122,6 +124,13 @@ class SRM(LinearOperator):
     def capturable(self, like: torch.Tensor) -> bool:
         """What the kernels for such images say of themselves."""
         return not self._products_replaced() and getattr(backend.srm_kernels(self, like), "capturable", False)
+
+    def signature(self, like: torch.Tensor) -> Signature | None:
+        """Its description, and its buffers, from which the kernels' tables are made; None for a subclass."""
+        if not self._just(SRM):
+            return None
+        memory = tuple(t for t in (self.rows, self.signs, self.perm) if t is not None)
+        return Signature(("srm", self.gram_scale, kind_of_srm(self)), self, memory)
 
     def _products_replaced(self) -> bool:
         """Whether a subclass, or this object, has products of its own: what is made of both is then made of those."""

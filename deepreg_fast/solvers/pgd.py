@@ -14,9 +14,11 @@ import torch
 
 from .. import backend
 from ..ambient import full_precision
+from ..backend.gpu_graphs import giving_way
 from ..linsolve import passes
 from ..linsolve.batch import dot, expand, norm, secant, take
-from ..linsolve.progress import WARM_UP, Poll, Replay, keeping, masked
+from ..linsolve.graphs import Replay, Reuse, records, reuse_of, worthwhile
+from ..linsolve.progress import Poll, keeping, masked
 from ..operators.base import LinearOperator, failing_per_image
 from ..regularizers.base import Regularizer
 from .acceleration import Anderson, Plain, make
@@ -58,27 +60,38 @@ def pgd(  # noqa: PLR0913 - the problem is these five, the rest is optional
 
     Memory: x, its gradient, the accelerator's images (1 for "fista", `2 memory + 2` for "anderson") and some six
     temporaries for each image, and what the operator and the gradient take; it does not grow with the rounds, except
-    for `record`. Where a CUDA graph is made its temporaries are there beside torch's cached ones, until the solve ends.
+    for `record`. Where a CUDA graph is made its temporaries are there beside torch's cached ones; a graph that is kept
+    for later solves (`release_graphs`) keeps them, and the state.
 
     Raises
     ------
     OutOfMemory
         If the device's memory is too small. Its `partial` is the `Solution` so far.
     """
-    run = _Run(y, A, reg, mu, options, x0, tau0)
+
+    def solve() -> Solution:
+        return _solve(_Run(y, A, reg, mu, options, x0, tau0), observer)
+
+    # An observer sees each round once.
+    return solve() if observer is not None else giving_way(solve)()
+
+
+def _solve(run: _Run, observer: Observer | None) -> Solution:
     with keeping(run.solution):
         run.begin()
         if observer is not None:
             observer(0, run.state.x)
         # Who watches wants to see every round and none that came too many.
-        watched = options.record or observer is not None
+        watched = run.options.record or observer is not None
         look = Poll(0 if watched else None)
-        with Replay(run.round, (run.state, run.accelerator), None if watched else run.device()) as advance:
+        reuse = None if watched else run.reuse()
+        device = None if watched else run.device(reuse)
+        with Replay(run.round, (run.state, run.accelerator), device, reuse=reuse) as advance:
             while look(run.state.running):
                 advance()
                 if observer is not None and bool(run.state.running.any()):
                     observer(int(run.state.gradients.max()) - 1, run.state.x)
-    return run.solution()
+            return run.solution(advance.own)
 
 
 class _Run:
@@ -120,17 +133,36 @@ class _Run:
         self.limit = 10.0 * (norm(s.x) + s.x[0].numel() ** 0.5) if len(s.x) else s.tau
         self.scale = norm(s.grad)
 
-    def device(self) -> torch.device | None:
+    def device(self, reuse: Reuse | None) -> torch.device | None:
         """The device whose graph a round can be, None if it has none, if a part of the round may ask the host, or if
         there are too few rounds for one."""
-        x, ours = self.state.x, type(self.reg).value_and_grad is Regularizer.value_and_grad
-        if not x.is_cuda or not ours or self.options.max_iterations < 2 * WARM_UP or not self.A.capturable(x):
+        x = self.state.x
+        if not records(x) or not self._ours() or not self.A.capturable(x):
+            return None
+        if not worthwhile(self.options.max_iterations, reuse):
             return None
         return x.device if getattr(self.reg.served_by(x), "capturable", False) else None
 
-    def solution(self) -> Solution:
-        """What there is so far."""
-        return self.state.solution(self.rounds)
+    def reuse(self) -> Reuse | None:
+        """What lets a graph of a round serve later solves."""
+        x = self.state.x
+        if not records(x) or not self._ours():
+            return None
+        signature = getattr(self.reg.served_by(x), "signature", lambda *_: None)
+        return reuse_of(("pgd", self.options, self.guarded), self, signature(self.reg, x), self.A.signature(x))
+
+    def _ours(self) -> bool:
+        """Whether the backend's gradient is the regularizer's."""
+        ours = type(self.reg).value_and_grad is Regularizer.value_and_grad
+        return ours and "value_and_grad" not in vars(self.reg)
+
+    def place(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """As `graphs.Inputs`: what a round reads and does not change."""
+        self.y, self.mu, self.limit, self.scale = map(put, (self.y, self.mu, self.limit, self.scale))
+
+    def solution(self, own: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> Solution:
+        """What there is so far, in memory that `own` gives."""
+        return self.state.solution(self.rounds, own)
 
     def round(self) -> None:
         """One step of each image at work: judge x by its proximal step, then one gradient at the candidate."""
@@ -184,7 +216,7 @@ class _Run:
         return self._value_and_grad(x)
 
     def _value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if type(self.reg).value_and_grad is Regularizer.value_and_grad:
+        if self._ours():
             return self.reg.value_and_grad(x)
         # One of another class may differentiate something, and leave its graph on what it returns.
         with torch.enable_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..linsolve import passes
@@ -85,10 +87,18 @@ class State:
         lowest = take(self.lowest, self.idx)
         self.lowest = put(self.lowest, self.idx, torch.where(good, torch.minimum(lowest, objective), lowest))
 
-    def solution(self, rounds: list[torch.Tensor]) -> Solution:
-        """What there is so far."""
+    def solution(self, rounds: list[torch.Tensor], own: Callable[[torch.Tensor], torch.Tensor]) -> Solution:
+        """What there is so far, in memory that `own` gives."""
         history = {"residual": torch.stack(rounds)} if rounds else {}
-        return Solution(self.x, self.status, self.iterations, self.gradients, self.residual, self.tau, history)
+        return Solution(
+            own(self.x),
+            own(self.status),
+            own(self.iterations),
+            own(self.gradients),
+            own(self.residual),
+            own(self.tau),
+            history,
+        )
 
 
 def first_gradient(state: State, grad: torch.Tensor) -> None:
