@@ -1,9 +1,10 @@
-"""The package's own launches sent through Triton's real launcher, up to machine code for sm_90, without a GPU.
+"""The package's own launches sent through Triton's real launcher and compiler, without a GPU.
 
 The interpreter knows nothing of what a launcher makes of its arguments (integers that are 1, alignment, None, names),
 and `tests/aot.py` compiles what modules list, not what is launched. Prints a JSON line for each launch that fails,
-then one with the kernels that were launched. With `--keys` nothing is compiled: it prints a JSON line for each batch
-size with what would be. Like `tests/aot.py` it needs a process of its own.
+then one with the kernels that were launched. The compiler ends with its front end, where the arguments count; with
+`--machine-code` it goes on to sm_90. With `--keys` nothing is compiled: it prints a JSON line for each batch size with
+what would be. Like `tests/aot.py` it needs a process of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -57,7 +59,19 @@ def _run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
 
 
 class Compiled:
-    """What stands for a kernel where nothing is compiled."""
+    """What stands for a kernel where no machine code is made."""
+
+
+def _front_end(self: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, attrs: Any, *_: Any):
+    """Triton's code for one launch and no further: the passes and ptxas take ten times as long."""
+    cache, _, target, backend, _ = self.device_caches[device]
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    codegen, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    self.ASTSource(self, signature, constexprs, attrs).make_ir(target, options, codegen, modules, context)
+    cache[key] = Compiled()
+    return cache[key]
 
 
 def keys(batch: int) -> list[str]:
@@ -139,6 +153,8 @@ def main() -> None:
         for batch in (1, 2, 3, 16, 37):
             print(json.dumps({"batch": batch, "keys": keys(batch), "failed": sorted(FAILED)}))
         return
+    if "--machine-code" not in sys.argv:
+        JITFunction._do_compile = _front_end  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         vectors(1, 7)

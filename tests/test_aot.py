@@ -81,8 +81,9 @@ def test_a_spilling_kernel_is_caught() -> None:
     assert any(c.startswith("stack") for c in _complaints(row)), row
 
 
-def test_launches_reach_machine_code() -> None:
-    command = [sys.executable, str(ROOT / "tests/launches.py")]
+@pytest.mark.parametrize("option", [(), pytest.param(("--machine-code",), marks=pytest.mark.long)])
+def test_launches_compile(option: tuple[str, ...]) -> None:
+    command = [sys.executable, str(ROOT / "tests/launches.py"), *option]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     *failed, last = [json.loads(line) for line in done.stdout.splitlines()]

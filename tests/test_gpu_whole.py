@@ -63,12 +63,28 @@ def _gpu() -> Iterator[Interpreted]:
         backend._TABLE.update(table)
 
 
-@pytest.mark.parametrize("norm", ["none", "pixel", "image"])
-def test_a_hypergradient_is_that_of_the_reference(gpu: Interpreted, norm: str) -> None:
+@pytest.mark.parametrize(
+    ("norm", "depth", "size", "rounds"),
+    [
+        ("none", 2, (7, 10), 4),
+        ("pixel", 3, (7, 10), 3),
+        ("image", 2, (7, 10), 4),
+        *(pytest.param(norm, 3, (9, 10), 6, marks=pytest.mark.long) for norm in ("none", "pixel", "image")),
+    ],
+)
+def test_a_hypergradient_is_that_of_the_reference(
+    gpu: Interpreted, norm: str, depth: int, size: tuple[int, int], rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Fewer and larger pieces: the interpreter's time follows their number.
+    monkeypatch.setattr("deepreg_fast.kernels.outer.TILE", (16, 32))
+    monkeypatch.setattr("deepreg_fast.kernels.outer.DOWN", 1)
     # So many rounds and products and no more: float32 and float64 then take the same steps.
-    options = {"options": dr.PGDOptions(6, 1e-12), "adjoint": dr.AdjointOptions(max_iterations=3, tolerance=1e-12)}
-    reg = random_red(scale=0.05, double=False, channels=4, norm=norm, alpha=0.5)
-    A, x = dr.SRM((1, 9, 10), 0.4), images(2, 1, 9, 10, dtype=torch.float32)
+    options = {
+        "options": dr.PGDOptions(rounds, 1e-12),
+        "adjoint": dr.AdjointOptions(max_iterations=rounds // 2, tolerance=1e-12),
+    }
+    reg = random_red(scale=0.05, double=False, channels=4, depth=depth, norm=norm, alpha=0.5)
+    A, x = dr.SRM((1, *size), 0.4), images(2, 1, *size, dtype=torch.float32)
     with as_device():
         found = dr.hypergradient(x, A.A(x), A, reg, 0.1, **options)
     assert {"gradient", "srm"} <= set(gpu.calls)

@@ -63,10 +63,16 @@ def solve_both(a, b, tolerance, steps, preconditioner=None):
     yield "minres", minres(dense(a), b, MinresOptions(steps, tolerance), preconditioner=preconditioner)
 
 
-def test_no_false_converged_on_500_systems():
+# How many of a kind converge at least: definite, clustered, indefinite, consistent.
+@pytest.mark.parametrize(
+    ("sizes", "least"),
+    [(SIZES[:3], (27, 30, 25, 40)), pytest.param(SIZES, (35, 40, 30, 30), marks=pytest.mark.long)],
+    ids=("300", "500"),
+)
+def test_no_false_converged_on_systems_of_all_kinds(sizes, least):
     converged = {("cg", k): 0 for k in KINDS} | {("minres", k): 0 for k in KINDS}
     total = 0
-    groups = [(k, n, d) for k in KINDS for n in SIZES for d in (torch.float32, torch.float64)]
+    groups = [(k, n, d) for k in KINDS for n in sizes for d in (torch.float32, torch.float64)]
     for seed, (kind, n, dtype) in enumerate(groups):
         a, b, m = random_systems(seed, kind, n, dtype)
         total += len(b)
@@ -81,11 +87,13 @@ def test_no_false_converged_on_500_systems():
             slack = 4 * torch.finfo(dtype).eps * (s.x.double().norm(dim=1) / b.double().norm(dim=1)).numpy()
             assert (np.abs(reported - exact) <= slack + 1e-6 * exact).all(), (name, kind, n, dtype)
             converged[name, kind] += int(good.sum())
-    assert total == 500
+    assert total == 100 * len(sizes)
     print(converged)
-    assert converged["cg", "definite"] >= 35 and converged["minres", "definite"] >= 35, converged
-    assert converged["cg", "clustered"] >= 40 and converged["minres", "clustered"] >= 40, converged
-    assert converged["minres", "indefinite"] >= 30 and converged["minres", "consistent"] >= 30, converged
+    definite, clustered, indefinite, consistent = least
+    assert min(converged["cg", "definite"], converged["minres", "definite"]) >= definite, converged
+    assert min(converged["cg", "clustered"], converged["minres", "clustered"]) >= clustered, converged
+    assert converged["minres", "indefinite"] >= indefinite, converged
+    assert converged["minres", "consistent"] >= consistent, converged
     assert converged["cg", "inconsistent"] == 0 and converged["minres", "inconsistent"] == 0, converged
 
 

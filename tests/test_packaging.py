@@ -8,10 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -28,23 +30,45 @@ def python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+class Wheel(NamedTuple):
+    """A wheel, and whether its extension is that of the sources."""
+
+    archive: zipfile.ZipFile
+    compiled: bool
+
+
+COMPILER = shutil.which("c++")
+# What a wheel holds does not depend on what the compiler makes of a source.
+_EMPTY_OBJECTS = f"""#!/bin/sh
+case " $* " in *" -c "*) ;; *) exec {COMPILER} "$@" ;; esac
+while [ $# -gt 0 ]; do [ "$1" = -o ] && out=$2; shift; done
+exec {COMPILER} -fPIC -c -x c++ /dev/null -o "$out"
+"""
+
+
+@pytest.fixture(scope="module", params=["empty", pytest.param("compiled", marks=pytest.mark.long)])
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Wheel:
     """The wheel built from a copy of the tree, so that nothing is left in the tree itself."""
     copy = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in ("deepreg_fast", "kernels", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    env = {}
+    if request.param == "empty":
+        compiler = tmp_path_factory.mktemp("compiler") / "c++"
+        compiler.write_text(_EMPTY_OBJECTS, encoding="utf-8")
+        compiler.chmod(0o755)
+        env = {"CC": str(compiler), "CXX": str(compiler)}
     out = tmp_path_factory.mktemp("wheel")
     code = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
-    done = python("-c", code, str(out), cwd=copy)
+    done = python("-c", code, str(out), cwd=copy, **env)
     assert done.returncode == 0, done.stderr
-    return zipfile.ZipFile(next(out.glob("*.whl")))
+    return Wheel(zipfile.ZipFile(next(out.glob("*.whl"))), request.param == "compiled")
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile):
-    names = set(wheel.namelist())
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Wheel):
+    names = set(wheel.archive.namelist())
     tops = {name.split("/")[0] for name in names}
     assert tops == {"deepreg_fast", f"deepreg_fast-{__version__}.dist-info"}
     expected = {str(p.relative_to(ROOT)) for p in (ROOT / "deepreg_fast").rglob("*.py")}
@@ -56,20 +80,24 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile):
     expected |= {f"deepreg_fast/reproduce/{name}.toml" for name in ("bsd400", "quick", "ledger")}
     assert "deepreg_fast/pretrained/cs5-beta10.safetensors" in expected <= names
     assert "deepreg_fast/py.typed" in names
+    extensions = {name for name in names if name.endswith((".so", ".pyd"))}
+    assert extensions == ({f"deepreg_fast/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"} if COMPILER else set())
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_unpacked_wheel_imports(wheel: zipfile.ZipFile, tmp_path: Path):
-    wheel.extractall(tmp_path)
+def test_the_unpacked_wheel_imports(wheel: Wheel, tmp_path: Path):
+    wheel.archive.extractall(tmp_path)
     code = (
         "import deepreg_fast as dr, deepreg_fast.kernels as k, deepreg_fast.data as d\n"
-        "print(k.__file__, len(d.bsd400_split().train), dr.load('cs5-beta10')[1]['card']['name'])"
+        "print(k.__file__, len(d.bsd400_split().train), dr.load('cs5-beta10')[1]['card']['name'])\n"
+        "print(dr.backends()['cpu'])"
     )
     done = python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    file, count, name = done.stdout.split()
+    (file, count, name), backend = (line.split(maxsplit=2) for line in done.stdout.splitlines())
     assert Path(file) == tmp_path / "deepreg_fast" / "kernels" / "__init__.py"
     assert (count, name) == ("370", "cs5-beta10")
+    assert not (wheel.compiled and COMPILER) or backend == ["None"]
 
 
 def test_kernels_alone_fails_with_a_sentence():

@@ -42,11 +42,13 @@ def _norm(v: torch.Tensor) -> torch.Tensor:
     return v.double().flatten(1).norm(dim=1)
 
 
+@pytest.mark.parametrize(("count", "least"), [(35, 32), pytest.param(100, 90, marks=pytest.mark.long)])
 @pytest.mark.parametrize("acceleration", ["none", "fista", "anderson"])
-def test_never_falsely_converged(acceleration: str) -> None:
-    """100 problems: the residual of every "converged", recomputed in float64, is at or below the tolerance."""
+def test_never_falsely_converged(acceleration: str, count: int, least: int) -> None:
+    """Of two images a problem, the residual of every "converged", recomputed in float64, is at or below the
+    tolerance. 35 problems have every network, energy and TV in every size."""
     claims = wrong = 0
-    for i in range(100):
+    for i in range(count):
         A, reg, x, mu = _problem(i)
         dtype = torch.float32 if i % 2 else torch.float64
         tolerance = 1e-4 if i % 2 else 1e-7
@@ -68,7 +70,7 @@ def test_never_falsely_converged(acceleration: str) -> None:
         claims += int(claimed.sum())
         wrong += int((claimed & (residual > slack * tolerance)).sum())
     assert wrong == 0
-    assert claims >= 90, claims
+    assert claims >= least, claims
 
 
 def test_solution_of_a_quadratic_is_exact() -> None:

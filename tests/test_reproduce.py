@@ -31,6 +31,7 @@ from deepreg_fast.reproduce.runner import plan
 from deepreg_fast.reproduce.settings import changes
 
 ROOT = Path(__file__).parents[1]
+FORKED = Path(__file__).with_name("forked.py")
 
 SMALL = {"crop": 16, "channels": 4, "steps": 12, "batch": 2, "warmup": 2, "validation_crop": 16, "validate_every": 6}
 TINY: dict[str, Any] = {
@@ -39,26 +40,26 @@ TINY: dict[str, Any] = {
     "row": [
         {"name": "adjoint", "method": "adjoint"},
         {"name": "minimum-norm", "method": "minimum_norm"},
-        {"name": "tv", "method": "tv", "recovery": {"max_iterations": 60}},
+        {"name": "tv", "method": "tv", "recovery": {"max_iterations": 30}},
         {
             "name": "red",
             "method": "denoiser",
             "choose": {"noise_level": [0.03, 0.1]},
-            "recovery": {"max_iterations": 20},
+            "recovery": {"max_iterations": 10},
         },
         {
             "name": "beta1",
             "method": "bilevel",
             "train": {"beta": 1.0},
             "poster": {"psnr": 26.34, "ssim": 0.71},
-            "recovery": {"max_iterations": 40},
+            "recovery": {"max_iterations": 20},
         },
         {
             "name": "beta3",
             "method": "bilevel",
             "init": "beta1",
             "stages": [{"beta": 2.0}, {"beta": 3.0, "steps": 8}],
-            "recovery": {"max_iterations": 40},
+            "recovery": {"max_iterations": 20},
         },
         {
             "name": "beta3-scaled",
@@ -66,7 +67,7 @@ TINY: dict[str, Any] = {
             "weights": "beta3",
             "ratio": 0.5,
             "tune": ["mu", "scale"],
-            "recovery": {"max_iterations": 20},
+            "recovery": {"max_iterations": 10},
         },
     ],
 }
@@ -317,14 +318,15 @@ class Shell:
     def settings(self, found: dict[str, Any]) -> None:
         (self.folder / "tiny.toml").write_text(to_toml(found))
 
-    def argv(self, *options: str, out: str = "out") -> list[str]:
-        code = "from deepreg_fast.cli import main; main()"
-        own = ("--settings", "tiny.toml", "--data", "pictures", "--out", out, "--workers", "1")
-        return [sys.executable, "-c", code, "reproduce", *own, *options]
+    def argv(self, *options: str, forked: bool = False) -> list[str]:
+        """The command; `forked` spares its children the import of torch."""
+        program = [str(FORKED)] if forked else ["-c", "from deepreg_fast.cli import main; main()"]
+        own = ("--settings", "tiny.toml", "--data", "pictures", "--out", "out", "--workers", "1")
+        return [sys.executable, *program, "reproduce", *own, *options]
 
-    def run(self, *options: str, out: str = "out", **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *options: str, forked: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.argv(*options, out=out),
+            self.argv(*options, forked=forked),
             capture_output=True,
             text=True,
             cwd=self.folder,
@@ -332,9 +334,9 @@ class Shell:
             check=False,
         )
 
-    def start(self, *options: str, out: str = "out") -> subprocess.Popen[str]:
+    def start(self, *options: str, forked: bool = False) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            self.argv(*options, out=out),
+            self.argv(*options, forked=forked),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -343,8 +345,8 @@ class Shell:
             start_new_session=True,
         )
 
-    def results(self, out: str = "out") -> dict[str, dict[str, Any]]:
-        found = json.loads((self.folder / out / "results.json").read_text())
+    def results(self) -> dict[str, dict[str, Any]]:
+        found = json.loads((self.folder / "out/results.json").read_text())
         return {r["name"]: r for r in found["rows"]}
 
 
@@ -375,7 +377,7 @@ def _whole(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Shell:
     path = tmp_path_factory.mktemp("whole")
     shutil.copytree(folder, path / "pictures")
     shell = Shell(path)
-    done = shell.run()
+    done = shell.run(forked=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return shell
@@ -430,7 +432,7 @@ def test_curves_of_a_row(whole: Shell) -> None:
 def test_a_row_is_evaluated_as_the_command_does(whole: Shell) -> None:
     found = whole.results()["beta1"]
     weights = "out/rows/beta1/weights.safetensors"
-    options = ("--weights", weights, "--data", "pictures", "--validation", "2", "--max-iterations", "40", "--json")
+    options = ("--weights", weights, "--data", "pictures", "--validation", "2", "--max-iterations", "20", "--json")
     code = "from deepreg_fast.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "evaluate", *options],
@@ -477,20 +479,38 @@ def test_what_is_finished_is_not_done_again(whole: Shell) -> None:
     assert "begins" not in done.stderr
 
 
-def test_a_run_that_is_killed_again_and_again(whole: Shell, shell: Shell) -> None:
-    """SIGKILL for the whole group; the results are those of the run that was left alone."""
-    rows = "beta3,tv"
-    killed = 0
-    for seconds in (3.5, 4.5, 5.5):
-        process = shell.start("--rows", rows)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            killed += 1
-    assert killed >= 1
-    done = shell.run("--rows", rows)
+@pytest.mark.parametrize(
+    "moments",
+    [
+        ("beta1/train/metrics.jsonl", "beta3/2/metrics.jsonl"),
+        pytest.param(
+            (
+                "beta1",
+                "beta1/train/metrics.jsonl",
+                "beta1/train/weights.safetensors",
+                "beta3/1/metrics.jsonl",
+                "beta3/2",
+                "beta3/2/metrics.jsonl",
+                "beta3/weights.safetensors",
+                "beta1/result.json",
+            ),
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=("twice", "again and again"),
+)
+def test_a_run_that_is_killed(whole: Shell, shell: Shell, moments: tuple[str, ...]) -> None:
+    """SIGKILL for the whole group where a file has come; the results are those of the run that was left alone."""
+    rows = ("--rows", "beta3,tv")
+    for moment in moments:
+        process = shell.start(*rows, forked=True)
+        while not (shell.folder / "out/rows" / moment).exists():
+            assert process.poll() is None, (moment, process.stderr and process.stderr.read())
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not (shell.folder / "out/results.json").exists()
+    done = shell.run(*rows, forked=True)
     assert done.returncode == 0, done.stderr
     found, wanted = shell.results(), whole.results()
     assert set(found) == {"tv", "beta1", "beta3"}
@@ -530,7 +550,7 @@ def test_two_reproductions_refuse_each_other(shell: Shell) -> None:
 
 def test_a_failing_row_does_not_stop_the_others(shell: Shell) -> None:
     shell.settings(table(beta1={"train": {"crop": 64}}, red=None, tv=None))
-    done = shell.run()
+    done = shell.run(forked=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "beta1 training failed: Training crops must fit the images, but crop is 64" in done.stderr
     assert "beta3 training failed: it needs 'beta1 training', which failed." in done.stderr
@@ -544,7 +564,7 @@ def test_a_full_disk_is_a_sentence_and_what_is_there_stays(whole: Shell, shell: 
     assert re.search(
         r"(full; free space and run the same command again|No space left on device; free space)", done.stderr
     )
-    done = shell.run()
+    done = shell.run(forked=True)
     assert done.returncode == 0, done.stderr
     for name, found in shell.results().items():
         assert timeless(found) == timeless(whole.results()[name])
@@ -552,7 +572,7 @@ def test_a_full_disk_is_a_sentence_and_what_is_there_stays(whole: Shell, shell: 
 
 def test_vanished_images_are_a_sentence(shell: Shell) -> None:
     shell.settings(only("adjoint"))
-    assert shell.run().returncode == 0
+    assert shell.run(forked=True).returncode == 0
     shutil.rmtree(shell.folder / "pictures")
     done = shell.run()
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

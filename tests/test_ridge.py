@@ -213,17 +213,22 @@ def _answers(reg: dr.Ridge, x: torch.Tensor, v: torch.Tensor, backend: str) -> d
 
 
 def _compare(reg: dr.Ridge, x: torch.Tensor, v: torch.Tensor) -> None:
-    """At most twice torch's own error in float32."""
+    """At most twice torch's own error in float32, on every instruction set; the reference computes once for all."""
     exact = _answers(copy.deepcopy(reg).double(), x.double(), v.double(), "reference")
-    theirs, ours = _answers(reg, x, v, "reference"), _answers(reg, x, v, "cpu")
+    theirs = _answers(reg, x, v, "reference")
 
     def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
         # The median: of a few numbers alone either arithmetic's error may be luck.
         return median(relative(f.double(), w) for f, w in zip(found, wanted, strict=True))
 
-    for name, wanted in exact.items():
-        # Where torch is exact by luck, an answer is still allowed its own rounding.
-        assert error(ours[name], wanted) <= max(2.0 * error(theirs[name], wanted), 2.0 * EPS), name
+    # Where torch is exact by luck, an answer is still allowed its own rounding.
+    bounds = {name: max(2.0 * error(theirs[name], wanted), 2.0 * EPS) for name, wanted in exact.items()}
+    for isa in _sets():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DEEPREG_FAST_ISA", isa)
+            ours = _answers(reg, x, v, "cpu")
+        for name, wanted in exact.items():
+            assert error(ours[name], wanted) <= bounds[name], (isa, name)
 
 
 @built
@@ -238,15 +243,12 @@ def _compare(reg: dr.Ridge, x: torch.Tensor, v: torch.Tensor) -> None:
 )
 def test_against_float64(filters: int, side: int, scales: int, size: tuple[int, int], convex: bool, seed: int) -> None:
     shape = (max(9, 2000 // (size[0] * size[1])), 1, *size)
-    for isa in _sets():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DEEPREG_FAST_ISA", isa)
-            reg = _random(seed, filters=filters, kernel_size=side, scales=scales, convex=convex)
-            _compare(reg, images(*shape, seed=seed, dtype=torch.float32), normal(*shape, seed=seed).float())
+    reg = _random(seed, filters=filters, kernel_size=side, scales=scales, convex=convex)
+    _compare(reg, images(*shape, seed=seed, dtype=torch.float32), normal(*shape, seed=seed).float())
 
 
 @built
-def test_natural_contrast(isa: str) -> None:
+def test_natural_contrast() -> None:
     """Differences of pixels far below their values, where responses lose digits."""
     x = 0.7 + 0.02 * images(1, 1, 90, 101, dtype=torch.float32)
     _compare(_random(filters=9, kernel_size=7, scales=4), x, normal(1, 1, 90, 101).float())
