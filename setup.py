@@ -103,13 +103,18 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["deepreg_fast", "deepreg_fast.*"]), "deepreg_fast.kernels", "deepreg_fast.cuda"],
+    packages=[
+        *find_packages(include=["deepreg_fast", "deepreg_fast.*"]),
+        "deepreg_fast.kernels",
+        *(f"deepreg_fast.kernels.{name}" for name in find_packages("kernels")),
+        "deepreg_fast.cuda",
+    ],
     package_dir={"deepreg_fast.kernels": "kernels", "deepreg_fast.cuda": "csrc/cuda"},
     package_data={
         "deepreg_fast": ["py.typed", "_cpu.pyi"],
         "deepreg_fast.data": ["*.json"],
-        "deepreg_fast.pretrained": ["*.safetensors"],
-        "deepreg_fast.reproduce": ["*.toml"],
+        "deepreg_fast.weights": ["*.safetensors"],
+        "deepreg_fast.experiments": ["*.toml"],
         "deepreg_fast.cuda": ["*.cu", "*.cuh"],
     },
     ext_modules=extensions(),

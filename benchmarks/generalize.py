@@ -29,10 +29,10 @@ import deepreg_fast as dr
 from deepreg_fast.bench.machine import describe
 from deepreg_fast.cli.options import default_mu
 from deepreg_fast.data import carve_validation, centre_crop, load_folder, load_image, load_split
-from deepreg_fast.evaluation import Method, evaluate
-from deepreg_fast.fidelity import add_noise
+from deepreg_fast.evaluation.compare import Method, evaluate
+from deepreg_fast.evaluation.tuning import tune_mu, tuned_tv
 from deepreg_fast.files import write_atomically
-from deepreg_fast.tuning import tune_mu, tuned_tv
+from deepreg_fast.inverse.data_term import add_noise
 
 PHOTOGRAPHS = ("astronaut.png", "camera.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "moon.png")
 """Pictures of scikit-image of at least 321 x 481 pixels in one of the two orientations."""

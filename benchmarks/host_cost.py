@@ -65,25 +65,25 @@ def cases() -> dict[str, Callable[[], object]]:
     import torch
 
     import deepreg_fast as dr
-    from deepreg_fast.backend import gpu_chain
-    from deepreg_fast.backend.gpu_vectors import GpuVectors
-    from deepreg_fast.linsolve import passes
-    from deepreg_fast.linsolve.cg import _ConjugateGradients
-    from deepreg_fast.linsolve.progress import as_device
-    from deepreg_fast.linsolve.system import System
+    from deepreg_fast.backend.gpu import conv_chain
+    from deepreg_fast.backend.gpu.vectors import GpuVectors
+    from deepreg_fast.batched import fused
+    from deepreg_fast.batched.loop import simulate_device
     from deepreg_fast.solvers import acceleration
+    from deepreg_fast.solvers.cg import _ConjugateGradients
+    from deepreg_fast.solvers.linear_system import System
     from deepreg_fast.solvers.options import PGDOptions
     from deepreg_fast.solvers.pgd import _Run
 
     kernels: Any = GpuVectors()
-    passes.kernel_for = lambda name, *_: getattr(kernels, name)
-    pgd_decide: Any = sys.modules["deepreg_fast.solvers.decide"]
-    pgd_decide.kernel_for = passes.kernel_for
+    fused.kernel_for = lambda name, *_: getattr(kernels, name)
+    pgd_decide: Any = sys.modules["deepreg_fast.solvers.criteria"]
+    pgd_decide.kernel_for = fused.kernel_for
     acceleration.vector_kernels = lambda *_: kernels  # pyright: ignore[reportAttributeAccessIssue]
     x = torch.rand(8, 1, 16, 16)
     reg: Any = dr.RED(16, 3, "pixel", head="red")
     form: Any = reg.conv_chain_form()
-    lin = gpu_chain.GpuLinearization(reg, form, x)
+    lin = conv_chain.GpuLinearization(reg, form, x)
     solve = _ConjugateGradients(System(lambda v: v, x, None, 1e-6), None)
 
     class Gradient:
@@ -111,17 +111,17 @@ def cases() -> dict[str, Callable[[], object]]:
     run = _Run(x.flatten(1), operator, regularizer, torch.ones(8), PGDOptions(), x, None)
 
     def round_of_pgd() -> None:
-        with as_device():
+        with simulate_device():
             run.round()
 
     def iteration_of_cg() -> None:
-        with as_device():
+        with simulate_device():
             solve.step()
 
     run.begin()
     return {
-        "gradient": lambda: gpu_chain.value_and_grad(form, x),
-        "linearize": lambda: gpu_chain.GpuLinearization(reg, form, x),
+        "gradient": lambda: conv_chain.value_and_grad(form, x),
+        "linearize": lambda: conv_chain.GpuLinearization(reg, form, x),
         "hvp": lambda: lin.hvp(x),
         "param_vjp": lambda: lin.param_vjp(x),
         "cg iteration without product": iteration_of_cg,

@@ -27,13 +27,13 @@ from torch import nn
 
 from deepreg_fast.bench.machine import describe
 from deepreg_fast.data import ImageSet, carve_validation, centre_crop, load_folder, load_split
-from deepreg_fast.evaluation import Method, evaluate, paired, run
+from deepreg_fast.evaluation.compare import Method, evaluate, paired, run
+from deepreg_fast.evaluation.metrics import psnr
+from deepreg_fast.evaluation.tuning import tuned_tv
 from deepreg_fast.files import write_atomically
-from deepreg_fast.metrics import psnr
 from deepreg_fast.operators import SRM
 from deepreg_fast.regularizers import Regularizer
 from deepreg_fast.solvers import ACCELERATIONS, PGDOptions
-from deepreg_fast.tuning import tuned_tv
 
 WEIGHTS = "weights/bilevel_Denoising/{}_bilevel_{}_for_Denoising.pt"
 TRAINED = {"CRR": "IFT", "WCRR": "IFT", "TDV": "JFB"}

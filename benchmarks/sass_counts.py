@@ -35,8 +35,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import deepreg_fast as dr
-from deepreg_fast.backend import gpu_chain
-from deepreg_fast.backend.gpu_sweeps import ChainOptions
+from deepreg_fast.backend.gpu import conv_chain
+from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
 
 TOOLS = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
 CLASSES = {
@@ -244,10 +244,10 @@ def sweeps(arguments: argparse.Namespace, norm: str) -> dict[str, Callable[[], o
     x = torch.zeros(arguments.images, 1, arguments.side, arguments.side)
     form, options = reg.conv_chain_form(), ChainOptions(arguments.precision)
     assert form is not None
-    lin = gpu_chain.GpuLinearization(reg, form, x, options)
+    lin = conv_chain.GpuLinearization(reg, form, x, options)
     calls: dict[str, Callable[[], object]] = {
-        "gradient": lambda: gpu_chain.value_and_grad(form, x, options),
-        "linearize": lambda: gpu_chain.GpuLinearization(reg, form, x, options),
+        "gradient": lambda: conv_chain.value_and_grad(form, x, options),
+        "linearize": lambda: conv_chain.GpuLinearization(reg, form, x, options),
         "hvp": lambda: lin.hvp(x),
         "param_vjp": lambda: lin.param_vjp(x),
     }

@@ -3,7 +3,7 @@
     python benchmarks/ship_weights.py reproduction/rows/cs5-beta10 --title "bi-level, 3 x 16, beta = 10"
 
 The row's folder holds `weights.safetensors` and `result.json`; the entries of `generalization.json`, there or at
-`--generalization`, become the card's `expectations`. The fields are those of `deepreg_fast.pretrained`; of paths only
+`--generalization`, become the card's `expectations`. The fields are those of `deepreg_fast.weights`; of paths only
 the last part is kept.
 """
 
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 import deepreg_fast as dr
-from deepreg_fast import pretrained
 from deepreg_fast.data import load_split, split_sha256
 from deepreg_fast.errors import InputError
+from deepreg_fast.weights import cards
 
 LICENCE = "MIT; trained on images of the Berkeley Segmentation Dataset, which are for research use"
 CITATION = "Nair & Schniter, Deep Regularization via Bi-Level Optimization (Asilomar 2022); trained by deepreg-fast"
@@ -52,8 +52,8 @@ def ship(row: Path, name: str, title: str, lam: float | None = None, generalizat
     except KeyError as error:
         raise InputError(f"{row / 'result.json'} must tell {error}, but does not; evaluate the row again.") from error
     card |= {"name": name, "title": title, "lam": lam, "expectations": _expectations(expectations)}
-    card = {k: without_folders(card[k]) for k in pretrained.FIELDS}
-    path = pretrained.FOLDER / f"{name}.safetensors"
+    card = {k: without_folders(card[k]) for k in cards.FIELDS}
+    path = cards.FOLDER / f"{name}.safetensors"
     dr.save(reg, path, {"method": meta["method"], "mu": card["mu"], "step": meta["step"], "card": card})
     return path
 
@@ -114,7 +114,7 @@ def _lipschitz(found: dict[str, Any]) -> dict[str, Any]:
 
 def _expectations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
-        missing = [k for k in pretrained.EXPECTATION if k not in row]
+        missing = [k for k in cards.EXPECTATION if k not in row]
         if missing:
             raise InputError(f"Every entry of generalization.json must tell {missing}, but {row} does not.")
     return [_rounded(r) for r in rows]

@@ -25,18 +25,18 @@ _HOME = {
     "Regularizer": "regularizers",
     "PGDOptions": "solvers",
     "Solution": "solvers",
-    "recover": "recovery",
-    "hypergradient": "implicit",
-    "AdjointOptions": "implicit",
-    "Hypergradient": "implicit",
-    "beta_hat": "lipschitz",
-    "spectrum": "lipschitz",
-    "cg": "linsolve",
-    "minres": "linsolve",
-    "CGOptions": "linsolve",
-    "MinresOptions": "linsolve",
-    "save": "weights",
-    "load": "weights",
+    "recover": "inverse.recovery",
+    "hypergradient": "inverse.hypergradient",
+    "AdjointOptions": "inverse.hypergradient",
+    "Hypergradient": "inverse.hypergradient",
+    "beta_hat": "regularizers.lipschitz",
+    "spectrum": "regularizers.lipschitz",
+    "cg": "solvers",
+    "minres": "solvers",
+    "CGOptions": "solvers",
+    "MinresOptions": "solvers",
+    "save": "weights.io",
+    "load": "weights.io",
     "BilevelTrainer": "training",
     "BilevelConfig": "training",
     "BaselineConfig": "training",
@@ -48,26 +48,25 @@ _HOME = {
     "gpu_options": "backend",
     "release_graphs": "backend",
     "Status": "status",
-    "add_noise": "fidelity",
-    "mu_with_noise": "fidelity",
-    "psnr": "metrics",
-    "ssim": "metrics",
+    "add_noise": "inverse.data_term",
+    "mu_with_noise": "inverse.data_term",
+    "psnr": "evaluation.metrics",
+    "ssim": "evaluation.metrics",
 }
 
 __all__ = ["__version__", "ops", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from . import ops
+    from . import autograd
     from .backend import backends, gpu_options, release_graphs, use_backend
-    from .fidelity import add_noise, mu_with_noise
-    from .implicit import AdjointOptions, Hypergradient, hypergradient
-    from .linsolve import CGOptions, MinresOptions, cg, minres
-    from .lipschitz import beta_hat, spectrum
-    from .metrics import psnr, ssim
+    from .evaluation.metrics import psnr, ssim
+    from .inverse.data_term import add_noise, mu_with_noise
+    from .inverse.hypergradient import AdjointOptions, Hypergradient, hypergradient
+    from .inverse.recovery import recover
     from .operators import SRM, Identity, LinearOperator
-    from .recovery import recover
     from .regularizers import ICNN, RED, TV, DenoiserField, EnergyRegularizer, Regularizer, Ridge, Sum
-    from .solvers import PGDOptions, Solution
+    from .regularizers.lipschitz import beta_hat, spectrum
+    from .solvers import CGOptions, MinresOptions, PGDOptions, Solution, cg, minres
     from .status import Status
     from .training import (
         AdversarialTrainer,
@@ -77,7 +76,7 @@ if TYPE_CHECKING:
         DenoiserTrainer,
         GradientStepTrainer,
     )
-    from .weights import load, save
+    from .weights.io import load, save
 
 
 def __getattr__(name: str) -> Any:

@@ -9,10 +9,22 @@ import torch
 
 
 class Status(enum.IntEnum):
-    """End of an iterative solve for one image. `advice` says what to do next.
+    """Result of an iterative solve for one image.
 
-    Solvers return an int64 tensor `[B]` of these values; `statuses(tensor)` gives the members back
-    and `counts(tensor)` a dictionary `name -> number of images`.
+    Solvers return an int64 tensor `[B]` of these values. `advice` suggests what to do next;
+    `deepreg_fast.status.statuses(tensor)` gives the members, and `counts(tensor)` a dictionary
+    `name -> number of images`.
+
+    Attributes
+    ----------
+    CONVERGED, MAX_ITERATIONS, STAGNATED, NEGATIVE_CURVATURE, NON_FINITE, RUNAWAY
+    advice : str
+
+    Examples
+    --------
+    >>> import deepreg_fast as dr
+    >>> dr.Status(0).name
+    'CONVERGED'
     """
 
     CONVERGED = 0

@@ -55,8 +55,9 @@ SPILLING = Variant(spilling, {"x": "*fp32", "y": "*fp32"}, {"N": 32 * 256}, num_
 
 
 def modules() -> list[str]:
-    """The modules of `deepreg_fast.kernels`."""
-    return sorted(m.name for m in pkgutil.iter_modules(kernels.__path__))
+    """The modules of `deepreg_fast.kernels`, such as `conv_chain.pixel_norm`."""
+    found = pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
+    return sorted(m.name.removeprefix(f"{kernels.__name__}.") for m in found if not m.ispkg)
 
 
 def variants(module: str) -> list[Variant]:

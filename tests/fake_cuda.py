@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from deepreg_fast import checks
-from deepreg_fast.definitions.dct import dct_matrix
+from deepreg_fast.functional.dct import dct_matrix
 from deepreg_fast.training import placement
 
 CUDA = torch.device("cuda", 0)

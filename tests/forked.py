@@ -21,7 +21,7 @@ import torch
 import torch.utils.tensorboard
 
 from deepreg_fast.cli import main
-from deepreg_fast.reproduce import child, runner, score  # noqa: F401
+from deepreg_fast.experiments import scheduler, score, worker  # noqa: F401
 
 
 class Forked:
@@ -70,7 +70,7 @@ def _job(argv: Sequence[str], env: Mapping[str, str]) -> int:
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     sys.argv = list(argv)
     try:
-        return child.main()
+        return worker.main()
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         return 1
@@ -86,5 +86,5 @@ class _Processes:
 
 
 if __name__ == "__main__":
-    runner.subprocess = _Processes  # type: ignore[assignment]
+    scheduler.subprocess = _Processes  # type: ignore[assignment]
     main()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepreg_fast.backend import nvrtc
+from deepreg_fast.backend.gpu import nvrtc
 
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared")
 CTYPES = {"uint64": ctypes.c_uint64, "int32": ctypes.c_int32, "float32": ctypes.c_float}

@@ -26,9 +26,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import deepreg_fast as dr
-from deepreg_fast.backend import gpu_chain, gpu_vectors
-from deepreg_fast.backend.gpu_sweeps import ChainOptions
-from deepreg_fast.backend.work import only
+from deepreg_fast.backend.active import active_images
+from deepreg_fast.backend.gpu import conv_chain
+from deepreg_fast.backend.gpu import vectors as gpu_vectors
+from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
 
 
 class Driver:
@@ -125,10 +126,10 @@ def vectors(B: int, n: int) -> None:
     for plain in (True, False):
         settings = (1e-3, 1.0, 1.2, 0.5, 300)
         G.pgd_candidate(state_of, numbers(6, B)[:5], torch.rand(B), numbers(), settings, eps, plain)
-    G.anderson_turn(numbers(), numbers(), none, memory, 20.0)
-    G.cg_turn(numbers(2, B)[1], numbers(), on, none, on)
-    G.cg_stride(sums, numbers(2, B), numbers(), numbers(), none, on, eps, 1e38)
-    G.cg_arrived(numbers(2, B), sums, numbers(), none, numbers(), on, eps)
+    G.anderson_update(numbers(), numbers(), none, memory, 20.0)
+    G.cg_beta(numbers(2, B)[1], numbers(), on, none, on)
+    G.cg_alpha(sums, numbers(2, B), numbers(), numbers(), none, on, eps, 1e38)
+    G.cg_has_converged(numbers(2, B), sums, numbers(), none, numbers(), on, eps)
 
 
 def chain(norm: str, head: str, channels: int, depth: int, size: tuple[int, int], **options_of: Any) -> None:
@@ -138,9 +139,9 @@ def chain(norm: str, head: str, channels: int, depth: int, size: tuple[int, int]
     form, options = reg.conv_chain_form(), ChainOptions(**options_of)
     assert form is not None
     for rows in (None, torch.ones(batch, dtype=torch.bool)):
-        with only(rows):
-            gpu_chain.value_and_grad(form, x, options)
-            lin = gpu_chain.GpuLinearization(reg, form, x, options)
+        with active_images(rows):
+            conv_chain.value_and_grad(form, x, options)
+            lin = conv_chain.GpuLinearization(reg, form, x, options)
             lin.hvp(x)
             lin.param_vjp(x)
 

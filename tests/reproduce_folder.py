@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deepreg_fast.data import ImageSet
-from deepreg_fast.evaluation import paired
+from deepreg_fast.evaluation.compare import paired
 
 POSTER = {"red": (25.63, 0.69), "gs": (25.98, 0.68), "beta1": (26.34, 0.71), "beta3": (27.42, 0.75)}
 POSTER["beta10"] = (28.33, 0.79)

@@ -17,23 +17,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import deepreg_fast as dr
-from deepreg_fast.backend.extension import extension, instruction_set
-from deepreg_fast.fidelity import objective
-from deepreg_fast.linsolve import (
-    CGOptions,
-    LinearSolution,
-    MinresOptions,
-    batch,
-    cg,
-    extreme_eigenvalues,
-    minres,
-    passes,
-)
-from deepreg_fast.linsolve.cg import arrived, overflow, stride, turn
-from deepreg_fast.lipschitz import beta_hat, curvature
-from deepreg_fast.metrics import psnr
+from deepreg_fast.backend.cpu.extension import extension, instruction_set
+from deepreg_fast.batched import fused, linalg
+from deepreg_fast.evaluation.metrics import psnr
+from deepreg_fast.inverse.data_term import objective
+from deepreg_fast.regularizers.lipschitz import beta_hat, curvature
+from deepreg_fast.solvers import CGOptions, LinearSolution, MinresOptions, cg, extreme_eigenvalues, minres
 from deepreg_fast.solvers.acceleration import make
-from deepreg_fast.solvers.decide import Numbers, judge_candidate, judge_residual
+from deepreg_fast.solvers.cg import cg_alpha, cg_beta, cg_has_converged, would_overflow
+from deepreg_fast.solvers.criteria import PerImageState, acceptance_test, convergence_test
 
 Function = Callable[..., object]
 Case = tuple[str, Function, tuple[torch.Tensor, ...]]
@@ -91,8 +83,8 @@ def numbers() -> Iterator[Case]:
     a, b = normal(4 * count), normal(4 * count)
     edges = torch.tensor([0.0, torch.inf, torch.nan, 1e-310, 1e300, -0.0, 1.0])
     a[: len(edges)], b[7 : 7 + len(edges)] = edges, edges
-    yield "hypot", batch.hypot, (a, b)
-    yield "power_of_two", lambda t: batch.power_of_two(t.long()), (100 * normal(count),)
+    yield "hypot", linalg.hypot, (a, b)
+    yield "exp2_int", lambda t: linalg.exp2_int(t.long()), (100 * normal(count),)
     squares = normal(count, 6).square()
     options = dr.PGDOptions(acceleration="anderson")
     state = (
@@ -107,22 +99,22 @@ def numbers() -> Iterator[Case]:
     )
 
     def residual(sums: torch.Tensor, scale: torch.Tensor, *state: torch.Tensor) -> object:
-        return tuple(judge_residual(Numbers(*state), sums.T[:3], scale, options, 2.0**-23))
+        return tuple(convergence_test(PerImageState(*state), sums.T[:3], scale, options, 2.0**-23))
 
     def candidate(sums: torch.Tensor, value: torch.Tensor, limit: torch.Tensor, *state: torch.Tensor) -> object:
-        found, *rest = judge_candidate(Numbers(*state), sums.T[:5], value, limit, options, 2.0**-23)
+        found, *rest = acceptance_test(PerImageState(*state), sums.T[:5], value, limit, options, 2.0**-23)
         return (*found, *rest)
 
-    yield "judge_residual", residual, (squares, squares[:, 5].sqrt(), *state)
-    yield "judge_candidate", candidate, (squares, normal(count), 2 * squares[:, 5].sqrt(), *state)
+    yield "convergence_test", residual, (squares, squares[:, 5].sqrt(), *state)
+    yield "acceptance_test", candidate, (squares, normal(count), 2 * squares[:, 5].sqrt(), *state)
     d = normal(count, 4, 4)
-    yield "eliminate", batch.eliminate, (d @ d.mT + torch.eye(4), normal(count, 4))
+    yield "eliminate", linalg.solve_spd, (d @ d.mT + torch.eye(4), normal(count, 4))
 
     def cg_step(sums: torch.Tensor, rz: torch.Tensor, old: torch.Tensor, fresh: torch.Tensor) -> object:
         three, moved = sums.T[:3].contiguous(), sums.T[3:5].contiguous()
-        length, status = stride(three, rz, old.abs(), 2.0**-23)
-        ends = arrived(moved, length, fresh.long(), old, 2.0**-23)
-        return (*turn(rz, old, fresh), length, status, overflow(moved, three, length, 1.5), *ends)
+        length, status = cg_alpha(three, rz, old.abs(), 2.0**-23)
+        ends = cg_has_converged(moved, length, fresh.long(), old, 2.0**-23)
+        return (*cg_beta(rz, old, fresh), length, status, would_overflow(moved, three, length, 1.5), *ends)
 
     yield "cg's decisions", cg_step, (squares, normal(count), normal(count), flags(count))
 
@@ -159,9 +151,9 @@ def long_vectors() -> Iterator[Case]:
     """Vectors that several threads share."""
     for dtype in (torch.float32, torch.float64):
         a, b = normal(2, LONG, dtype=dtype), normal(2, LONG, dtype=dtype)
-        yield f"dot {dtype}", batch.dot, (a, b)
-        yield f"add {dtype}", batch.add, (a, normal(2), b, torch.tensor([True, False]))
-        every = lambda a, b: passes.judge(a, b, b, a, torch.ones(len(a), dtype=torch.bool))  # noqa: E731
+        yield f"dot {dtype}", linalg.dot, (a, b)
+        yield f"add {dtype}", linalg.add, (a, normal(2), b, torch.tensor([True, False]))
+        every = lambda a, b: fused.judge(a, b, b, a, torch.ones(len(a), dtype=torch.bool))  # noqa: E731
         yield f"judge {dtype}", every, (a, b)
         yield f"objective {dtype}", objective, (a, b, normal(2, dtype=dtype), normal(2, dtype=dtype))
         yield f"psnr {dtype}", psnr, (a.reshape(2, 1, 1, -1), b.reshape(2, 1, 1, -1))
@@ -199,7 +191,7 @@ def kernels() -> Iterator[Case]:
                 answer
                 for penalty in (beta_hat, curvature)
                 for point in [penalty(reg, x, v)]
-                for answer in (point.beta, point.ascend(radius), point.climb(radius))
+                for answer in (point.beta, point.power_step(radius), point.gradient_step(radius))
             ]
 
         A = dr.SRM((1, 9, 13), 0.5)

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from torch import nn
 
 import deepreg_fast as dr
-from deepreg_fast.backend.extension import extension
+from deepreg_fast.backend.cpu.extension import extension
 from deepreg_fast.errors import InputError
-from deepreg_fast.evaluation import Method, evaluate
+from deepreg_fast.evaluation.compare import Method, evaluate
 from deepreg_fast.regularizers.base import Regularizer
 
 from .helpers import images, random_red
@@ -53,7 +53,7 @@ def unnamed(text: str) -> list[str]:
 
 
 def test_every_buffer_names_its_dtype_and_device() -> None:
-    paths = sorted([*ROOT.glob("deepreg_fast/**/*.py"), *ROOT.glob("kernels/*.py")])
+    paths = sorted([*ROOT.glob("deepreg_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")])
     assert len(paths) > 100
     assert {str(p): calls for p in paths if (calls := unnamed(p.read_text(encoding="utf-8")))} == {}
 

@@ -111,7 +111,7 @@ def test_perturbations_climb() -> None:
     point = dr.beta_hat(reg, x, 1e-3 * delta / delta.flatten(1).norm(dim=1).view(2, 1, 1, 1))
     first = point.beta
     for _ in range(60):
-        delta, kept = point.ascend(radius)
+        delta, kept = point.power_step(radius)
         assert not bool(kept.any())
         assert torch.allclose(delta.flatten(1).norm(dim=1), radius)
         point = dr.beta_hat(reg, x, delta)
@@ -120,7 +120,7 @@ def test_perturbations_climb() -> None:
     assert torch.allclose(point.beta, torch.maximum(-low, high), rtol=0.02)
     # The start of every network, h = 0: grad s is constant zero and no direction is better than another.
     flat = dr.beta_hat(dr.RED(channels=2).double(), x, delta)
-    kept_delta, kept = flat.ascend(radius)
+    kept_delta, kept = flat.power_step(radius)
     assert bool(kept.all()) and torch.equal(kept_delta, delta)
 
 

@@ -20,7 +20,7 @@ from deepreg_fast.bench.calibrate import loosest
 from deepreg_fast.bench.problem import Case, flat
 from deepreg_fast.cli import app
 from deepreg_fast.errors import InputError
-from deepreg_fast.implicit import AdjointOptions, solve_adjoint
+from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
 
 needs_kernels = pytest.mark.skipif(dr.backends()["cpu"] is not None, reason="the C++ extension is not built")
 

@@ -19,8 +19,8 @@ from deepreg_fast.bench import target as targets
 from deepreg_fast.bench.events import EventClock
 from deepreg_fast.bench.target import CPU, Target
 from deepreg_fast.cli import app
-from deepreg_fast.definitions.dct import dct2
 from deepreg_fast.errors import BackendUnavailable
+from deepreg_fast.functional.dct import dct2
 
 from .helpers import images, relative
 
@@ -280,8 +280,8 @@ NAMES = ("forward", "adjoint", "prox", "normal")
 def _planes(depth: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many hidden planes the launches read and write, none of which is run here."""
     pytest.importorskip("triton")
-    from deepreg_fast.backend import gpu_sweeps
-    from deepreg_fast.kernels import outer
+    from deepreg_fast.backend.gpu import pixel_norm as gpu_sweeps
+    from deepreg_fast.kernels.conv_chain import weight_gradients
 
     moved = [0]
 
@@ -312,8 +312,8 @@ def _planes(depth: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     monkeypatch.setattr(gpu_sweeps.Sweeps, "_launch", launch)
     monkeypatch.setattr(gpu_sweeps.Sweeps, "_pack", lambda self, i: (torch.zeros(1), torch.zeros(1)))
-    monkeypatch.setattr(outer, "filters", sums(4, (9, 16, 16)))
-    monkeypatch.setattr(outer, "image_filters", sums(2, (9, 16)))
+    monkeypatch.setattr(weight_gradients, "filters", sums(4, (9, 16, 16)))
+    monkeypatch.setattr(weight_gradients, "image_filters", sums(2, (9, 16)))
     reg, x = bench.Problem(2, 8, 16, depth).regularizer(), torch.zeros(2, 1, 8, 8)
     sweeps = gpu_sweeps.Sweeps(reg.conv_chain_form(), x)
     found = {}
@@ -325,7 +325,7 @@ def _planes(depth: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     }.items():
         moved[0] = 0
         monkeypatch.setattr(sweeps, "_kernels", _NoTotal(sweeps._kernels))
-        f(sweeps.room_to_keep())
+        f(sweeps.allocate_saved())
         found[name] = moved[0]
     return found
 

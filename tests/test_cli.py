@@ -17,8 +17,8 @@ from PIL import Image
 
 import deepreg_fast as dr
 from deepreg_fast.cli import info, main
+from deepreg_fast.inverse.measurements import load_measurements, save_measurements
 from deepreg_fast.machine import may_have_cuda, torch_build
-from deepreg_fast.measurements import load_measurements, save_measurements
 from deepreg_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
 from .helpers import images, random_red

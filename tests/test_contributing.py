@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import deepreg_fast as dr
-from deepreg_fast import backend, measurements, operators, regularizers
+from deepreg_fast import backend, operators, regularizers
+from deepreg_fast.inverse import measurements
 
 from . import test_derivatives as derivatives
 from .helpers import images, log_lines, relative, small_config
@@ -68,7 +69,7 @@ def test_backend(names: dict[str, Any]) -> None:
         assert dr.recover(A.A(x), A, dr.RED(channels=2).double(), 1e-2).backend != "hand-made"
         with dr.use_backend("hand-made"):
             assert dr.TV(0.1).linearize(x).hvp(x).shape == x.shape
-            with pytest.raises(dr.errors.BackendUnavailable, match="it knows TV only"):
+            with pytest.raises(dr.errors.BackendUnavailable, match="it supports TV only"):
                 dr.RED(channels=2).double().value_and_grad(x)
     finally:
         backend._TABLE.clear()

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepreg_fast as dr
-from deepreg_fast.backend import cpu
+from deepreg_fast.backend.cpu import backend as cpu
 
 from .helpers import images, normal, random_red, relative
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepreg_fast as dr
-from deepreg_fast.backend.extension import extension
+from deepreg_fast.backend.cpu.extension import extension
 
 from .helpers import images
 
@@ -86,8 +86,8 @@ def test_it_serves_tv_alone() -> None:
             return 2.0 * super().energy(x)
 
     x = images(2, 1, 9, 9, dtype=torch.float32)
-    assert dr.TV().served_by(x).name == "cpu"
-    assert dr.TV().served_by(x.double()).name == Twice().served_by(x).name == "reference"
+    assert dr.TV().backend_for(x).name == "cpu"
+    assert dr.TV().backend_for(x.double()).name == Twice().backend_for(x).name == "reference"
     lin = dr.TV().linearize(x)
     with pytest.raises(dr.errors.InputError, match="must have the shape"):
         lin.hvp(x[:1])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import deepreg_fast as dr
 from deepreg_fast import backend
-from deepreg_fast.linsolve.batch import add, dot, secant
+from deepreg_fast.batched.linalg import add, dot, secant
 from deepreg_fast.solvers.acceleration import Anderson
 
 from .helpers import images, normal, random_red, relative

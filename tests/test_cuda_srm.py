@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import deepreg_fast as dr
 from deepreg_fast import backend
-from deepreg_fast.backend import gpu_srm, nvrtc
-from deepreg_fast.backend.srm_plan import FORWARD, dct_factors, hadamard_factors, plan
-from deepreg_fast.definitions import hadamard
+from deepreg_fast.backend.gpu import nvrtc, srm
+from deepreg_fast.backend.gpu.srm_plan import FORWARD, dct_factors, hadamard_factors, plan
+from deepreg_fast.functional import hadamard
 
 from .helpers import normal, relative
 from .host_cuda import COMPILER, HostLauncher, library
@@ -32,8 +32,8 @@ EPS = 2.0**-23
 host = pytest.mark.skipif(COMPILER is None, reason="no g++ on this machine")
 
 
-def kernels(A: dr.SRM, limit: int = LIMIT, order: int = 0) -> gpu_srm.GpuSrm:
-    made = gpu_srm.build(A, limit, lambda _: HostLauncher("srm.cu", order))
+def kernels(A: dr.SRM, limit: int = LIMIT, order: int = 0) -> srm.GpuSrm:
+    made = srm.build(A, limit, lambda _: HostLauncher("srm.cu", order))
     assert made is not None
     return made
 
@@ -78,7 +78,7 @@ class Definition:
         return self._run("_correct", x, y, w)
 
 
-def compare(A: dr.SRM, k: gpu_srm.GpuSrm, count: int = 2, seed: int = 0, device: str = "cpu") -> None:
+def compare(A: dr.SRM, k: srm.GpuSrm, count: int = 2, seed: int = 0, device: str = "cpu") -> None:
     x, y, w = data(A, count, seed)
     exact = products(Definition(copy.deepcopy(A).double()), x.double(), y.double(), w.double())
     x, y, w = x.to(device), y.to(device), w.to(device)
@@ -218,7 +218,7 @@ def test_images_that_have_ended_are_left_alone(A: dr.SRM, limit: int, monkeypatc
     whole = products(kernels(A, limit), x, y, w)
     rows = torch.tensor([True, False, True])
     launcher = Marked("srm.cu")
-    k = gpu_srm.build(A, limit, lambda _: launcher)
+    k = srm.build(A, limit, lambda _: launcher)
     assert k is not None
     made = torch.Tensor.new_empty
 
@@ -227,7 +227,7 @@ def test_images_that_have_ended_are_left_alone(A: dr.SRM, limit: int, monkeypatc
         return launcher.out.fill_(7.0)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    with backend.only(rows):
+    with backend.active_images(rows):
         for wanted, came in zip(whole, products(k, x, y, w), strict=True):
             assert torch.equal(came[rows], wanted[rows])
             assert bool((came[1] == 7.0).all())
@@ -264,13 +264,13 @@ def test_arguments_of_any_layout() -> None:
 def test_another_state_makes_other_tables() -> None:
     A, B = dr.SRM((1, 12, 10), seed=7), dr.SRM((1, 12, 10), seed=8)
     x, y, _ = data(A, 2)
-    first = gpu_srm.kept(B, lambda: kernels(B))
-    assert first is not None and gpu_srm.kept(B, lambda: kernels(B)) is first
+    first = srm.kept(B, lambda: kernels(B))
+    assert first is not None and srm.kept(B, lambda: kernels(B)) is first
     assert not torch.equal(first.forward(x), kernels(A).forward(x))
     B.load_state_dict(A.state_dict())
-    second = gpu_srm.kept(B, lambda: kernels(B))
+    second = srm.kept(B, lambda: kernels(B))
     assert second is not None and torch.equal(second.forward(x), kernels(A).forward(x))
-    assert gpu_srm.find(A, x) is None, "no GPU tensor"
+    assert srm.find(A, x) is None, "no GPU tensor"
 
 
 def test_what_the_kernels_do_not_reach() -> None:
@@ -342,10 +342,10 @@ def test_nvcc_compiles_with_warnings_as_errors(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def on_gpu(A: dr.SRM, limit: int | None = None) -> gpu_srm.GpuSrm:
+def on_gpu(A: dr.SRM, limit: int | None = None) -> srm.GpuSrm:
     device = torch.device("cuda", torch.cuda.current_device())
     limit = nvrtc.shared_limit(device) if limit is None else limit
-    k = gpu_srm.build(A, limit, lambda options: nvrtc.module("srm.cu", options, device))
+    k = srm.build(A, limit, lambda options: nvrtc.module("srm.cu", options, device))
     assert k is not None
     return k
 
@@ -362,7 +362,7 @@ def test_on_the_gpu(A: dr.SRM, limit: int | None) -> None:
         alone = products(k, x[b : b + 1], y[b : b + 1], w[b : b + 1])
         assert all(torch.equal(a[0], wanted[b]) for a, wanted in zip(alone, ours, strict=True))
     rows = torch.tensor([True, False, True], device="cuda")
-    with backend.only(rows):
+    with backend.active_images(rows):
         some = products(k, x, y, w)
     assert all(torch.equal(a[rows], wanted[rows]) for a, wanted in zip(some, ours, strict=True))
 
@@ -371,8 +371,8 @@ def test_on_the_gpu(A: dr.SRM, limit: int | None) -> None:
 def test_streams_threads_and_graphs() -> None:
     A = dr.SRM((1, 180, 180), 0.2).cuda()
     x, y, w = (t.cuda() for t in data(A, 8))
-    k = gpu_srm.find(A, x)
-    assert k is not None and gpu_srm.find(A, x) is k and gpu_srm.find(A, x.double()) is None
+    k = srm.find(A, x)
+    assert k is not None and srm.find(A, x) is k and srm.find(A, x.double()) is None
     wanted = products(k, x, y, w)
     torch.cuda.synchronize()
 

@@ -15,24 +15,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepreg_fast as dr
 from deepreg_fast import backend
-from deepreg_fast.backend import gpu_graphs
+from deepreg_fast.backend.gpu import graphs as gpu_graphs
+from deepreg_fast.batched import fused, graphs, loop
+from deepreg_fast.batched.linalg import add, expand, select, solve_spd
 from deepreg_fast.errors import OutOfMemory
-from deepreg_fast.linsolve import (
+from deepreg_fast.regularizers.base import Regularizer
+from deepreg_fast.solvers import (
+    ACCELERATIONS,
     CGOptions,
     MinresOptions,
+    acceleration,
     cg,
     extreme_eigenvalues,
-    graphs,
+    linear_system,
     minres,
-    passes,
-    progress,
-    system,
+    pgd,
 )
-from deepreg_fast.linsolve.batch import add, eliminate, expand, select
-from deepreg_fast.linsolve.cg import _ConjugateGradients
-from deepreg_fast.linsolve.minres import _Minres
-from deepreg_fast.regularizers.base import Regularizer
-from deepreg_fast.solvers import ACCELERATIONS, acceleration, pgd
+from deepreg_fast.solvers.cg import _ConjugateGradients
+from deepreg_fast.solvers.minres import _Minres
 from deepreg_fast.solvers.pgd import _Run
 
 from .helpers import images, normal, random_red
@@ -54,7 +54,7 @@ class Quartic(Regularizer):
         return (0.5 * u**2 + u**4).flatten(1).sum(1)
 
     def value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, u = backend.rows_at_work(x), x - self.center
+        rows, u = backend.active_mask(x), x - self.center
         return poison(rows, self.energy(x)), poison(rows, u + 4.0 * u**3)
 
 
@@ -70,13 +70,13 @@ class PoisonedVectors:
         slot, fresh, x, f = rest
         with dr.use_backend("reference"):
             found = self._anderson(state)._remember(x, f, idx, slot, fresh)
-        return tuple(poison(backend.rows_at_work(x), t) for t in found)
+        return tuple(poison(backend.active_mask(x), t) for t in found)
 
     def combine(self, idx: torch.Tensor, state: tuple[torch.Tensor, ...], *rest: torch.Tensor) -> torch.Tensor:
         c, limit, x, f = rest
         with dr.use_backend("reference"):
             found = self._anderson(state)._combine(x, f, idx, c, limit)
-        return poison(backend.rows_at_work(x), found)
+        return poison(backend.active_mask(x), found)
 
     def _anderson(self, state: tuple[torch.Tensor, ...]) -> acceleration.Anderson:
         anderson = acceleration.Anderson(state[2], state[0].shape[1])
@@ -91,12 +91,12 @@ class PoisonedVectors:
             rows = args[-1] if name in IN_PLACE else None
             with dr.use_backend("reference"):
                 if name == "take":
-                    for (to, _), new in zip(args[1:], passes.take(*args), strict=True):
+                    for (to, _), new in zip(args[1:], fused.take(*args), strict=True):
                         to.copy_(new)
                     return None
-                found = getattr(passes, name)(*args)
+                found = getattr(fused, name)(*args)
             if name not in IN_PLACE:
-                work = backend.rows_at_work(args[0] if name != "dots" else args[0][0])
+                work = backend.active_mask(args[0] if name != "dots" else args[0][0])
                 if name == "dots":
                     return poison_sums(work, found)
                 return tuple(poison(work, t) for t in found) if name == "add" else poison(work, found)
@@ -143,12 +143,12 @@ class Poisoned:
     def unavailable(self) -> str | None:
         return None
 
-    def why_not(self, energy: torch.nn.Module, x: torch.Tensor) -> str | None:
-        return backend._TABLE["cpu"].why_not(energy, x)
+    def unsupported_reason(self, energy: torch.nn.Module, x: torch.Tensor) -> str | None:
+        return backend._TABLE["cpu"].unsupported_reason(energy, x)
 
     def value_and_grad(self, energy: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         value, grad = backend._TABLE["cpu"].value_and_grad(energy, x)
-        rows = backend.rows_at_work(x)
+        rows = backend.active_mask(x)
         return poison(rows, value), poison(rows, grad)
 
     def linearize(self, energy: torch.nn.Module, x: torch.Tensor) -> backend.Linearization:
@@ -167,7 +167,7 @@ class PoisonedSrm:
         self.kernels = kernels
 
     def __getattr__(self, name: str) -> Callable[..., torch.Tensor]:
-        return lambda *args: poison(backend.rows_at_work(args[0]), getattr(self.kernels, name)(*args))
+        return lambda *args: poison(backend.active_mask(args[0]), getattr(self.kernels, name)(*args))
 
 
 @pytest.fixture(name="poisoned")
@@ -181,8 +181,8 @@ def _poisoned() -> Iterator[None]:
 
 @contextmanager
 def lag(n: int) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch, progress.as_device():
-        patch.setattr(progress, "LAG", n)
+    with pytest.MonkeyPatch.context() as patch, loop.simulate_device():
+        patch.setattr(loop, "LAG", n)
         yield
 
 
@@ -206,7 +206,7 @@ def recovery(kind: str) -> Callable[[], dr.Solution]:
 @pytest.mark.parametrize("behind", [0, 1, 5])
 def test_recovery_has_the_same_bits(kind: str, behind: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = recovery(kind)
-    monkeypatch.setattr(acceleration, "_solve", eliminate)
+    monkeypatch.setattr(acceleration, "_solve", solve_spd)
     shrinking = run()
     assert len(set(shrinking.gradients.tolist())) > 3 and len(set(shrinking.status.tolist())) > 1
     with lag(behind):
@@ -244,7 +244,7 @@ def test_recovery_with_an_operator_that_needs_cg(kind: str) -> None:
     y, options = A.A(x), dr.PGDOptions(40, 1e-8, kind)
     mu = torch.logspace(-2, 1, 4).double()
     shrinking = pgd(y, A, Quartic(), mu, options, x)
-    with progress.as_device():
+    with loop.simulate_device():
         found = pgd(y, A, Quartic(), mu, options, x)
     assert torch.equal(found.status, shrinking.status) and found.status.eq(0).all()
     assert torch.equal(found.iterations, shrinking.iterations) and (found.x - shrinking.x).abs().max() <= 1e-12
@@ -265,9 +265,9 @@ def test_systems_have_the_same_bits(solver: Solver, preconditioned: bool, behind
 
     def run(start: torch.Tensor | None, skip: bool) -> Any:
         def product(v: torch.Tensor) -> torch.Tensor:
-            return poison(backend.rows_at_work(v) if skip else None, d * v)
+            return poison(backend.active_mask(v) if skip else None, d * v)
 
-        inverse = (lambda v: poison(backend.rows_at_work(v) if skip else None, 0.5 * v)) if preconditioned else None
+        inverse = (lambda v: poison(backend.active_mask(v) if skip else None, 0.5 * v)) if preconditioned else None
         options = (CGOptions if solver is cg else MinresOptions)(60, 1e-9)
         return solver(product, b, options, x0=start, preconditioner=inverse)
 
@@ -284,7 +284,7 @@ def test_systems_have_the_same_bits(solver: Solver, preconditioned: bool, behind
 def test_images_that_are_not_at_work_are_solved_by_zero() -> None:
     b, rows = normal(3, 4), torch.tensor([True, False, True])
     b[1] = torch.nan
-    with progress.as_device(), backend.only(rows):
+    with loop.simulate_device(), backend.active_images(rows):
         s = cg(lambda v: 2.0 * v, b)
     assert s.status.eq(0).all() and torch.equal(s.x[rows], 0.5 * b[rows]) and s.x[1].eq(0).all()
 
@@ -296,13 +296,13 @@ def test_products_that_return_their_argument(poisoned: None) -> None:
         with dr.use_backend("reference"):
             plain = solver(lambda v: v.clone(), b, x0=t * b)
         for same in (lambda v: v, lambda v: v.view(v.shape)):
-            with progress.as_device():
+            with loop.simulate_device():
                 equal(solver(same, b, x0=t * b), plain, ("x", "status", "iterations", "residual"))
 
 
 def test_add_copies_images_that_are_not_at_work(poisoned: None) -> None:
     x, rows = normal(3, 4), torch.tensor([True, False, True])
-    with backend.only(rows):
+    with backend.active_images(rows):
         out, size = add(x, torch.ones(3).double(), x, rows)
     assert torch.equal(out, x * torch.tensor([[2.0], [1.0], [2.0]])) and bool(torch.isfinite(size).all())
 
@@ -313,7 +313,7 @@ def test_lanczos_has_the_same_bits() -> None:
     wanted = extreme_eigenvalues(lambda v: d * v, v0, 4)
     for n in (0, 1, 2):
         with lag(n):
-            found = extreme_eigenvalues(lambda v: poison(backend.rows_at_work(v), d * v), v0, 4)
+            found = extreme_eigenvalues(lambda v: poison(backend.active_mask(v), d * v), v0, 4)
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
@@ -359,7 +359,7 @@ def steps_of(solver: str, device: str) -> None:
     b = torch.rand(3, 20, device=device)
     inverse = torch.rand(3, 20, device=device) + 0.5
     for preconditioner in (None, lambda v: inverse * v):
-        s = system.System(lambda v: 2.0 * v, b, None, 1e-6)
+        s = linear_system.System(lambda v: 2.0 * v, b, None, 1e-6)
         method: Any = (_ConjugateGradients if solver == "cg" else _Minres)(s, preconditioner)
         method.restart()
         for _ in range(3):
@@ -371,8 +371,8 @@ def steps_of(solver: str, device: str) -> None:
 def test_rounds_never_look(work: str, device: str) -> None:
     """Under a watch; and on a device that has no numbers to give."""
     run = steps_of if work in ("cg", "minres") else rounds_of_pgd
-    as_device = progress.as_device() if device == "cpu" else nullcontext()
-    with NoLooking(), as_device, torch.no_grad():
+    simulate_device = loop.simulate_device() if device == "cpu" else nullcontext()
+    with NoLooking(), simulate_device, torch.no_grad():
         run(work, device)
 
 
@@ -391,10 +391,10 @@ def test_closed_forms_never_look(device: str) -> None:
 
 def test_poll_answers_late_and_in_order() -> None:
     flags = [torch.tensor([True, k < 3]) & torch.tensor(k < 5) for k in range(9)]
-    assert [progress.Poll(3)(f) for f in flags] == [bool(f.any()) for f in flags]
+    assert [loop.AnyActive(3)(f) for f in flags] == [bool(f.any()) for f in flags]
     for n in (0, 1, 3):
-        poll = progress.Poll(n)
-        with progress.as_device():
+        poll = loop.AnyActive(n)
+        with loop.simulate_device():
             told = [poll(f) for f in flags]
         assert told == [True] * n + [k < 5 for k in range(9 - n)]
 
@@ -429,7 +429,7 @@ def flat(out: Any) -> list[torch.Tensor]:
 TAPES: list[Tape] = []
 
 
-class Recorded(graphs.Replay):
+class Recorded(graphs.GraphedLoop):
     """With a tape in the place of the graph; recording it must leave the state's values as they were, as CUDA does."""
 
     fail = False
@@ -457,14 +457,14 @@ class Failing(Recorded):
 def taped(replay: type[Recorded]) -> Iterator[None]:
     """Solves as on a device that captures, or fails to and says so once."""
     TAPES.clear()
-    with pytest.MonkeyPatch.context() as patch, progress.as_device(), warnings.catch_warnings(record=True) as told:
+    with pytest.MonkeyPatch.context() as patch, loop.simulate_device(), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         patch.setattr(graphs, "WARM_UP", 3)
-        patch.setattr(graphs, "_WITHOUT", set())
+        patch.setattr(graphs, "_NO_GRAPH", set())
         patch.setattr(import_module("deepreg_fast.solvers.pgd"), "Replay", replay)
-        patch.setattr(system, "Replay", replay)
+        patch.setattr(linear_system, "Replay", replay)
         yield
-        assert graphs._WITHOUT == ({torch.device("cpu")} if replay.fail else set())
+        assert graphs._NO_GRAPH == ({torch.device("cpu")} if replay.fail else set())
     assert len(TAPES) == 1 and (not TAPES[0].calls or replay.fail)
     assert [str(w.message) for w in told if "CUDA graph" in str(w.message)] == replay.fail * [
         "This solve goes on without a CUDA graph, which could not be made: operation not permitted when stream is "
@@ -477,7 +477,7 @@ def taped(replay: type[Recorded]) -> Iterator[None]:
 def test_replayed_recovery_has_the_same_bits(
     kind: str, replay: type[Recorded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(acceleration, "_solve", eliminate)
+    monkeypatch.setattr(acceleration, "_solve", solve_spd)
     A, x = dr.SRM((1, 6, 6), 0.5), images(4, 1, 6, 6)
     arguments = (A.A(x), A, Quartic(), torch.logspace(-2, 1, 4).double(), dr.PGDOptions(60, 1e-9, kind), 0.3 * x)
     with dr.use_backend("reference"):
@@ -497,13 +497,13 @@ def test_replayed_systems_have_the_same_bits(solver: Solver, preconditioned: boo
     inverse = (lambda v: v / (d + 0.3)) if preconditioned else None
     passes_made: list[int] = []
 
-    def count(self: Any, rows: torch.Tensor, measure: Any = system.System.measure) -> None:
+    def count(self: Any, rows: torch.Tensor, measure: Any = linear_system.System.measure) -> None:
         passes_made.append(1)
         measure(self, rows)
 
     with dr.use_backend("reference"), pytest.MonkeyPatch.context() as patch:
         plain = solver(lambda v: d * v, b, options, preconditioner=inverse)
-        patch.setattr(system.System, "measure", count)
+        patch.setattr(linear_system.System, "measure", count)
         with taped(replay):
             found = solver(lambda v: d * v, b, options, preconditioner=inverse)
     assert len(passes_made) > 1
@@ -614,7 +614,7 @@ def test_rounds_never_wait_for_the_gpu(work: str) -> None:
 
 @pytest.mark.gpu
 def test_poll_on_the_gpu() -> None:
-    poll = progress.Poll(2)
+    poll = loop.AnyActive(2)
     assert [poll(torch.tensor([False, k < 3], device="cuda")) for k in range(6)] == [True] * 5 + [False]
 
 
@@ -634,7 +634,7 @@ def test_a_graph_on_the_gpu_has_the_bits_of_the_loop(solver: Solver) -> None:
 @pytest.mark.gpu
 def test_a_graph_that_cannot_be_made_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product that looks at a number, though it was said not to; torch's allocator is none the worse for it."""
-    monkeypatch.setattr(graphs, "_WITHOUT", set())
+    monkeypatch.setattr(graphs, "_NO_GRAPH", set())
     d = torch.logspace(-3, 0, 4000).cuda()[None]
 
     def looks(v: torch.Tensor) -> torch.Tensor:
@@ -705,18 +705,18 @@ def test_elimination_is_backward_stable(m: int) -> None:
         gram = df @ df.mT
         damped = gram + 1e-8 * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None] * torch.eye(m).double()
         rhs = (df @ normal(30, 50, 1))[..., 0]
-        x = eliminate(damped, rhs)
+        x = solve_spd(damped, rhs)
         residual = (damped @ x[..., None])[..., 0] - rhs
         bound = 8 * m * eps * torch.linalg.matrix_norm(damped) * x.norm(dim=1)
         assert (residual.norm(dim=1) <= bound).all()
-        assert torch.equal(eliminate(damped[3:4], rhs[3:4]), x[3:4])
+        assert torch.equal(solve_spd(damped[3:4], rhs[3:4]), x[3:4])
     damped[0] = torch.nan
-    assert torch.equal(eliminate(damped, rhs)[1:], x[1:])
+    assert torch.equal(solve_spd(damped, rhs)[1:], x[1:])
 
 
 def test_select_takes_no_copy_on_the_cpu() -> None:
     t, none = torch.ones(2, 3), torch.zeros(2, 3)
     yes = torch.ones(2, dtype=torch.bool)
     assert select(yes, t, none) is t and torch.equal(select(~yes, t, none), none)
-    with progress.as_device():
+    with loop.simulate_device():
         assert select(yes, t, none) is not t

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepreg_fast.errors import InputError
-from deepreg_fast.fidelity import LAM, add_noise, mu_with_noise, objective, resolve_mu
+from deepreg_fast.inverse.data_term import LAM, add_noise, mu_with_noise, objective, resolve_mu
 
 
 def test_mu_is_lam_sigma_squared() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 import deepreg_fast as dr
 from deepreg_fast import data
 from deepreg_fast.errors import DataError, InputError
-from deepreg_fast.evaluation import Problem, evaluation_images
+from deepreg_fast.evaluation.compare import Problem, evaluation_images
 from deepreg_fast.training.samples import load_samples
 
 BSD68 = ((32, 48), (48, 32))

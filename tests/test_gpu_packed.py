@@ -8,8 +8,8 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from deepreg_fast.backend import gpu_packed
-from deepreg_fast.backend.gpu_memory import recording
+from deepreg_fast.backend.gpu import packed as gpu_packed
+from deepreg_fast.backend.gpu.memory import recording
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import deepreg_fast as dr
-from deepreg_fast.backend import gpu, only
+from deepreg_fast.backend import active_images
+from deepreg_fast.backend.gpu import backend as gpu
 
 from .helpers import images, normal, random_red, relative
 
@@ -74,7 +75,7 @@ def test_images_that_have_ended_change_nothing() -> None:
     lin, v = reg.linearize(x), torch.sin(7.0 * x)
     alone = [reg.value_and_grad(x)[1][rows], lin.hvp(v)[rows], A.normal(v)[rows]]
     spoilt = torch.where(rows.view(-1, 1, 1, 1), v, torch.nan)
-    with only(rows):
+    with active_images(rows):
         among = [reg.value_and_grad(x)[1][rows], lin.hvp(spoilt)[rows], A.normal(spoilt)[rows]]
         some = lin.param_vjp(spoilt)
     assert same(among, alone)
@@ -346,7 +347,7 @@ def test_too_large_a_batch_is_one_sentence() -> None:
 @on_a_device
 def test_a_source_that_does_not_compile_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepreg_fast import cuda
-    from deepreg_fast.backend import nvrtc
+    from deepreg_fast.backend.gpu import nvrtc
 
     monkeypatch.setattr(cuda, "source", lambda name: 'extern "C" __global__ void f() {\n  int x = no_such_name;\n}\n')
     with pytest.raises(dr.errors.BackendUnavailable) as caught:

@@ -11,9 +11,9 @@ from torch import nn
 
 import deepreg_fast as dr
 from deepreg_fast import backend
-from deepreg_fast.backend import gpu_srm
-from deepreg_fast.backend.gpu import GpuBackend
-from deepreg_fast.linsolve.progress import as_device
+from deepreg_fast.backend.gpu import srm as gpu_srm
+from deepreg_fast.backend.gpu.backend import GpuBackend
+from deepreg_fast.batched.loop import simulate_device
 
 from . import host_cuda
 from .helpers import images, random_red, relative
@@ -76,8 +76,8 @@ def test_a_hypergradient_is_that_of_the_reference(
     gpu: Interpreted, norm: str, depth: int, size: tuple[int, int], rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Fewer and larger pieces: the interpreter's time follows their number.
-    monkeypatch.setattr("deepreg_fast.kernels.outer.TILE", (16, 32))
-    monkeypatch.setattr("deepreg_fast.kernels.outer.DOWN", 1)
+    monkeypatch.setattr("deepreg_fast.kernels.conv_chain.weight_gradients.TILE", (16, 32))
+    monkeypatch.setattr("deepreg_fast.kernels.conv_chain.weight_gradients.DOWN", 1)
     # So many rounds and products and no more: float32 and float64 then take the same steps.
     options = {
         "options": dr.PGDOptions(rounds, 1e-12),
@@ -85,7 +85,7 @@ def test_a_hypergradient_is_that_of_the_reference(
     }
     reg = random_red(scale=0.05, double=False, channels=4, depth=depth, norm=norm, alpha=0.5)
     A, x = dr.SRM((1, *size), 0.4), images(2, 1, *size, dtype=torch.float32)
-    with as_device():
+    with simulate_device():
         found = dr.hypergradient(x, A.A(x), A, reg, 0.1, **options)
     assert {"gradient", "srm"} <= set(gpu.calls)
     with dr.use_backend("reference"):
@@ -120,5 +120,5 @@ def test_what_it_does_not_serve_goes_on_to_the_others(gpu: Interpreted) -> None:
 
 
 def test_the_real_one_says_what_it_takes() -> None:
-    reason = GpuBackend().why_not(random_red(double=False), images(1, 1, 8, 8, dtype=torch.float32))
+    reason = GpuBackend().unsupported_reason(random_red(double=False), images(1, 1, 8, 8, dtype=torch.float32))
     assert reason is not None and "float32 tensors on a CUDA device, not torch.float32 on cpu" in reason

@@ -20,13 +20,16 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 import deepreg_fast as dr
-from deepreg_fast import backend, implicit
-from deepreg_fast.backend import gpu_graphs, gpu_packed
-from deepreg_fast.backend.gpu_graphs import KEPT, Loop, Signature, places_of
-from deepreg_fast.linsolve import graphs, progress, system
+from deepreg_fast import backend
+from deepreg_fast.backend.gpu import graphs as gpu_graphs
+from deepreg_fast.backend.gpu import packed
+from deepreg_fast.backend.gpu.graphs import KEPT, Loop, Signature, places_of
+from deepreg_fast.batched import graphs
+from deepreg_fast.batched import loop as progress
+from deepreg_fast.inverse import hypergradient
 from deepreg_fast.operators.base import LinearOperator
 from deepreg_fast.regularizers.base import Regularizer
-from deepreg_fast.solvers import acceleration, pgd
+from deepreg_fast.solvers import acceleration, linear_system, pgd
 
 from .helpers import images, normal, random_red
 from .test_device_loops import Tape, equal, poison
@@ -55,10 +58,10 @@ class Bowl(Regularizer):
     def _numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
         parameters = list(self.net.parameters())
 
-        def pack() -> gpu_packed.Packed:
+        def pack() -> packed.Packed:
             return [(2.0 * parameters[0].detach(), 2.0 * parameters[1].detach())]
 
-        a, b = gpu_packed.packed(self.net, parameters, (), CPU, pack)[0]
+        a, b = packed.packed(self.net, parameters, (), CPU, pack)[0]
         return 0.5 * a, 0.5 * b
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,7 +89,7 @@ class Bend:
 
     def hvp(self, v: torch.Tensor) -> torch.Tensor:
         CALLS.append("hvp")
-        return poison(backend.rows_at_work(v), (self.a + 12.0 * self.b * self.u**2).to(v.dtype) * v)
+        return poison(backend.active_mask(v), (self.a + 12.0 * self.b * self.u**2).to(v.dtype) * v)
 
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"net.first": (self.u * v).sum()[None], "net.second": 4.0 * (self.u**3 * v).sum()[None]}
@@ -106,7 +109,7 @@ class Analytic:
 
     def value_and_grad(self, energy: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         CALLS.append("gradient")
-        (a, b), rows, u = energy._numbers(), backend.rows_at_work(x), x - energy.center
+        (a, b), rows, u = energy._numbers(), backend.active_mask(x), x - energy.center
         value = (0.5 * a * u**2 + b * u**4).flatten(1).sum(1)
         return poison(rows, value.to(x.dtype)), poison(rows, (a * u + 4.0 * b * u**3).to(x.dtype))
 
@@ -210,15 +213,15 @@ class Undoing(Tape):
 def captured() -> Iterator[None]:
     """Solves as on a device that captures, by the backend above, from an empty cache."""
     kept = dict(backend._TABLE)
-    with pytest.MonkeyPatch.context() as patch, progress.as_device(), warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as patch, progress.simulate_device(), warnings.catch_warnings():
         warnings.filterwarnings("error", "This solve goes on without a CUDA graph")
         backend.register(Analytic())  # type: ignore[arg-type]
-        patch.setattr(acceleration, "_solve", acceleration.eliminate)
+        patch.setattr(acceleration, "_solve", acceleration.solve_spd)
         # A tape has torch's operations, and no kernels of ours.
         patch.setattr(backend.cpu.CpuBackend, "vectors", lambda *_: None)
         patch.setattr(graphs, "_record", record)
-        patch.setattr(graphs, "_WITHOUT", set())
-        for module in (import_module("deepreg_fast.solvers.pgd"), system, implicit):
+        patch.setattr(graphs, "_NO_GRAPH", set())
+        for module in (import_module("deepreg_fast.solvers.pgd"), linear_system, hypergradient):
             patch.setattr(module, "records", lambda t: True)
         KEPT.clear()
         CALLS.clear()
@@ -254,8 +257,8 @@ class Problem:
 
     def adjoint(self) -> Any:
         lin = self.reg.linearize(self.x)
-        options = implicit.AdjointOptions(self.method, self.rounds, 1e-14)
-        return implicit.solve_adjoint(lin, self.A, self.mu, torch.sin(9 * self.x), options, None, self.curvature)
+        options = hypergradient.AdjointOptions(self.method, self.rounds, 1e-14)
+        return hypergradient.solve_adjoint(lin, self.A, self.mu, torch.sin(9 * self.x), options, None, self.curvature)
 
 
 SOLVES = {"recovery": SOLUTION, "adjoint": LINEAR}
@@ -291,7 +294,7 @@ def test_the_second_solve_is_recorded_and_the_third_is_replayed_at_once(solve: s
     p.method = method
     with graphs.without_graphs():
         rounds = eager(p, solve) - OUTSIDE[solve]
-    assert 4 < rounds <= p.rounds + progress.LAG < graphs.WARM_UP
+    assert 4 < rounds <= p.rounds + progress.QUERY_LAG < graphs.WARM_UP
     CALLS.clear()
     getattr(p, solve)()
     assert not TAPES and len(KEPT) == 0
@@ -438,7 +441,7 @@ def test_a_training_step_replays_its_adjoint_solve() -> None:
     def step(q: Problem, adam: torch.optim.Adam, seed: int) -> None:
         q.x = Problem(seed).x
         options = dr.PGDOptions(8, 1e-12, "anderson", memory=2)
-        adjoint = implicit.AdjointOptions("cg", 8, 1e-14)
+        adjoint = hypergradient.AdjointOptions("cg", 8, 1e-14)
         found = dr.hypergradient(q.x, q.y, q.A, q.reg, 0.3, options=options, adjoint=adjoint)
         for name, parameter in q.reg.named_parameters():
             parameter.grad = found.theta[name]
@@ -473,7 +476,7 @@ def test_two_threads_never_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Undoing, "replay", waits)
 
     def work(i: int) -> None:
-        with progress.as_device(), torch.no_grad():
+        with progress.simulate_device(), torch.no_grad():
             for _ in range(3):
                 found[i] = problems[i].adjoint()
 
@@ -550,7 +553,7 @@ def test_graphs_are_released_when_asked_and_when_memory_is_short() -> None:
     warm(p, "recovery")
     calls = []
 
-    @gpu_graphs.giving_way
+    @gpu_graphs.retry_after_freeing_graphs
     def greedy() -> int:
         calls.append(len(KEPT))
         if len(calls) == 1 or len(calls) > 2:
@@ -685,7 +688,9 @@ def test_solves_on_the_gpu_backend_have_the_bits_of_solves_without_graphs(
     def solves(x: torch.Tensor) -> tuple[Any, Any]:
         recovery = pgd(A.A(x), A, reg, mu, dr.PGDOptions(3, 1e-12, "anderson", memory=2), 0.5 * x)
         lin = reg.linearize(x)
-        return recovery, implicit.solve_adjoint(lin, A, mu, x - recovery.x, implicit.AdjointOptions("cg", 3, 1e-12))
+        return recovery, hypergradient.solve_adjoint(
+            lin, A, mu, x - recovery.x, hypergradient.AdjointOptions("cg", 3, 1e-12)
+        )
 
     for seed in range(2):
         with torch.no_grad():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from deepreg_fast.batched.linalg import dot, exp2_int, norm, select
 from deepreg_fast.errors import InputError
-from deepreg_fast.linsolve import CGOptions, MinresOptions, cg, extreme_eigenvalues, minres
-from deepreg_fast.linsolve.batch import dot, norm, power_of_two, select
+from deepreg_fast.solvers import CGOptions, MinresOptions, cg, extreme_eigenvalues, minres
 from deepreg_fast.status import Status
 
 KINDS = ("definite", "indefinite", "consistent", "inconsistent", "clustered")
@@ -298,6 +298,6 @@ def test_batch_helpers():
         assert torch.equal(whole[4:5], dot(a[4:5], b[4:5]))
         assert torch.equal(norm(a), torch.sqrt(dot(a, a)))
     exponents = torch.tensor([-1022, -3, 0, 10, 1023])
-    assert power_of_two(exponents).tolist() == [2.0**e for e in exponents.tolist()]
+    assert exp2_int(exponents).tolist() == [2.0**e for e in exponents.tolist()]
     kept = select(torch.tensor([True, False]), torch.ones(2, 2), torch.tensor([[torch.nan], [3.0]]).expand(2, 2))
     assert kept.tolist() == [[1.0, 1.0], [3.0, 3.0]]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepreg_fast.errors import InputError
-from deepreg_fast.metrics import psnr, ssim
+from deepreg_fast.evaluation.metrics import psnr, ssim
 
 
 def noisy(seed: int = 0, shape: tuple[int, ...] = (3, 1, 20, 24)) -> tuple[torch.Tensor, torch.Tensor]:

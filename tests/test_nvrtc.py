@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepreg_fast import cuda
-from deepreg_fast.backend import nvrtc
+from deepreg_fast.backend.gpu import nvrtc
 from deepreg_fast.errors import BackendUnavailable
 
 pytest.importorskip("cupy", reason="CuPy, which binds NVRTC, is not installed")

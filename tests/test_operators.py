@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import deepreg_fast as dr
 from deepreg_fast import operators
-from deepreg_fast.definitions import hadamard
 from deepreg_fast.errors import InputError, OperatorMismatch
+from deepreg_fast.functional import hadamard
 from deepreg_fast.operators.base import LinearOperator
 
 from .helpers import images, normal, relative

@@ -13,8 +13,9 @@ from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import deepreg_fast as dr
-from deepreg_fast.definitions.conv_chain import conv_chain
-from deepreg_fast.ops import chain, products
+from deepreg_fast.autograd import conv_chain as chain
+from deepreg_fast.autograd import srm
+from deepreg_fast.functional.conv_chain import conv_chain
 
 from .helpers import images, normal, random_red, relative
 
@@ -36,7 +37,7 @@ def _small(**options: Any) -> dr.RED:
 def _arguments(reg: dr.RED) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
     form = reg.conv_chain_form()
     assert form is not None
-    return [p.detach().clone().requires_grad_() for p in chain.parameters(form)], astuple(chain.outline(form))
+    return [p.detach().clone().requires_grad_() for p in chain.parameters(form)], astuple(chain.spec_of(form))
 
 
 def _close(ours: Any, theirs: Any, exact: Any) -> None:
@@ -54,9 +55,9 @@ def test_opcheck_of_the_srm(dtype: torch.dtype) -> None:
     A = dr.SRM((1, 4, 6), 0.5, randomizer="both")
     x, y = (normal(2, *s).to(dtype).requires_grad_() for s in ((1, 4, 6), (A.measurements,)))
     for which, t in (("forward", x), ("adjoint", y), ("normal", x)):
-        torch.library.opcheck(OPS.srm.default, (t, which, *products._description(A)))
+        torch.library.opcheck(OPS.srm.default, (t, which, *srm._description(A)))
     weight = torch.rand(2, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(OPS.srm_correct.default, (x, y, weight, *products._description(A)))
+    torch.library.opcheck(OPS.srm_correct.default, (x, y, weight, *srm._description(A)))
 
 
 @pytest.mark.parametrize("norm", ["none", "image"])
@@ -78,7 +79,7 @@ def test_gradcheck_of_the_products(which: str, transform: str) -> None:
     inputs = (t.requires_grad_(),)
 
     def f(t: torch.Tensor) -> torch.Tensor:
-        return products.product(which, A, t)
+        return srm.product(which, A, t)
 
     assert gradcheck(f, inputs, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(f, inputs, check_fwd_over_rev=True, check_batched_grad=True)
@@ -89,7 +90,7 @@ def test_gradcheck_of_the_correction() -> None:
     inputs = tuple(normal(*s).requires_grad_() for s in ((2, 1, 4, 6), (2, A.measurements), (2,)))
 
     def f(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return products.correct(A, x, y, weight)
+        return srm.correct(A, x, y, weight)
 
     assert gradcheck(f, inputs, check_forward_ad=True)
     assert gradgradcheck(f, inputs, check_fwd_over_rev=True)
@@ -194,7 +195,7 @@ def test_torch_func_through_the_srm() -> None:
     with forward_ad.dual_level():
         assert torch.equal(forward_ad.unpack_dual(A.A(forward_ad.make_dual(x, v))).tangent, A.A(v))
     with pytest.raises(dr.errors.InputError, match="one operator"):
-        torch.func.vmap(lambda rows: OPS.srm(x, "forward", rows, *products._description(A)[1:]))(A.rows[None])
+        torch.func.vmap(lambda rows: OPS.srm(x, "forward", rows, *srm._description(A)[1:]))(A.rows[None])
 
 
 def test_no_grad_inside_a_transform_is_kept() -> None:
@@ -220,7 +221,7 @@ def test_without_a_follower_nothing_stands_before_the_kernels(monkeypatch: pytes
         raise AssertionError("not an operation of torch")
 
     for name in ("_product", "_correct"):
-        monkeypatch.setattr(products, name, refuse)
+        monkeypatch.setattr(srm, name, refuse)
     x.requires_grad_()
     with torch.no_grad():
         assert torch.equal(A.A(x), y)
@@ -233,10 +234,10 @@ def test_an_operator_that_takes_another_state_is_another_operator() -> None:
     assert not torch.equal(A.A(x), B.A(x))
     B.load_state_dict(A.state_dict())
     assert torch.equal(A.A(x), B.A(x))
-    for seed in range(2 * products._KEPT):
+    for seed in range(2 * srm._KEPT):
         C = dr.SRM((1, 12, 10), seed=seed)
         assert torch.equal(C.A(x), C.A(x.detach()))
-    assert len(products._FORMS) <= products._KEPT
+    assert len(srm._FORMS) <= srm._KEPT
 
 
 # ---- the regularizer through its kernels

@@ -15,7 +15,7 @@ from PIL import Image
 import deepreg_fast as dr
 from deepreg_fast.cli.options import default_mu, pgd_options
 from deepreg_fast.errors import DataError, InputError
-from deepreg_fast.measurements import FORMAT, load_measurements, save_measurements
+from deepreg_fast.inverse.measurements import FORMAT, load_measurements, save_measurements
 
 from .helpers import images, random_red
 from .test_cli import Run, _run, _weights

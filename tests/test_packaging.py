@@ -76,9 +76,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Wheel):
         "deepreg_fast/kernels/" + str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("*.py")
     }
     expected |= {f"deepreg_fast/data/bsd400_{kind}.json" for kind in ("split", "sha256")}
-    expected |= {f"deepreg_fast/pretrained/{p.name}" for p in (ROOT / "deepreg_fast/pretrained").glob("*.safetensors")}
-    expected |= {f"deepreg_fast/reproduce/{name}.toml" for name in ("bsd400", "quick", "ledger")}
-    assert "deepreg_fast/pretrained/cs5-beta10.safetensors" in expected <= names
+    expected |= {f"deepreg_fast/weights/{p.name}" for p in (ROOT / "deepreg_fast/weights").glob("*.safetensors")}
+    expected |= {f"deepreg_fast/experiments/{name}.toml" for name in ("bsd400", "quick", "ledger")}
+    assert "deepreg_fast/weights/cs5-beta10.safetensors" in expected <= names
     assert "deepreg_fast/py.typed" in names
     extensions = {name for name in names if name.endswith((".so", ".pyd"))}
     assert extensions == ({f"deepreg_fast/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"} if COMPILER else set())

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import deepreg_fast as dr
+from deepreg_fast.batched.linalg import norm as lengths
 from deepreg_fast.data import embedded_images
-from deepreg_fast.linsolve.batch import norm as lengths
-from deepreg_fast.lipschitz import PENALTIES, Curvature, curvature
+from deepreg_fast.regularizers.lipschitz import PENALTIES, CurvatureQuotient, curvature
 
 from .helpers import central, images, log_lines, moved, normal, random_red, relative, small_config
 
@@ -54,12 +54,12 @@ def test_derivatives_of_the_curvature(options: dict[str, Any]) -> None:
     assert relative(along, slope) <= 1e-6
 
 
-def _ascended(reg: dr.RED, x: torch.Tensor, radius: torch.Tensor, steps: int) -> list[Curvature]:
+def _ascended(reg: dr.RED, x: torch.Tensor, radius: torch.Tensor, steps: int) -> list[CurvatureQuotient]:
     delta = normal(*x.shape).to(x)
     delta = delta * (radius / lengths(delta)).to(x).view(-1, 1, 1, 1)
     points = [curvature(reg, x, delta)]
     for _ in range(steps):
-        delta, kept = points[-1].ascend(radius)
+        delta, kept = points[-1].power_step(radius)
         assert not bool(kept.any())
         torch.testing.assert_close(lengths(delta), radius, rtol=1e-5, atol=0)
         points.append(curvature(reg, x, delta))
@@ -101,7 +101,7 @@ def test_free_perturbations_climb(penalty: str) -> None:
     point = PENALTIES[penalty](reg, x, delta * (radius / lengths(delta)).view(-1, 1, 1, 1))
     first = point.beta
     for _ in range(40):
-        step, kept = point.climb(radius)
+        step, kept = point.gradient_step(radius)
         assert torch.allclose(lengths(step - point.delta), torch.where(kept, 0.0, 0.25 * radius))
         point = PENALTIES[penalty](reg, x, step)
     assert (point.beta > first + 0.1).all()
@@ -113,7 +113,7 @@ def test_perturbations_stay_where_there_is_no_direction(penalty: str) -> None:
     """`h = 0`, the start of every network, in float32: `grad s` is zero but for rounding."""
     x, delta = images(2, 1, 8, 8, dtype=torch.float32), 0.1 * normal(2, 1, 8, 8).float()
     point = PENALTIES[penalty](dr.RED(channels=2), x, delta)
-    moved_to, kept = point.ascend(lengths(delta))
+    moved_to, kept = point.power_step(lengths(delta))
     assert bool(kept.all()) and torch.equal(moved_to, delta) and bool((point.beta.abs() < 1e-5).all())
 
 

@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import deepreg_fast as dr
-from deepreg_fast import pretrained
 from deepreg_fast.cli.options import default_mu, pgd_options, unlike_training
 from deepreg_fast.data import bsd400_registry, bsd400_split, embedded_images, split_sha256
 from deepreg_fast.errors import CheckpointError, InputError
-from deepreg_fast.evaluation import Method, run
-from deepreg_fast.fidelity import LAM
-from deepreg_fast.tuning import tuned_tv
+from deepreg_fast.evaluation.compare import Method, run
+from deepreg_fast.evaluation.tuning import tuned_tv
+from deepreg_fast.inverse.data_term import LAM
+from deepreg_fast.weights import cards
 
 from .helpers import random_red
 from .test_cli import Run, _run  # noqa: F401 - the fixture `run`
@@ -56,10 +56,10 @@ def _script() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", pretrained.names())
+@pytest.mark.parametrize("name", cards.names())
 def test_card(name: str) -> None:
-    card = pretrained.card(name)
-    assert list(card) == list(pretrained.FIELDS) and card["name"] == name
+    card = cards.card(name)
+    assert list(card) == list(cards.FIELDS) and card["name"] == name
     reg, meta = dr.load(name)
     assert meta["card"] == card and meta["mu"] == card["mu"] > 0 and meta["method"] == "bilevel"
     assert card["parameters"] == sum(p.numel() for p in reg.parameters())
@@ -77,10 +77,10 @@ def test_card(name: str) -> None:
         assert card[text]
 
 
-@pytest.mark.parametrize("name", pretrained.names())
+@pytest.mark.parametrize("name", cards.names())
 def test_expectations_cover_what_users_change(name: str) -> None:
-    rows = pretrained.card(name)["expectations"]
-    assert all(set(pretrained.EXPECTATION) <= set(r) for r in rows)
+    rows = cards.card(name)["expectations"]
+    assert all(set(cards.EXPECTATION) <= set(r) for r in rows)
     assert {0.1, 0.5} <= {r["ratio"] for r in rows}
     assert len({r["operator_seed"] for r in rows}) > 1 and max(r["sigma"] for r in rows) > 0
     assert len({tuple(r["size"]) for r in rows}) > 1
@@ -88,9 +88,9 @@ def test_expectations_cover_what_users_change(name: str) -> None:
 
 
 def test_files_are_small_and_name_no_machine() -> None:
-    assert NAME in pretrained.names()
-    for name in pretrained.names():
-        path = pretrained.find(name)
+    assert NAME in cards.names()
+    for name in cards.names():
+        path = cards.find(name)
         assert path is not None and path.stat().st_size < 100_000
         found = [s for s in strings(header(path)) if ABSOLUTE.search(s)]
         assert not found, found
@@ -119,7 +119,7 @@ def test_a_file_comes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_is_no_name() -> None:
-    for call in (dr.load, pretrained.card):
+    for call in (dr.load, cards.card):
         with pytest.raises(CheckpointError, match=rf"one of the shipped .*{NAME}.*'cs5-beta11' is neither"):
             call("cs5-beta11")
     for path in ("./cs5-beta10", "cs5-beta10.safetensors", f"{NAME}/"):
@@ -152,7 +152,7 @@ def test_other_releases(tmp_path: Path, change: dict[str, str], words: str) -> N
 
 
 def test_mu_where_the_noise_is_larger() -> None:
-    card = {**dict.fromkeys(pretrained.FIELDS), "lam": 40.0, "operator": {"ratio": 0.2, "sigma": 0.0}}
+    card = {**dict.fromkeys(cards.FIELDS), "lam": 40.0, "operator": {"ratio": 0.2, "sigma": 0.0}}
     meta = {"mu": 1e-3, "card": card}
     assert default_mu(meta, 0.0) == default_mu(meta, 1e-3) == 1e-3
     assert default_mu(meta, 0.05) == pytest.approx(0.1)
@@ -167,9 +167,9 @@ def test_mu_where_the_noise_is_larger() -> None:
 
 def test_info_lists_them_and_prints_a_card(run: Run) -> None:
     found = json.loads(run("info", "--json").out)["weights"]
-    assert set(found) == set(pretrained.names())
+    assert set(found) == set(cards.names())
     text = run("info").out
-    card = pretrained.card(NAME)
+    card = cards.card(NAME)
     assert re.search(rf"{NAME} .*0\.2 .*{card['psnr']['mean']:.2f} dB", text)
     assert json.loads(run("info", NAME, "--json").out) == card
     page = run("info", NAME).out
@@ -182,7 +182,7 @@ def test_info_lists_them_and_prints_a_card(run: Run) -> None:
 
 
 def test_weights_tell_how_they_are_recovered() -> None:
-    card = pretrained.card(NAME) | {"recovery": {"acceleration": "anderson", "memory": 10, "max_iterations": 3}}
+    card = cards.card(NAME) | {"recovery": {"acceleration": "anderson", "memory": 10, "max_iterations": 3}}
     assert pgd_options({"card": card}, "", 0, tolerance=1e-3) == dr.PGDOptions(3, 1e-3, "anderson", memory=10)
     assert pgd_options({"card": card}, "fista", 7) == dr.PGDOptions(7, acceleration="fista")
     assert pgd_options({}, "", 0) == dr.PGDOptions(500, acceleration="fista")
@@ -192,17 +192,17 @@ def test_recover_and_evaluate_by_name(run: Run, tmp_path: Path) -> None:
     picture = tmp_path / "p.png"
     x = (embedded_images(64).held_out.x[0, 0] * 255).round().byte().numpy()
     Image.fromarray(x).save(picture)
-    for sigma, lam in ((0.0, 0.0), (0.1, pretrained.card(NAME)["lam"] or 0.0)):
+    for sigma, lam in ((0.0, 0.0), (0.1, cards.card(NAME)["lam"] or 0.0)):
         out = tmp_path / str(sigma)
         answer = run("recover", picture, "--weights", NAME, "--sigma", sigma, "--max-iterations", 60, "--out", out)
         assert answer.code == 0 and ("trained for another problem" in answer.err) == (sigma > 0)
         mu = json.loads((out / "results.json").read_text())["mu"]
-        assert mu == max(pretrained.card(NAME)["mu"], lam * sigma**2)
+        assert mu == max(cards.card(NAME)["mu"], lam * sigma**2)
     common = ("evaluate", "--crop", 32, "--limit", 1, "--validation", 1, "--max-iterations", 30, "--json")
-    answer = run(*common, "--weights", NAME, "--weights", pretrained.find(NAME))
+    answer = run(*common, "--weights", NAME, "--weights", cards.find(NAME))
     assert answer.code == 0 and answer.err == ""
     result = json.loads(answer.out)
-    assert {NAME, f"{NAME}:pretrained"} <= set(result) and result[NAME]["mu"] == pretrained.card(NAME)["mu"]
+    assert {NAME, f"{NAME}:pretrained"} <= set(result) and result[NAME]["mu"] == cards.card(NAME)["mu"]
     for command in ("recover", "evaluate"):
         unknown = run(command, *([picture] if command == "recover" else []), "--weights", "cs5-beta11")
         assert unknown.code == 2 and NAME in unknown.err and unknown.out == ""
@@ -286,15 +286,15 @@ def _row(tmp_path: Path) -> Path:
 
 
 def test_ship(script: ModuleType, row: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "shipped")
+    monkeypatch.setattr(cards, "FOLDER", tmp_path / "shipped")
     monkeypatch.setattr(script, "_commit", lambda: "0" * 40)
     path = script.ship(row, "tiny", "a tiny one", 40.0)
-    assert path == tmp_path / "shipped" / "tiny.safetensors" and pretrained.names() == ("tiny",)
+    assert path == tmp_path / "shipped" / "tiny.safetensors" and cards.names() == ("tiny",)
     reg, meta = dr.load("tiny")
     wanted, _ = dr.load(row / "weights.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(reg.parameters(), wanted.parameters(), strict=True))
-    card = pretrained.card("tiny")
-    assert list(card) == list(pretrained.FIELDS) and meta["mu"] == card["mu"] == 0.25 and card["lam"] == 40.0
+    card = cards.card("tiny")
+    assert list(card) == list(cards.FIELDS) and meta["mu"] == card["mu"] == 0.25 and card["lam"] == 40.0
     assert not [s for s in strings(header(path)) if ABSOLUTE.search(s)]
     assert [s["steps"] for s in card["settings"]] == [3, 5]
     places = {"out": "stage-1", "data": "BSD400", "split": "bsd400", "init": "w.st"}
@@ -307,7 +307,7 @@ def test_ship(script: ModuleType, row: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_ship_refuses(script: ModuleType, row: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "shipped")
+    monkeypatch.setattr(cards, "FOLDER", tmp_path / "shipped")
     result, told = (json.loads((row / f"{n}.json").read_text()) for n in ("result", "generalization"))
     for file, changed, words in (
         ("result", {**result, "scale": 1.3}, "rescaled"),

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from deepreg_fast.cli import main
-from deepreg_fast.report.demo import run_demo
+from deepreg_fast.experiments.demo import run_demo
 from deepreg_fast.report.figures import psnr_figure
 from deepreg_fast.report.html import Report
 

@@ -17,12 +17,13 @@ from PIL import Image
 
 from deepreg_fast.data import load_folder
 from deepreg_fast.errors import InputError
-from deepreg_fast.evaluation import Problem, evaluation_images
-from deepreg_fast.report import curves, figures, record, tables, write_report
-from deepreg_fast.report import wording as w
+from deepreg_fast.evaluation.compare import Problem, evaluation_images
+from deepreg_fast.experiments.report import curves, record, tables
+from deepreg_fast.experiments.report.pictures import pictures
+from deepreg_fast.report import figures, write_report
+from deepreg_fast.report import format as w
 from deepreg_fast.report.figures import Line, Strip, lines_figure, strips_figure
 from deepreg_fast.report.html import Report
-from deepreg_fast.report.pictures import pictures
 
 from .reproduce_folder import write
 from .test_report import _Check

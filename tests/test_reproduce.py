@@ -22,13 +22,13 @@ import pytest
 
 import deepreg_fast as dr
 from deepreg_fast.errors import CheckpointError, DataError, InputError
-from deepreg_fast.reproduce import Settings, load_settings, parse
-from deepreg_fast.reproduce.folder import Folder, agree, locked
-from deepreg_fast.reproduce.history import POINTS, _thinned
-from deepreg_fast.reproduce.job import FATAL, Job
-from deepreg_fast.reproduce.results import collect
-from deepreg_fast.reproduce.runner import plan
-from deepreg_fast.reproduce.settings import changes
+from deepreg_fast.experiments import Settings, load_settings, parse
+from deepreg_fast.experiments.folder import Folder, agree, locked
+from deepreg_fast.experiments.job import FATAL, Job
+from deepreg_fast.experiments.results import collect
+from deepreg_fast.experiments.scheduler import plan
+from deepreg_fast.experiments.settings import changes
+from deepreg_fast.experiments.training_curves import POINTS, _thinned
 
 ROOT = Path(__file__).parents[1]
 FORKED = Path(__file__).with_name("forked.py")

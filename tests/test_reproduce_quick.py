@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from deepreg_fast.reproduce import load_settings
+from deepreg_fast.experiments import load_settings
 
 from .test_reproduce import FORKED, ROOT, to_toml
 
@@ -39,7 +39,7 @@ def _run(folder: Path, program: Sequence[str], *options: str) -> dict[str, dict[
 
 def _smaller() -> dict[str, Any]:
     """The quick settings with the same rows on smaller images, and trainings of a few steps."""
-    found = tomllib.loads((ROOT / "deepreg_fast/reproduce/quick.toml").read_text(encoding="utf-8"))
+    found = tomllib.loads((ROOT / "deepreg_fast/experiments/quick.toml").read_text(encoding="utf-8"))
     found["problem"] |= {"test_crop": 24, "tuning": 1}
     few = {"crop": 16, "batch": 2, "steps": 12, "warmup": 4, "lr": 2e-3, "validation": 2, "validation_crop": 24}
     for defaults in found["defaults"].values():

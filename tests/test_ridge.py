@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepreg_fast as dr
-from deepreg_fast.backend.extension import extension
-from deepreg_fast.definitions.ridge import nested_dct, scales_of
+from deepreg_fast.backend.cpu.extension import extension
+from deepreg_fast.functional.ridge import nested_dct, scales_of
 from deepreg_fast.training.build import regularizer_of
 
 from .helpers import images, normal, relative

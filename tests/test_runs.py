@@ -16,7 +16,8 @@ import torch
 
 import deepreg_fast as dr
 from deepreg_fast.errors import InputError
-from deepreg_fast.training import checkpoint, log, loop
+from deepreg_fast.training import checkpoint, log
+from deepreg_fast.training import trainer as loop
 from deepreg_fast.training.checkpoint import load_checkpoint
 
 from .helpers import log_lines, small_config

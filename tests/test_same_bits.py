@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepreg_fast.backend.extension import extension
+from deepreg_fast.backend.cpu.extension import extension
 
 ROOT = Path(__file__).parents[1]
 CAPABILITIES = ("default", "avx2", "avx512")

@@ -83,7 +83,7 @@ def test_a_weight_file_keeps_the_scale(tmp_path: Path) -> None:
 def test_kernels_of_the_inner_regularizer_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     if dr.backends()["cpu"]:
         pytest.skip("the C++ extension is not built")
-    from deepreg_fast.backend import cpu
+    from deepreg_fast.backend.cpu import backend as cpu
 
     asked = []
     before = cpu.CpuBackend.value_and_grad

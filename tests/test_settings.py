@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import deepreg_fast as dr
 from deepreg_fast.errors import InputError
-from deepreg_fast.evaluation import Problem
-from deepreg_fast.reproduce import parse
+from deepreg_fast.evaluation.compare import Problem
+from deepreg_fast.experiments import parse
 from deepreg_fast.training import BaselineConfig, BilevelConfig, TrainConfig
 
 from .test_cli import Run, _run

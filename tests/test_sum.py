@@ -81,13 +81,13 @@ def test_it_is_computed_by_its_parts_kernels() -> None:
     both, x = dr.Sum(parts()), images(torch.float32)
     if (missing := dr.backends()["cpu"]) is not None:
         pytest.skip(missing)
-    assert both.served_by(x).name == "cpu" and both.rescaled(1.3).served_by(x).name == "cpu"
+    assert both.backend_for(x).name == "cpu" and both.rescaled(1.3).backend_for(x).name == "cpu"
     A = dr.SRM((1, 13, 17), 0.4)
     with dr.use_backend("cpu"):
         assert dr.recover(A.A(x), A, both, mu=0.1).backend == "cpu"
-    assert dr.Sum([*parts(), dr.TV(0.1)]).served_by(x).name == "cpu"
+    assert dr.Sum([*parts(), dr.TV(0.1)]).backend_for(x).name == "cpu"
     mixed = dr.Sum([*parts(), dr.ICNN(2)])
-    assert mixed.served_by(x).name == "reference"
+    assert mixed.backend_for(x).name == "reference"
 
 
 def test_it_refuses_different_centres_and_no_parts() -> None:

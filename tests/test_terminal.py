@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import deepreg_fast as dr
-from deepreg_fast import terminal, tuning
+from deepreg_fast import terminal
 from deepreg_fast.cli import bench, main
-from deepreg_fast.evaluation import Method
-from deepreg_fast.reproduce.folder import Folder
-from deepreg_fast.reproduce.job import Job
-from deepreg_fast.reproduce.progress import Progress
-from deepreg_fast.reproduce.settings import Settings
+from deepreg_fast.evaluation import tuning
+from deepreg_fast.evaluation.compare import Method
+from deepreg_fast.experiments.folder import Folder
+from deepreg_fast.experiments.job import Job
+from deepreg_fast.experiments.progress import Progress
+from deepreg_fast.experiments.settings import Settings
 from deepreg_fast.terminal import Pulse, table
 from deepreg_fast.training import log
 

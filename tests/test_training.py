@@ -18,8 +18,8 @@ from PIL import Image
 
 import deepreg_fast as dr
 from deepreg_fast.errors import InputError, TrainingDiverged
-from deepreg_fast.regularizers.grow import grow, grow_ridge
-from deepreg_fast.training.guards import InnerAccuracy, MedianClip
+from deepreg_fast.regularizers.initialize import grow, grow_ridge
+from deepreg_fast.training.guards import MedianClip, ToleranceSchedule
 from deepreg_fast.training.samples import load_samples
 
 from .helpers import log_lines, random_red, relative, small_config
@@ -329,7 +329,7 @@ def test_median_clip() -> None:
 
 
 def test_inner_accuracy_tightens_when_the_loss_stalls() -> None:
-    a = InnerAccuracy(1e-2, 1e-3, 5)
+    a = ToleranceSchedule(1e-2, 1e-3, 5)
     for loss in np.linspace(10, 1, 50):
         a.observe(float(loss))
     assert a.tolerance == 1e-2

@@ -13,10 +13,11 @@ import torch
 import deepreg_fast as dr
 from deepreg_fast import checks
 from deepreg_fast.data import ImageSet
-from deepreg_fast.linsolve import LinearSolution
-from deepreg_fast.training import bilevel, loop, placement
+from deepreg_fast.solvers import LinearSolution
+from deepreg_fast.training import bilevel, placement
+from deepreg_fast.training import trainer as loop
 from deepreg_fast.training.checkpoint import load_checkpoint
-from deepreg_fast.training.placement import PinnedTable, Placement
+from deepreg_fast.training.placement import PinnedSamples, Placement
 from deepreg_fast.training.samples import Samples, load_samples
 
 from .fake_cuda import CUDA, Read, fake_cuda
@@ -286,7 +287,7 @@ def test_a_run_moves_between_devices(folder: Path, tmp_path: Path, device: str, 
 @pytest.mark.gpu
 def test_pinned_memory_keeps_what_it_is_given() -> None:
     device = torch.device(_devices()[-1])
-    table = PinnedTable((6, 1, 300, 300), device)
+    table = PinnedSamples((6, 1, 300, 300), device)
     assert table.data.is_pinned()
     value = torch.randn(3, 1, 300, 300, device=device)
     rows = Placement(str(device), 1).rows(np.array([4, 0, 3]))

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepreg_fast.definitions import dct, hadamard, walsh
 from deepreg_fast.errors import InputError
+from deepreg_fast.functional import dct, hadamard, walsh
 
 # The multiples of 4 up to 300 that Sylvester's, Paley's and Kronecker's constructions do not give (known from the
 # literature: Hadamard 1893 to Baumert 1962 needed other constructions for 92, 116, 156, 172, 184, 188, ...).

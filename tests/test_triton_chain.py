@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import deepreg_fast as dr
-from deepreg_fast.backend import only
+from deepreg_fast.backend import active_images
 
 from .helpers import EPS, assert_as_exact_as_torch, images, normal, random_red, relative
 
@@ -27,10 +27,12 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from deepreg_fast.backend import gpu_chain, gpu_memory
-from deepreg_fast.backend.gpu_chain import GpuLinearization
-from deepreg_fast.backend.gpu_sweeps import ChainOptions
-from deepreg_fast.kernels import conv_chain, outer, tiles
+from deepreg_fast.backend.gpu import conv_chain as gpu_chain
+from deepreg_fast.backend.gpu import memory
+from deepreg_fast.backend.gpu.conv_chain import GpuLinearization
+from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
+from deepreg_fast.kernels.conv_chain import pixel_norm as conv_chain
+from deepreg_fast.kernels.conv_chain import tiles, weight_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's time follows the number of programs.
@@ -40,8 +42,8 @@ ONE_TILE, SEVERAL = ChainOptions(tile=(16, 32, 4)), ChainOptions(tile=(8, 16, 4)
 @pytest.fixture(autouse=True)
 def _large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
-        monkeypatch.setattr(outer, "TILE", (16, 32))
-        monkeypatch.setattr(outer, "DOWN", 1)
+        monkeypatch.setattr(weight_gradients, "TILE", (16, 32))
+        monkeypatch.setattr(weight_gradients, "DOWN", 1)
 
 
 def _flat(theta: dict[str, Tensor]) -> Tensor:
@@ -52,7 +54,7 @@ def _answers(reg: dr.RED, x: Tensor, v: Tensor, options: ChainOptions = ONE_TILE
     """Everything that the kernels compute, by name, an image a row."""
     reg, x, v = copy.deepcopy(reg).to(DEVICE), x.to(DEVICE), v.to(DEVICE)
     form = reg.conv_chain_form()
-    assert form is not None and gpu_chain.why_not(form, x) is None
+    assert form is not None and gpu_chain.unsupported_reason(form, x) is None
     value, grad = gpu_chain.value_and_grad(form, x, options)
     lin = GpuLinearization(reg, form, x, options)
     theta = lin.param_vjp(v)
@@ -178,7 +180,7 @@ def test_neither_neighbours_nor_parts_of_the_batch_nor_ended_images_change_the_b
     x[0, 0, 4, 5] = torch.nan
     together = _answers(reg, x, v, SEVERAL)
     parted = _answers(reg, x, v, ChainOptions(plane_bytes=size[0] * size[1] * 16 * 4, tile=SEVERAL.tile))
-    with only(torch.tensor([False, True], device=DEVICE)), _poison():
+    with active_images(torch.tensor([False, True], device=DEVICE)), _poison():
         ended = _answers(reg, x, v, SEVERAL)
     without = _answers(reg, x[1:], v[1:], SEVERAL)
     for name in ("value", "grad", "kept", "hvp"):
@@ -248,7 +250,9 @@ def test_parameters_may_not_change_under_a_linearization() -> None:
 def test_what_it_leaves_to_the_reference(options: dict[str, Any], shape: tuple[int, int], word: str) -> None:
     form = dr.RED(**{"channels": 2, **options}).conv_chain_form()  # type: ignore[arg-type]
     assert form is not None
-    reason = gpu_chain.why_not(form, torch.empty(1, 1, 1, 1).expand(1, options.get("image_channels", 1), *shape))
+    reason = gpu_chain.unsupported_reason(
+        form, torch.empty(1, 1, 1, 1).expand(1, options.get("image_channels", 1), *shape)
+    )
     assert reason is not None and word in reason
 
 
@@ -265,7 +269,7 @@ def test_a_lack_of_memory_is_a_sentence(call: str, monkeypatch: pytest.MonkeyPat
         return fresh(self, *shape, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.Tensor, "new_empty", full)
-    monkeypatch.setattr(gpu_memory, "_free", lambda device: 7 << 20)
+    monkeypatch.setattr(memory, "_free", lambda device: 7 << 20)
     # Two planes of 2 x 512 x 512 pixels and 16 channels are 64 MiB; a sweep has one more and 19 images.
     needed = {"linearization": "64 MiB", "gradient": "102 MiB"}[call]
     with pytest.raises(dr.errors.OutOfMemory, match=f"needs {needed} .* 7 MiB are free; use a smaller batch"):

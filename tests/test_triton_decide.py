@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from deepreg_fast import Status
-from deepreg_fast.backend.gpu_vectors import GpuVectors
-from deepreg_fast.kernels import decide
-from deepreg_fast.linsolve.batch import eliminate
-from deepreg_fast.linsolve.system import OPEN
-from deepreg_fast.solvers.decide import Numbers, judge_candidate, judge_residual
+from deepreg_fast.backend.gpu.vectors import GpuVectors
+from deepreg_fast.batched.linalg import solve_spd
+from deepreg_fast.kernels.solvers import decisions
+from deepreg_fast.solvers.criteria import PerImageState, acceptance_test, convergence_test
+from deepreg_fast.solvers.linear_system import RUNNING
 from deepreg_fast.solvers.options import PGDOptions
 
 from .test_triton_vectors import DEVICE
@@ -28,7 +28,7 @@ from .test_triton_vectors import DEVICE
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 VECTORS = GpuVectors()
-cg: Any = import_module("deepreg_fast.linsolve.cg")  # the package's name `cg` is the function
+cg: Any = import_module("deepreg_fast.solvers.cg")  # the package's name `cg` is the function
 EPS = torch.finfo(torch.float32).eps
 SPECIAL = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -1.0, 5e-324, 1e-300, 1e300, -1e300, EPS, 1e-12]
 BATCHES = st.sampled_from([0, 1, 31, 77])
@@ -77,8 +77,8 @@ def alike(found: torch.Tensor, wanted: torch.Tensor, rows: torch.Tensor | None =
     assert same.all(), (a[~same], b[~same])
 
 
-def state(d: Draw) -> Numbers:
-    return Numbers(
+def state(d: Draw) -> PerImageState:
+    return PerImageState(
         d.numbers(positive=True),
         d.numbers(),
         d.numbers(),
@@ -105,7 +105,7 @@ def settings_of(o: PGDOptions) -> tuple[float, ...]:
 def test_pgd_residual(images: int, seed: int) -> None:
     d, options = Draw(images, seed), chosen(seed)
     n, sums, scale = state(d), d.numbers(3), d.numbers(positive=True)
-    wanted = judge_residual(n, sums, scale, options, EPS)
+    wanted = convergence_test(n, sums, scale, options, EPS)
     found = VECTORS.pgd_residual(n, sums, scale, settings_of(options), EPS)
     for a, b in zip(found, (wanted.residual, wanted.status, wanted.running), strict=True):
         alike(a, b)
@@ -122,7 +122,7 @@ def test_pgd_candidate(images: int, seed: int) -> None:
         torch.where(d.flags(0.3), 1e2 * EPS**2 * old2 * (0.5 + torch.rand(images, generator=d.g).to(DEVICE)), dg2)
     )
     bend.copy_(torch.where(d.flags(0.3), dx2 / n.tau + 4.0 * EPS * torch.sqrt(old2 * dx2), bend))
-    wanted, good, forget = judge_candidate(n, sums, value, limit, options, EPS)
+    wanted, good, forget = acceptance_test(n, sums, value, limit, options, EPS)
     plain = options.acceleration == "none"
     found, accept, forgets = VECTORS.pgd_candidate(n, sums, value, limit, settings_of(options), EPS, plain)
     for a, b in zip((*found, accept), (*wanted, good), strict=True):
@@ -139,7 +139,7 @@ def test_anderson(images: int, memory: int, seed: int) -> None:
     size = torch.sqrt(square)
     kept = torch.where(size > 2.0 * length, 0, count)
     slot = torch.where(kept > 0, (kept - 1) % memory, 0)
-    found = VECTORS.anderson_turn(square, length, count, memory, reach)
+    found = VECTORS.anderson_update(square, length, count, memory, reach)
     for a, b in zip(found, (size, kept, slot, kept > 0, reach * size), strict=True):
         alike(a, b)
 
@@ -159,7 +159,7 @@ def test_anderson(images: int, memory: int, seed: int) -> None:
     scale = g.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
     eye = torch.eye(memory, dtype=torch.float64, device=DEVICE)
     damped = g + eye * torch.where(valid, ridge * scale[:, None], scale[:, None])[:, None, :]
-    c = torch.where(valid, eliminate(damped, torch.where(valid, rhs, 0.0)).float(), 0.0)
+    c = torch.where(valid, solve_spd(damped, torch.where(valid, rhs, 0.0)).float(), 0.0)
     found_count, found = VECTORS.anderson_solve(idx, row, rhs, slot, kept, gram, ridge)
     alike(found, c)
     alike(gram, wanted_gram)
@@ -171,9 +171,9 @@ def test_anderson(images: int, memory: int, seed: int) -> None:
 def test_cg_turn(images: int, seed: int) -> None:
     d = Draw(images, seed)
     new_rz, rz, fresh, running, status = d.numbers(), d.numbers(positive=True), d.flags(0.3), d.flags(), d.status()
-    wanted_factor, end = cg.turn(new_rz, rz, fresh)
-    go = running & (end == OPEN)
-    factor, next_rz, next_fresh, next_status, next_running = VECTORS.cg_turn(new_rz, rz, fresh, status, running)
+    wanted_factor, end = cg.cg_beta(new_rz, rz, fresh)
+    go = running & (end == RUNNING)
+    factor, next_rz, next_fresh, next_status, next_running = VECTORS.cg_beta(new_rz, rz, fresh, status, running)
     alike(factor, wanted_factor)
     alike(next_rz, torch.where(go, new_rz, rz))
     alike(next_status, torch.where(running, end, status))
@@ -191,12 +191,12 @@ def test_cg_stride(images: int, seed: int) -> None:
     sums[1] = torch.where(d.flags(0.5), torch.where(d.flags(0.5), limit, -limit), sums[1])
     ratio = torch.sqrt(sums[2] / sums[0])
     norm = torch.where(running & torch.isfinite(ratio), torch.maximum(a_norm, ratio), a_norm)
-    length, end = cg.stride(sums, rz, norm, EPS)
-    ends, go = torch.where(running, end, status), running & (end == OPEN)
+    length, end = cg.cg_alpha(sums, rz, norm, EPS)
+    ends, go = torch.where(running, end, status), running & (end == RUNNING)
     length = torch.where(go, length, 0.0)
-    end = cg.overflow(moved, sums, length, 1e38)
-    ends, go = torch.where(go, end, ends), go & (end == OPEN)
-    found = VECTORS.cg_stride(sums, moved, rz, a_norm, status, running, EPS, 1e38)
+    end = cg.would_overflow(moved, sums, length, 1e38)
+    ends, go = torch.where(go, end, ends), go & (end == RUNNING)
+    found = VECTORS.cg_alpha(sums, moved, rz, a_norm, status, running, EPS, 1e38)
     for a, b in zip(found, (torch.where(go, length, 0.0), norm, ends, go), strict=True):
         alike(a, b)
 
@@ -207,11 +207,11 @@ def test_cg_arrived(images: int, seed: int) -> None:
     d = Draw(images, seed)
     moved, sums = d.numbers(2, positive=True), d.numbers(3, positive=True)
     length, idle, running, aim = d.numbers(positive=True), d.counts(4), d.flags(), d.numbers(positive=True)
-    count, done = cg.arrived(moved, length * torch.sqrt(sums[0]), idle, aim, EPS)
-    found = VECTORS.cg_arrived(moved, sums, length, idle, aim, running, EPS)
+    count, done = cg.cg_has_converged(moved, length * torch.sqrt(sums[0]), idle, aim, EPS)
+    found = VECTORS.cg_has_converged(moved, sums, length, idle, aim, running, EPS)
     for a, b in zip(found, (count, running & ~done), strict=True):
         alike(a, b)
 
 
 def test_the_kernels_know_the_statuses() -> None:
-    assert {s.name: int(s) for s in Status} == {s.name: getattr(decide, s.name).value for s in Status}
+    assert {s.name: int(s) for s in Status} == {s.name: getattr(decisions, s.name).value for s in Status}

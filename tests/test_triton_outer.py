@@ -1,4 +1,7 @@
-"""The parameters' sums of `kernels/outer.py` against float64, in Triton's interpreter (or on the GPU that is there)."""
+"""The weight gradients of `kernels/conv_chain/weight_gradients.py` against float64.
+
+They run in Triton's interpreter, or on a GPU where there is one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from .helpers import relative
 
 pytest.importorskip("triton")
 
-from deepreg_fast.kernels import outer
+from deepreg_fast.kernels.conv_chain import weight_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -25,8 +28,8 @@ def _larger_pieces() -> Iterator[None]:
     """The interpreter's time follows the number of pieces."""
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            patch.setattr(outer, "TILE", (8, 16))
-            patch.setattr(outer, "DOWN", 2)
+            patch.setattr(weight_gradients, "TILE", (8, 16))
+            patch.setattr(weight_gradients, "DOWN", 2)
         yield
 
 
@@ -71,8 +74,8 @@ def test_against_float64(cp: int, shape: tuple[int, int, int], ended: bool, both
         return torch.stack([torch.einsum(formula, _taps(p), q) for p, q in at_work]).sum(0)
 
     for ours, formula, first, second in (
-        (outer.filters, "tbyxi,byxo->tio", (a, g), (a2, g2)),
-        (outer.image_filters, "tbyx,byxo->to", (image, g), (image2, g2)),
+        (weight_gradients.filters, "tbyxi,byxo->tio", (a, g), (a2, g2)),
+        (weight_gradients.image_filters, "tbyx,byxo->to", (image, g), (image2, g2)),
     ):
         pairs = [first, second] if both else [first]
         exact, torchs = sums(formula, pairs, torch.float64), sums(formula, pairs, torch.float32)
@@ -94,18 +97,18 @@ def test_filters_are_those_of_autograd(cp: int) -> None:
     planes = [t.double().permute(0, 3, 1, 2) for t in (a, g)]
     one = image.double()[:, None]
     wanted = gradient(*planes).permute(2, 3, 1, 0).reshape(9, cp, cp)
-    assert relative(outer.filters(a, g), wanted) <= 2.0**-20
+    assert relative(weight_gradients.filters(a, g), wanted) <= 2.0**-20
     first = gradient(one, planes[1]).permute(2, 3, 1, 0).reshape(9, cp)
-    assert relative(outer.image_filters(image, g), first) <= 2.0**-20
+    assert relative(weight_gradients.image_filters(image, g), first) <= 2.0**-20
     last = gradient(planes[0], one).permute(2, 3, 0, 1).reshape(9, cp)
-    assert relative(outer.image_filters(image, a).flip(0), last) <= 2.0**-20
+    assert relative(weight_gradients.image_filters(image, a).flip(0), last) <= 2.0**-20
 
 
 def test_programs_that_take_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     a, g = _random(2, 14, 24, 16, seed=4), _random(2, 14, 24, 16, seed=5)
-    monkeypatch.setattr(outer, "PROGRAMS", 16)
-    monkeypatch.setattr(outer, "TILE", (2, 16))
-    ours = outer.filters(a, g)
+    monkeypatch.setattr(weight_gradients, "PROGRAMS", 16)
+    monkeypatch.setattr(weight_gradients, "TILE", (2, 16))
+    ours = weight_gradients.filters(a, g)
     exact = torch.einsum("tbyxi,byxo->tio", _taps(a.double()), g.double())
     assert relative(ours, exact) <= 2.0**-21
-    assert torch.equal(ours, outer.filters(a, g)), "the same bits at every repetition"
+    assert torch.equal(ours, weight_gradients.filters(a, g)), "the same bits at every repetition"

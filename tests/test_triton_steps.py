@@ -12,10 +12,11 @@ from hypothesis import given, settings
 pytest.importorskip("triton")
 
 import deepreg_fast as dr
-from deepreg_fast.backend.gpu_vectors import GpuVectors
-from deepreg_fast.linsolve import batch, cg, minres, passes
-from deepreg_fast.linsolve.progress import as_device
+from deepreg_fast.backend.gpu.vectors import GpuVectors
+from deepreg_fast.batched import fused, linalg
+from deepreg_fast.batched.loop import simulate_device
 from deepreg_fast.solvers import acceleration as acceleration_module
+from deepreg_fast.solvers import cg, minres
 
 from .helpers import images, random_red, relative
 from .test_triton_vectors import COUNTS, DEVICE, EPS, SEEDS, SIZES, near, same, some
@@ -34,45 +35,45 @@ def numbers(count: int, seed: int) -> list[torch.Tensor]:
 
 
 def _direction(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    return [passes.cg_direction(t[0], t[1], s[0], rows)], torch.zeros(0, len(rows), device=DEVICE)
+    return [fused.cg_direction(t[0], t[1], s[0], rows)], torch.zeros(0, len(rows), device=DEVICE)
 
 
 def _move(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    x, r, sums = passes.cg_move(t[0], t[1], t[2], t[3], s[0], rows)
+    x, r, sums = fused.cg_move(t[0], t[1], t[2], t[3], s[0], rows)
     return [x, r], sums
 
 
 def _first(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    u, sums = passes.lanczos_first(t[0], s[0], t[1], t[2], rows)
+    u, sums = fused.lanczos_first(t[0], s[0], t[1], t[2], rows)
     return [u], sums
 
 
 def _second(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    r1, r2, square = passes.lanczos_second(t[0], s[0], t[1], t[2], rows)
+    r1, r2, square = fused.lanczos_second(t[0], s[0], t[1], t[2], rows)
     return [r1, r2], square[None]
 
 
 def _minres(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    state, sums = passes.minres_move((t[0], t[1], t[2], t[3]), t[4], t[5], tuple(s), rows)
+    state, sums = fused.minres_move((t[0], t[1], t[2], t[3]), t[4], t[5], tuple(s), rows)
     return list(state), sums
 
 
 def _descend(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    out = passes.descend(t[0], s[0], t[1], rows)
-    return [batch.select(rows, out, 0.0)], torch.zeros(0, len(rows), device=DEVICE)
+    out = fused.descend(t[0], s[0], t[1], rows)
+    return [linalg.select(rows, out, 0.0)], torch.zeros(0, len(rows), device=DEVICE)
 
 
 def _step(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    step, candidate, sums = passes.pgd_step(t[0], t[1], t[2], rows)
-    return [batch.select(rows, v, 0.0) for v in (step, candidate)], sums
+    step, candidate, sums = fused.pgd_step(t[0], t[1], t[2], rows)
+    return [linalg.select(rows, v, 0.0) for v in (step, candidate)], sums
 
 
 def _judge(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    return [], passes.judge(t[0], t[1], t[2], t[3], rows)
+    return [], fused.judge(t[0], t[1], t[2], t[3], rows)
 
 
 def _take(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    return list(passes.take(rows, (t[0], t[1]), (t[2], t[3]), (t[4], t[5]))), torch.zeros(0, len(rows), device=DEVICE)
+    return list(fused.take(rows, (t[0], t[1]), (t[2], t[3]), (t[4], t[5]))), torch.zeros(0, len(rows), device=DEVICE)
 
 
 PASSES: list[Callable[[list[torch.Tensor], list[torch.Tensor], torch.Tensor], Result]] = [
@@ -81,7 +82,7 @@ PASSES: list[Callable[[list[torch.Tensor], list[torch.Tensor], torch.Tensor], Re
 
 
 def kernels_serve(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(passes.backend, "vector_kernels", lambda *_: GpuVectors())
+    patch.setattr(fused.backend, "vector_kernels", lambda *_: GpuVectors())
 
 
 def by_both(
@@ -139,7 +140,7 @@ def test_sums_of_a_move(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_layouts_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels_serve(monkeypatch)
     t, s = [some(30, 3, seed=i).t() for i in range(4)], torch.ones(3, device=DEVICE).double()
-    x, r, _ = passes.cg_move(t[0], t[1], t[2], t[3], s, s > 0)
+    x, r, _ = fused.cg_move(t[0], t[1], t[2], t[3], s, s > 0)
     assert torch.equal(x, t[0] + t[2]) and torch.equal(r, t[1] - t[3])
     with pytest.raises(ValueError, match="contiguous"):
         GpuVectors().cg_move(t[0], t[1], t[2], t[3], s, s > 0)
@@ -151,7 +152,7 @@ def test_a_solve(solve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     diagonal, b = torch.linspace(1.0, 4.0, 30, device=DEVICE), some(4, 30, seed=3)
     b[1], b[2] = 0.0, torch.nan
     kernels_serve(monkeypatch)
-    with as_device():
+    with simulate_device():
         found = solve(lambda v: diagonal * v, b, x0=None)
     assert found.status.tolist() == [0, 0, int(dr.Status.NON_FINITE), 0]
     for i in (0, 3):
@@ -173,8 +174,8 @@ def test_a_recovery(acceleration: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with dr.use_backend("reference"):
         wanted = run()
     kernels_serve(monkeypatch)
-    monkeypatch.setattr(acceleration_module, "vector_kernels", passes.backend.vector_kernels)
-    with as_device():
+    monkeypatch.setattr(acceleration_module, "vector_kernels", fused.backend.vector_kernels)
+    with simulate_device():
         found = run()
     assert found.status.tolist() == wanted.status.tolist() == [0, int(dr.Status.NON_FINITE), 0]
     # Both are within the tolerance of the same minimum, whose curvature is at least mu (1 + alpha) / 2.

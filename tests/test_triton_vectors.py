@@ -17,9 +17,9 @@ pytest.importorskip("triton")
 
 import deepreg_fast as dr
 from deepreg_fast import backend
-from deepreg_fast.backend import gpu_vectors
-from deepreg_fast.backend.gpu_vectors import GpuVectors, Sums
-from deepreg_fast.kernels import vectors as kernels
+from deepreg_fast.backend.gpu import vectors
+from deepreg_fast.backend.gpu.vectors import GpuVectors, Sums
+from deepreg_fast.kernels.solvers import reductions as kernels
 from deepreg_fast.solvers import acceleration
 from deepreg_fast.solvers.acceleration import Anderson
 
@@ -192,7 +192,7 @@ def test_images_are_alone(n: int) -> None:
     alone = [torch.cat(r) for r in zip(*(every(n, order[i : i + 1]) for i in range(3)), strict=True)]
     together, spoiled = every(n, order), every(n, order, spoil=0)
     rows = torch.tensor([True, False, True], device=DEVICE)
-    with backend.only(rows):
+    with backend.active_images(rows):
         some_at_work = every(n, order)
     assert all(torch.isfinite(t).all() for t in together)
     for k, wanted in enumerate(alone):
@@ -210,7 +210,7 @@ def test_images_not_at_work_keep_their_memory() -> None:
         torch.zeros(2, dtype=torch.int64, device=DEVICE),
         torch.ones(2, device=DEVICE) > 0,
     )
-    with backend.only(torch.tensor([False, True], device=DEVICE)):
+    with backend.active_images(torch.tensor([False, True], device=DEVICE)):
         VECTORS.remember(None, state, slot, yes, x, x)
     for now, then in zip(state, before, strict=True):
         assert torch.equal(now[0], then[0]) and not torch.equal(now[1], then[1])
@@ -231,8 +231,8 @@ def test_any_layout_and_no_entries() -> None:
 def test_kernels_read_aligned_memory() -> None:
     """So that one kernel, with one order of sums, serves all images of a size."""
     x = some(2 * 36 + 1, seed=1)[1:].view(2, 36)
-    assert x.data_ptr() % 16 and not gpu_vectors._read(x).data_ptr() % 16
-    assert torch.equal(gpu_vectors._read(x), x)
+    assert x.data_ptr() % 16 and not vectors._read(x).data_ptr() % 16
+    assert torch.equal(vectors._read(x), x)
     assert torch.equal(VECTORS.dot(x, x), VECTORS.dot(x.clone(), x.clone()))
 
 

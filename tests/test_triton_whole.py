@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import deepreg_fast as dr
-from deepreg_fast.backend import only
+from deepreg_fast.backend import active_images
 
 from .helpers import assert_as_exact_as_torch, images, normal, random_red, relative
 
 pytest.importorskip("triton")
 
-from deepreg_fast.backend import gpu_chain
-from deepreg_fast.backend.gpu_sweeps import ChainOptions
-from deepreg_fast.backend.gpu_whole import WholeSweeps
-from deepreg_fast.kernels import outer, whole
+from deepreg_fast.backend.gpu import conv_chain
+from deepreg_fast.backend.gpu.image_norm import WholeSweeps
+from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
+from deepreg_fast.kernels.conv_chain import image_norm, weight_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's time follows the number of programs.
@@ -33,8 +33,8 @@ ONE_TILE, SEVERAL = ChainOptions(tile=(16, 32, 4)), ChainOptions(tile=(8, 16, 4)
 @pytest.fixture(autouse=True)
 def _large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
-        monkeypatch.setattr(outer, "TILE", (16, 32))
-        monkeypatch.setattr(outer, "DOWN", 1)
+        monkeypatch.setattr(weight_gradients, "TILE", (16, 32))
+        monkeypatch.setattr(weight_gradients, "DOWN", 1)
 
 
 def _answers(reg: dr.RED, x: Tensor, v: Tensor, options: ChainOptions = ONE_TILE) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ def _answers(reg: dr.RED, x: Tensor, v: Tensor, options: ChainOptions = ONE_TILE
     form = copy.deepcopy(reg).to(DEVICE).conv_chain_form()
     assert form is not None
     sweeps = WholeSweeps(form, x.to(DEVICE), options)
-    kept = sweeps.room_to_keep()
+    kept = sweeps.allocate_saved()
     value, grad = sweeps.gradient(kept)
     theta = torch.cat([p.flatten() for p in sweeps.parameters(kept, v.to(DEVICE))])[None]
     found = {"value": value, "grad": grad, "hvp": sweeps.product(kept, v.to(DEVICE)), "theta": theta}
@@ -99,7 +99,7 @@ def test_neither_neighbours_nor_ended_images_change_the_bits() -> None:
     x, v = images(2, 1, 7, 14, dtype=torch.float32), normal(2, 1, 7, 14).float()
     x[0, 0, 4, 5] = torch.nan
     together, without = _answers(reg, x, v, SEVERAL), _answers(reg, x[1:], v[1:], SEVERAL)
-    with only(torch.tensor([False, True], device=DEVICE)):
+    with active_images(torch.tensor([False, True], device=DEVICE)):
         ended = _answers_in_poisoned_memory(reg, x, v)
     for name in ("value", "grad", "hvp"):
         assert torch.equal(together[name][1:], without[name]), name
@@ -134,18 +134,20 @@ def test_the_linearization_is_made_of_these_sweeps() -> None:
     reg = random_red(1, double=False, channels=3, depth=2, norm="image").to(DEVICE)
     x, v = images(1, 1, 6, 7, dtype=torch.float32).to(DEVICE), normal(1, 1, 6, 7).float().to(DEVICE)
     form = reg.conv_chain_form()
-    assert form is not None and gpu_chain.why_not(form, x) is None
-    lin = gpu_chain.GpuLinearization(reg, form, x)
+    assert form is not None and conv_chain.unsupported_reason(form, x) is None
+    lin = conv_chain.GpuLinearization(reg, form, x)
     with dr.use_backend("reference"):
         wanted = reg.linearize(x)
     assert relative(lin.hvp(v), wanted.hvp(v)) <= 1e-5 and relative(lin.grad, wanted.grad) <= 1e-5
     found, theirs = lin.param_vjp(v), wanted.param_vjp(v)
     assert list(found) == list(theirs)
     assert all(relative(found[name], theirs[name]) <= 1e-5 for name in theirs)
-    assert torch.equal(gpu_chain.value_and_grad(form, x)[1], lin.grad)
+    assert torch.equal(conv_chain.value_and_grad(form, x)[1], lin.grad)
 
 
 def test_tiles_are_those_that_are_compiled() -> None:
     """What the launches use without options is what `variants()` lists."""
-    compiled = {tuple(v.constexprs[n] for n in ("CP", "TH", "TW")) for v in whole.variants() if "TH" in v.constexprs}
-    assert compiled == {(cp, th, tw) for cp, (th, tw, _) in whole.TILES.items()}
+    compiled = {
+        tuple(v.constexprs[n] for n in ("CP", "TH", "TW")) for v in image_norm.variants() if "TH" in v.constexprs
+    }
+    assert compiled == {(cp, th, tw) for cp, (th, tw, _) in image_norm.TILES.items()}

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepreg_fast as dr
-from deepreg_fast import tuning
 from deepreg_fast.data import embedded_images
-from deepreg_fast.evaluation import Method, run
+from deepreg_fast.evaluation import tuning
+from deepreg_fast.evaluation.compare import Method, run
+from deepreg_fast.evaluation.tuning import Tuner, bracketed, tuned_tv
 from deepreg_fast.solvers import Solution
-from deepreg_fast.tuning import Tuner, bracketed, tuned_tv
 
 from .helpers import images
 

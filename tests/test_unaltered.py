@@ -15,8 +15,8 @@ from torch.nn.utils import weight_norm as old_weight_norm
 
 import deepreg_fast as dr
 from deepreg_fast.backend import select
-from deepreg_fast.definitions.conv_chain import ChannelNorm, ConvChain
 from deepreg_fast.errors import InputError
+from deepreg_fast.functional.conv_chain import ChannelNorm, ConvChain
 from deepreg_fast.regularizers.base import Regularizer
 
 from .helpers import images, random_red, relative
@@ -105,9 +105,9 @@ def subclass_net(reg: Any) -> None:
     reg.net = new
 
 
-def attribute(**changes: Any) -> Callable[[Any], None]:
+def attribute(**tensor_version: Any) -> Callable[[Any], None]:
     def change(reg: Any) -> None:
-        for name, value in changes.items():
+        for name, value in tensor_version.items():
             *path, last = name.split("__")
             at = reg
             for part in path:

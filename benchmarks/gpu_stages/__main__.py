@@ -42,9 +42,9 @@ def _run(request: dict[str, Any], log: Any, mode: str) -> None:
         stage.record.setdefault("items", {})[stage.name] = one_line(error)
         stage.say(f"{stage.name}: FAILED: {one_line(error)}")
     stage.note_compiled()
-    from deepreg_fast.linsolve import graphs
+    from deepreg_fast.batched import graphs
 
-    lost_graphs = [str(device) for device in getattr(graphs, "_WITHOUT", ())]
+    lost_graphs = [str(device) for device in getattr(graphs, "_NO_GRAPH", ())]
     if lost_graphs:
         stage.say(f"CUDA graphs are off on {', '.join(lost_graphs)}: a capture failed (see the warnings)")
     stage.save(graphs_off=lost_graphs, state="lost" if lost else "done", running=None)

@@ -192,7 +192,7 @@ def _errors(stage: Stage, p: Any) -> None:
 def _solved(stage: Stage, p: Any, name: str) -> None:
     from deepreg_fast.bench.problem import under
     from deepreg_fast.bench.solver_cases import MU, true_residual
-    from deepreg_fast.implicit import AdjointOptions, solve_adjoint
+    from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
 
     xs, bs = p.images(1), [0.1 * b for b in p.images(2)]
     if stage.mode == "stand-in":

@@ -185,10 +185,10 @@ class Kernels:
         self.direct = bool(self.options) and importlib.util.find_spec("triton") is not None
 
     def _chain(self, reg: Any) -> tuple[Any, Any, Any]:
-        from deepreg_fast.backend import gpu_chain
-        from deepreg_fast.backend.gpu_sweeps import DEFAULT
+        from deepreg_fast.backend.gpu import conv_chain
+        from deepreg_fast.backend.gpu.pixel_norm import DEFAULT
 
-        return gpu_chain, reg.conv_chain_form(), replace(DEFAULT, **self.options)
+        return conv_chain, reg.conv_chain_form(), replace(DEFAULT, **self.options)
 
     def value_and_grad(self, reg: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r(x)` and `grad r(x)`."""

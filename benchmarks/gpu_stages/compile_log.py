@@ -53,7 +53,7 @@ class CompileLog:
         build._build = self._timed(build._build, lambda name, *_: f"stub {name}")
 
     def _listen_to_nvrtc(self) -> None:
-        from deepreg_fast.backend import nvrtc
+        from deepreg_fast.backend.gpu import nvrtc
 
         module: Any = nvrtc
         module.compile_sources = self._timed(

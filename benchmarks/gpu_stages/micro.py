@@ -27,7 +27,7 @@ WORK = {
 
 def micro(stage: Stage) -> None:
     """Compile (or find compiled) and measure with 4, 8 and 12 warps a multiprocessor."""
-    from deepreg_fast.backend import nvrtc
+    from deepreg_fast.backend.gpu import nvrtc
 
     source = {"micro.cu": Path(__file__).with_name("micro.cu").read_text(encoding="utf-8")}
     if stage.mode == "dry":

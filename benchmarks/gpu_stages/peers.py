@@ -106,7 +106,7 @@ def _launch_ours(stage: Stage, name: str, norm: str) -> None:
         for acceleration in ("none", "anderson"):
             options = dr.PGDOptions(2, 1e-3, acceleration)
             dr.hypergradient(x, A.A(x), A, reg, 0.1, options=options, adjoint=adjoint)
-        dr.beta_hat(reg, x, 0.05 * v).ascend(x.new_ones(len(x)))
+        dr.beta_hat(reg, x, 0.05 * v).power_step(x.new_ones(len(x)))
     stage.say(f"{name}: launched")
 
 

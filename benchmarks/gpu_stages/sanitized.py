@@ -39,12 +39,12 @@ def _network(device: str, norm: str) -> Any:
 
 def _chain(device: str, norm: str) -> None:
     """Even and odd sides, some images inactive."""
-    from deepreg_fast.backend import only
+    from deepreg_fast.backend import active_images
 
     for rows, columns in ((16, 24), (17, 35)):
         reg, x = _network(device, norm), torch.rand(3, 1, rows, columns, device=device)
         for active in (None, torch.tensor([True, False, True], device=device)):
-            with only(active):
+            with active_images(active):
                 reg.value_and_grad(x)
                 lin = reg.linearize(x)
                 lin.hvp(x)

@@ -74,7 +74,7 @@ def _chain(
     options: dict[str, Any],
 ) -> None:
     """Value, gradient, linearization and both products of one network."""
-    from deepreg_fast.backend import only
+    from deepreg_fast.backend import active_images
     from deepreg_fast.bench.problem import under
 
     channels, depth, norm, head = network
@@ -99,7 +99,7 @@ def _chain(
 
         return under("reference", f)
 
-    with only(mask if active else None):
+    with active_images(mask if active else None):
         answers = ours()
     # Without the inactive images the definition gives what is left, the parameters' product included.
     few = [t[mask] for t in (x, v)]
@@ -163,27 +163,27 @@ def _kernel_backend(stage: Stage) -> str:
 
 
 def _few_vectors(image: Inputs, number: Inputs) -> dict[str, Any]:
-    from deepreg_fast.linsolve import batch
+    from deepreg_fast.batched import linalg
 
     a, b, c, d = (image() for _ in range(4))
     every = torch.ones(len(a), dtype=torch.bool, device=a.device)
-    out, square = batch.add(a, number(), b, every)
+    out, square = linalg.add(a, number(), b, every)
     idx = torch.arange(len(a), device=a.device)
-    return {"dot": batch.dot(a, a), "add": out, "square": square, "secant": batch.secant(idx, a, b, c, d)}
+    return {"dot": linalg.dot(a, a), "add": out, "square": square, "secant": linalg.secant(idx, a, b, c, d)}
 
 
 def _steps(image: Inputs, number: Inputs) -> dict[str, Any]:
-    from deepreg_fast.linsolve import passes
+    from deepreg_fast.batched import fused
 
     a, b, c, d = (image() for _ in range(4))
     on = torch.ones(len(a), dtype=torch.bool, device=a.device)
-    dots = passes.dots((a, a), (a, b.abs() * a.sign()), (b, b))
-    direction = passes.cg_direction(a.clone(), b, number(), on)
-    x, r, moved = passes.cg_move(a.clone(), b.clone(), c, d, number(), on)
+    dots = fused.dots((a, a), (a, b.abs() * a.sign()), (b, b))
+    direction = fused.cg_direction(a.clone(), b, number(), on)
+    x, r, moved = fused.cg_move(a.clone(), b.clone(), c, d, number(), on)
     tau = number()
-    descended = passes.descend(a, tau, b, on)
-    step, candidate, sums = passes.pgd_step(a, b, c, on)
-    judged = passes.judge(a, b, c, d, on)[[0, 1, 3, 4, 5]]
+    descended = fused.descend(a, tau, b, on)
+    step, candidate, sums = fused.pgd_step(a, b, c, on)
+    judged = fused.judge(a, b, c, d, on)[[0, 1, 3, 4, 5]]
     return {
         "dots": dots, "direction": direction, "x": x, "r": r, "moved": moved, "descend": descended, "step": step,
         "candidate": candidate, "sums": sums, "judge": judged,
@@ -191,14 +191,14 @@ def _steps(image: Inputs, number: Inputs) -> dict[str, Any]:
 
 
 def _minres_steps(image: Inputs, number: Inputs) -> dict[str, Any]:
-    from deepreg_fast.linsolve import passes
+    from deepreg_fast.batched import fused
 
     a, b, c, d, e, f = (image() for _ in range(6))
     on = torch.ones(len(a), dtype=torch.bool, device=a.device)
-    u, first = passes.lanczos_first(a.clone(), number(), b, c, on)
-    r1, r2, second = passes.lanczos_second(a.clone(), number(), b.clone(), c.clone(), on)
+    u, first = fused.lanczos_first(a.clone(), number(), b, c, on)
+    r1, r2, second = fused.lanczos_second(a.clone(), number(), b.clone(), c.clone(), on)
     state = (a.clone(), b.clone(), c.clone(), d.clone())
-    moved, sums = passes.minres_move(state, e, f, tuple(number() for _ in range(6)), on)
+    moved, sums = fused.minres_move(state, e, f, tuple(number() for _ in range(6)), on)
     return {
         "u": u, "first": first[:2], "r1": r1, "r2": r2, "second": second, "x": moved[0], "r": moved[1], "w": moved[2],
         "sums": sums,
@@ -224,12 +224,12 @@ def _decisions(stage: Stage, name: str) -> None:
     """The per-image decisions of CG and PGD: the same bits as torch's."""
     from importlib import import_module
 
-    from deepreg_fast.backend.gpu_vectors import GpuVectors
-    from deepreg_fast.linsolve.system import OPEN
-    from deepreg_fast.solvers.decide import Numbers, judge_candidate, judge_residual
+    from deepreg_fast.backend.gpu.vectors import GpuVectors
+    from deepreg_fast.solvers.criteria import PerImageState, acceptance_test, convergence_test
+    from deepreg_fast.solvers.linear_system import RUNNING
     from deepreg_fast.solvers.options import PGDOptions
 
-    cg: Any = import_module("deepreg_fast.linsolve.cg")
+    cg: Any = import_module("deepreg_fast.solvers.cg")
     kernels, images, g = GpuVectors(), 77, torch.Generator().manual_seed(3)
 
     def numbers(*shape: int) -> torch.Tensor:
@@ -242,12 +242,12 @@ def _decisions(stage: Stage, name: str) -> None:
     def counts(most: int) -> torch.Tensor:
         return torch.randint(most, (images,), generator=g).to(stage.device)
 
-    status = torch.full((images,), OPEN, device=stage.device)
-    n = Numbers(numbers(), numbers(), numbers(), flags(), counts(4), counts(9), counts(1) + 2, flags())
+    status = torch.full((images,), RUNNING, device=stage.device)
+    n = PerImageState(numbers(), numbers(), numbers(), flags(), counts(4), counts(9), counts(1) + 2, flags())
     options, sums, scale, limit = PGDOptions(3, 1e-4, "anderson"), numbers(5), numbers(), numbers()
     settings = (options.tolerance, options.tau, options.grow, options.shrink, options.max_iterations)
     value = numbers().float()
-    wanted = judge_residual(n, sums[:3], scale, options, EPS)
+    wanted = convergence_test(n, sums[:3], scale, options, EPS)
     pairs = list(
         zip(
             kernels.pgd_residual(n, sums[:3].contiguous(), scale, settings, EPS),
@@ -255,17 +255,17 @@ def _decisions(stage: Stage, name: str) -> None:
             strict=True,
         )
     )
-    candidate, good, _ = judge_candidate(n, sums, value, limit, options, EPS)
+    candidate, good, _ = acceptance_test(n, sums, value, limit, options, EPS)
     ours, accepted, _ = kernels.pgd_candidate(n, sums, value, limit, settings, EPS, False)
     pairs += list(zip((*ours, accepted), (*candidate, good), strict=True))
     rz, old, fresh, active = numbers(), numbers(), flags(), flags()
-    factor, _ = cg.turn(rz, old, fresh)
-    pairs.append((kernels.cg_turn(rz, old, fresh, status, active)[0], factor))
+    factor, _ = cg.cg_beta(rz, old, fresh)
+    pairs.append((kernels.cg_beta(rz, old, fresh, status, active)[0], factor))
     moved, idle, aim, length = numbers(2), counts(4), numbers(), numbers()
-    idle_after, done = cg.arrived(moved, length * torch.sqrt(sums[0]), idle, aim, EPS)
-    arrived = kernels.cg_arrived(moved, sums[:3].contiguous(), length, idle, aim, active, EPS)
-    kernels.cg_stride(sums[:3].contiguous(), moved, rz, numbers(), status, active, EPS, 1e38)
-    pairs += [(arrived[0], idle_after), (arrived[1], active & ~done)]
+    idle_after, done = cg.cg_has_converged(moved, length * torch.sqrt(sums[0]), idle, aim, EPS)
+    cg_has_converged = kernels.cg_has_converged(moved, sums[:3].contiguous(), length, idle, aim, active, EPS)
+    kernels.cg_alpha(sums[:3].contiguous(), moved, rz, numbers(), status, active, EPS, 1e38)
+    pairs += [(cg_has_converged[0], idle_after), (cg_has_converged[1], active & ~done)]
     different = [i for i, (a, b) in enumerate(pairs) if not torch.equal(a, b)]
     verdict(stage, name, not different, f"{len(pairs) - len(different)} of {len(pairs)} results with torch's bits")
 
@@ -340,7 +340,7 @@ def _solve(stage: Stage, name: str, method: str) -> None:
     """The end point against the same solve in float64, within what the tolerance allows."""
     import deepreg_fast as dr
     from deepreg_fast.bench.problem import under
-    from deepreg_fast.implicit import AdjointOptions, solve_adjoint
+    from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
 
     reg, A, x = _problem(stage)
     few = 3 if stage.mode == "stand-in" else 400

@@ -151,7 +151,7 @@ class _CudaSources:
     """Compiles a source of csrc/cuda through the disk cache, and launches nothing."""
 
     def __init__(self, name: str, options: Sequence[str]) -> None:
-        from deepreg_fast.backend import nvrtc
+        from deepreg_fast.backend.gpu import nvrtc
 
         nvrtc.compiled(name, options, ARCHITECTURE)
 
@@ -261,28 +261,30 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 def _patch_loops() -> None:
     """Record rounds as on a GPU. A replay writes nothing, so the flag that keeps a loop going falls here."""
-    from deepreg_fast import implicit
-    from deepreg_fast.linsolve import graphs, progress, system
+    from deepreg_fast.batched import graphs, loop
+    from deepreg_fast.inverse import hypergradient
+    from deepreg_fast.solvers import linear_system
 
-    progress._AS_DEVICE.set(True)
-    modules: list[Any] = [implicit, system, import_module("deepreg_fast.solvers.pgd")]
+    loop._AS_DEVICE.set(True)
+    modules: list[Any] = [hypergradient, linear_system, import_module("deepreg_fast.solvers.pgd")]
     for module in modules:
         module.records = lambda t: True
-    usual = graphs.Replay.__call__
+    usual = graphs.GraphedLoop.__call__
 
-    def call(self: graphs.Replay) -> None:
+    def call(self: graphs.GraphedLoop) -> None:
         usual(self)
         if self._loop is not None:
             self._loop.state[0, "running"].zero_()
 
-    graphs.Replay.__call__ = call  # type: ignore[method-assign]
+    graphs.GraphedLoop.__call__ = call  # type: ignore[method-assign]
 
 
 def install() -> Driver:
     """Put the stand-in in the place of Triton's driver, of NVRTC's loader and of torch's CUDA device, for good."""
     from triton.runtime import driver as triton_driver
 
-    from deepreg_fast.backend import gpu, gpu_srm, nvrtc
+    from deepreg_fast.backend.gpu import backend as gpu
+    from deepreg_fast.backend.gpu import nvrtc, srm
 
     # NVRTC looks for the real libcuda at its first use, and crashes on the stand-in.
     nvrtc.compile_sources({"empty.cu": "__global__ void empty() {}"}, [], ARCHITECTURE)
@@ -293,9 +295,9 @@ def install() -> Driver:
 
     def find(A: Any, like: torch.Tensor) -> Any:
         def build() -> Any:
-            return gpu_srm.build(A, SHARED_LIMIT, lambda options: _CudaSources("srm.cu", options))
+            return srm.build(A, SHARED_LIMIT, lambda options: _CudaSources("srm.cu", options))
 
-        return gpu_srm.kept(A, build)
+        return srm.kept(A, build)
 
     backend: Any = gpu.GpuBackend
     refusal: Callable[[Any], str] = lambda like: f"it takes float32 tensors, not {like.dtype}."  # noqa: E731
@@ -304,7 +306,7 @@ def install() -> Driver:
     loader: Any = nvrtc
     loader.shared_limit = lambda _: SHARED_LIMIT
     loader.CudaModule = loader.module = lambda name, options, device: _CudaSources(name, options)
-    gpu_srm.find = find
+    srm.find = find
     _patch_loops()
     Devices().__enter__()
     return driver

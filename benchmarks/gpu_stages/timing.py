@@ -90,7 +90,7 @@ def _captured(stage: Stage, f: Callable[[int], object]) -> Callable[[int], objec
 
 def _chain(stage: Stage, norm: str, options: dict[str, Any]) -> None:
     """Gradient, linearization and both products; achieved bytes per second by the counts of docs/device_loops.md."""
-    from deepreg_fast.backend.gpu_sweeps import ChainOptions
+    from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
     from deepreg_fast.bench import counts
 
     unknown = [k for k in options if k not in ChainOptions.__dataclass_fields__]
@@ -141,9 +141,9 @@ def _operator(stage: Stage, transform: str) -> None:
 def _loops(stage: Stage, images: int) -> None:
     """One iteration of CG and one round of PGD, from the difference of two lengths, with graphs and without."""
     import deepreg_fast as dr
+    from deepreg_fast.batched import graphs
     from deepreg_fast.bench.problem import under
-    from deepreg_fast.implicit import AdjointOptions, solve_adjoint
-    from deepreg_fast.linsolve import graphs
+    from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
 
     p = problem(stage, images)
     reg, x, A = p.regularizer(), p.images(5)[0], p.operator()

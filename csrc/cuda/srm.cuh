@@ -7,7 +7,7 @@
 enum Product { FORWARD, ADJOINT, NORMAL, CORRECT };
 enum Part { ALL, ROWS_IN, COLUMNS, ROWS_OUT };
 
-// The tables that Python lays out (deepreg_fast/backend/srm_plan.py): ints, and offsets into `ints` and `floats`.
+// The tables that Python lays out (deepreg_fast/backend/gpu/srm_plan.py): ints, and offsets into `ints` and `floats`.
 struct Pass {
     int radix;
     int dense;  // 0, or by a matrix with 8 or 16 outputs to a thread

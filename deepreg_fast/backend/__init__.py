@@ -16,11 +16,13 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from ..errors import BackendUnavailable, InputError
-from . import cpu, gpu, reference
-from .gpu import gpu_options
-from .gpu_graphs import release_graphs
+from . import reference
+from .active import active_images, active_mask
+from .cpu import backend as cpu
+from .gpu import backend as gpu
+from .gpu.backend import gpu_options
+from .gpu.graphs import release_graphs
 from .reference import Linearization
-from .work import only, rows_at_work
 
 
 class Energy(Protocol):
@@ -47,7 +49,7 @@ class Backend(Protocol):
         """None if the backend can run on this machine, else the reason and the way to get it."""
         ...
 
-    def why_not(self, energy: nn.Module, x: torch.Tensor) -> str | None:
+    def unsupported_reason(self, energy: nn.Module, x: torch.Tensor) -> str | None:
         """None if the backend covers this energy for this tensor, else the reason."""
         ...
 
@@ -145,20 +147,44 @@ def register(backend: Backend) -> None:
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend by name, with None if it can run here and else the reason why not."""
+    """All backends by name.
+
+    Returns
+    -------
+    dict
+        None for a backend that can run on this machine, otherwise the reason why not.
+
+    Examples
+    --------
+    >>> import deepreg_fast as dr
+    >>> dr.backends()["reference"] is None
+    True
+    """
     return {name: b.unavailable() for name, b in _TABLE.items()}
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the backend inside a `with` block: `"auto"` or a name of `backends()`.
+    """Select the backend inside a `with` block.
+
+    Parameters
+    ----------
+    name : str
+        "auto" (the first that supports the input) or a name of `backends()`.
 
     Raises
     ------
     InputError
         If there is no backend of that name.
     BackendUnavailable
-        If it cannot run on this machine.
+        If it cannot run on this machine; inside the block, if it does not support an input.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> x = torch.rand(1, 1, 8, 8)
+    >>> with dr.use_backend("reference"):
+    ...     value, grad = dr.TV().value_and_grad(x)
     """
     if name != "auto":
         if name not in _TABLE:
@@ -182,12 +208,12 @@ def select(energy: nn.Module, x: torch.Tensor) -> Backend:
     """The backend that serves this energy and tensor under the choice in force."""
     name = _CHOICE.get()
     if name != "auto":
-        reason = _TABLE[name].why_not(energy, x)
+        reason = _TABLE[name].unsupported_reason(energy, x)
         if reason is not None:
             raise BackendUnavailable(f"The backend {name!r} cannot take this: {reason}")
         return _TABLE[name]
     for backend in _TABLE.values():
-        if backend.unavailable() is None and backend.why_not(energy, x) is None:
+        if backend.unavailable() is None and backend.unsupported_reason(energy, x) is None:
             return backend
     raise BackendUnavailable("No backend can take this tensor; move it to the CPU in float32 or float64.")
 
@@ -219,7 +245,7 @@ def vector_kernels(*tensors: torch.Tensor) -> VectorKernels | None:
 
 def _kernels(method: str, tensors: tuple[torch.Tensor, ...], arguments: tuple[Any, ...]) -> Any:
     # In this order: torch.compile asks no further than the first question.
-    return None if any(map(followed, tensors)) else _find(method, arguments)
+    return None if any(map(needs_autograd, tensors)) else _find(method, arguments)
 
 
 def _find(method: str, arguments: tuple[Any, ...]) -> Any:
@@ -237,7 +263,7 @@ def _find(method: str, arguments: tuple[Any, ...]) -> Any:
 _wrapped = getattr(torch._C, "_functorch").is_functorch_wrapped_tensor  # noqa: B009
 
 
-def followed(t: torch.Tensor) -> bool:
+def needs_autograd(t: torch.Tensor) -> bool:
     """Whether autograd, `torch.func`, `torch.compile` or another class of tensors watch what is done with `t`."""
     if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, nn.Parameter):
         return True
@@ -254,12 +280,12 @@ __all__ = [
     "VectorKernels",
     "backends",
     "choice",
-    "followed",
+    "needs_autograd",
     "gpu_options",
-    "only",
+    "active_images",
     "register",
     "release_graphs",
-    "rows_at_work",
+    "active_mask",
     "select",
     "srm_kernels",
     "srm_kernels_for",

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ..ambient import detached, eager, full_precision, outside_inference
-from ..definitions.conv_chain import ConvChainForm
-from ..definitions.unaltered import why_hooked
 from ..errors import InputError
+from ..functional.conv_chain import ConvChainForm
+from ..functional.unaltered import hook_on
 
 
 class Linearization(Protocol):
@@ -40,40 +40,42 @@ class Linearization(Protocol):
         ...
 
 
-def norm_elsewhere(form: ConvChainForm) -> str | None:
+def unsupported_norm_position(form: ConvChainForm) -> str | None:
     """Why kernels do not cover the place of the LayerNorm, or None where they do."""
     if form.net.norm_place == "before":
         return None
     return "its LayerNorm stands before SiLU; this one stands after."
 
 
-def kind_of(energy: nn.Module) -> str:
+def describe_energy(energy: nn.Module) -> str:
     """The class of an energy without kernels, and what has altered it."""
-    reason = getattr(energy, "altered", lambda: None)() or why_hooked(*energy.modules())
+    reason = getattr(energy, "altered", lambda: None)() or hook_on(*energy.modules())
     return type(energy).__name__ + ("" if reason is None else f" with {reason}")
 
 
-def kind_of_srm(A: Any) -> tuple[Any, ...]:
+def srm_key(A: Any) -> tuple[Any, ...]:
     """What kernels for an SRM are made of: its description, and where its buffers are and how often they changed."""
-    buffers = [None if t is None else (t.data_ptr(), t.dtype, t.shape, changes(t)) for t in (A.rows, A.signs, A.perm)]
+    buffers = [
+        None if t is None else (t.data_ptr(), t.dtype, t.shape, tensor_version(t)) for t in (A.rows, A.signs, A.perm)
+    ]
     return (A.transform, A.block, tuple(A.image_shape), A.measurements, *buffers)
 
 
-def changes(t: torch.Tensor) -> int:
+def tensor_version(t: torch.Tensor) -> int:
     """How often a tensor was changed in place, as torch counts it: not at all for one made in inference mode."""
     return 0 if t.is_inference() else t._version
 
 
-class Still:
+class ParameterGuard:
     """The parameters that a linearization was made with, and what its products ask of them and of a direction."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         self._params = params
-        self._counts = [changes(p) for p in params]
+        self._counts = [tensor_version(p) for p in params]
 
     def check(self, v: torch.Tensor, x: torch.Tensor) -> None:
         """An `InputError` if a parameter has changed since, or if v is not like x."""
-        if [changes(p) for p in self._params] != self._counts:
+        if [tensor_version(p) for p in self._params] != self._counts:
             raise InputError(
                 "The regularizer's parameters must stay as they were at linearize(x), but have changed since; "
                 "call linearize(x) again."
@@ -113,7 +115,7 @@ class ReferenceLinearization:
         _check_parameters(energy)
         self._names = [n for n, p in energy.named_parameters() if p.requires_grad]
         self._params = [p for p in energy.parameters() if p.requires_grad]
-        self._still = Still(self._params)
+        self._guard = ParameterGuard(self._params)
         self._x = detached(x).requires_grad_()
         with torch.enable_grad(), _float32(x), eager():
             value = energy.energy(self._x)  # type: ignore[operator]
@@ -125,7 +127,7 @@ class ReferenceLinearization:
     @outside_inference
     @full_precision
     def _pull_back(self, v: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        self._still.check(v, self.x)
+        self._guard.check(v, self.x)
         if not self._grad.requires_grad or not inputs:
             return [torch.zeros_like(p) for p in inputs]
         v = detached(v)
@@ -186,7 +188,7 @@ class ReferenceBackend:
         """Always available."""
         return None
 
-    def why_not(self, energy: nn.Module, x: torch.Tensor) -> str | None:
+    def unsupported_reason(self, energy: nn.Module, x: torch.Tensor) -> str | None:
         """Covers every energy."""
         return None
 

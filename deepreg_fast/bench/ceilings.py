@@ -87,7 +87,7 @@ def measure(
 
 def in_force() -> str:
     """The precision of our kernels' products."""
-    from ..backend.gpu_sweeps import DEFAULT
+    from ..backend.gpu.pixel_norm import DEFAULT
 
     return DEFAULT.precision
 

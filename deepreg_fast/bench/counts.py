@@ -52,7 +52,7 @@ def walsh_flops(p: Problem, block: int) -> int:
     return p.pixels * (block.bit_length() - 1)
 
 
-# -- the conv chain on the GPU (backend/gpu_sweeps.py, head red) -----------------------------------------------
+# -- the conv chain on the GPU (backend/gpu/pixel_norm.py, head red) -----------------------------------------------
 
 
 def planes_bytes(p: Problem, planes: float) -> float:

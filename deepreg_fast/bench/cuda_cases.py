@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..definitions.dct import dct2
-from ..definitions.walsh import walsh_blocks
-from ..implicit import AdjointOptions, solve_adjoint
-from ..linsolve.batch import expand
+from ..batched.linalg import expand
+from ..functional.dct import dct2
+from ..functional.walsh import walsh_blocks
+from ..inverse.hypergradient import AdjointOptions, solve_adjoint
 from . import cases, counts, peers, peers_cuda
 from .ceilings import tf32
 from .problem import Case, Problem, double, timed_under, under

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from ..backend import backends, cpu
+from ..backend import backends
+from ..backend.cpu import backend as cpu
 from .peers_learned import commit
 from .timing import HOST, Timed
 

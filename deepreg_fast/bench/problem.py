@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from ..backend import use_backend
-from ..lipschitz import spectrum
 from ..operators import SRM
 from ..regularizers import RED
+from ..regularizers.lipschitz import spectrum
 from .target import CPU, Target
 from .timing import Timed
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from ..backend import use_backend
-from ..implicit import AdjointOptions, hypergradient, solve_adjoint
-from ..lipschitz import beta_hat
+from ..inverse.hypergradient import AdjointOptions, hypergradient, solve_adjoint
+from ..inverse.recovery import recover
 from ..operators import SRM
-from ..recovery import recover
 from ..regularizers import RED
 from ..regularizers.base import Regularizer, as_regularizer
+from ..regularizers.lipschitz import beta_hat
 from ..solvers import PGDOptions
 from . import peers, peers_deepinv, peers_learned
 from .calibrate import Setting, loosest
@@ -111,7 +111,7 @@ def step(p: Problem) -> Case:
         return list(hypergradient(xs[k], A.A(xs[k]), A, r, MU, options=pgd, adjoint=adjoint).theta.values())
 
     def pushed(x: torch.Tensor, delta: torch.Tensor, r: Regularizer = reg) -> list[torch.Tensor]:
-        delta, _ = beta_hat(r, x, delta).ascend(delta.flatten(1).norm(dim=1))
+        delta, _ = beta_hat(r, x, delta).power_step(delta.flatten(1).norm(dim=1))
         return list(beta_hat(r, x, delta).grad_theta(x.new_ones(len(x))).values())
 
     def visit(r: Regularizer) -> Timed:

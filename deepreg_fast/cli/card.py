@@ -6,13 +6,13 @@ import json
 import sys
 from typing import Any
 
-from .. import pretrained
 from ..terminal import facts, table, width
+from ..weights import cards
 
 
 def show(name: str, as_json: bool) -> None:
     """Print the card of shipped weights."""
-    card = pretrained.card(name)
+    card = cards.card(name)
     if as_json:
         print(json.dumps(card))
         return

@@ -20,7 +20,7 @@ def demo(
     """Train a small regularizer on photographs, recover held-out ones, compare with TV and with shipped weights, write
     an HTML report."""
     from .. import checks
-    from ..report.demo import BEST, TRAINED, run_demo
+    from ..experiments.demo import BEST, TRAINED, run_demo
     from ..terminal import table, width
 
     checks.integer(steps, "--steps", 1)

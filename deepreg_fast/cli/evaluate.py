@@ -11,8 +11,8 @@ import typer
 
 from .. import checks
 from ..files import check_outputs, same_file, write_atomically
-from ..pretrained import card_of
 from ..terminal import Pulse, table, width
+from ..weights.cards import card_of
 from .options import (
     MAX_ITERATIONS,
     AccelerationOption,
@@ -25,7 +25,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..evaluation import Method
+    from ..evaluation.compare import Method
 
 
 def evaluate(  # noqa: PLR0913 - one argument for each option of the command line
@@ -94,11 +94,11 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
         _check_out(out, data, split, weights or [])
     settings = {k: v for k, v in locals().items() if k not in ("weights", "out", "as_json")}
 
-    from ..evaluation import Method, Problem, measure
-    from ..evaluation import evaluate as compare
-    from ..tuning import tune_mu as tuned
-    from ..tuning import tuned_tv
-    from ..weights import load
+    from ..evaluation.compare import Method, Problem, measure
+    from ..evaluation.compare import evaluate as compare
+    from ..evaluation.tuning import tune_mu as tuned
+    from ..evaluation.tuning import tuned_tv
+    from ..weights.io import load
 
     place = use_device(device)
     settings["device"] = str(place)
@@ -174,7 +174,7 @@ def _tell(method: Method, differs: str) -> None:
 def _check_out(out: Path, data: str, split: str, weights: list[str]) -> None:
     """Check that the file of results replaces none that is read."""
     from ..data import image_names
-    from ..weights import locate
+    from ..weights.io import locate
 
     inputs: list[str | Path] = [locate(w) for w in weights]
     inputs += [split] if split and split != "bsd400" else []

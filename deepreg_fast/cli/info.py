@@ -65,7 +65,8 @@ def _backends() -> dict[str, str | None]:
 
 def facts() -> dict[str, Any]:
     """Everything that `info` tells, as JSON values."""
-    from .. import __version__, pretrained
+    from .. import __version__
+    from ..weights import cards
 
     backends = _backends()
     return {
@@ -78,7 +79,7 @@ def facts() -> dict[str, Any]:
         "backends": backends,
         "kernels on the cpu": None if backends["cpu"] else instruction_set(),
         "optional": {p: _version(p) or f"missing: {how}" for p, how in _OPTIONAL.items()},
-        "weights": {n: _brief(pretrained.card(n)) for n in pretrained.names()},
+        "weights": {n: _brief(cards.card(n)) for n in cards.names()},
     }
 
 

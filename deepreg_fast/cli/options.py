@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from .. import checks
-from ..pretrained import card_of
+from ..weights.cards import card_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def default_mu(meta: dict[str, Any], sigma: float) -> float:
     """The weight mu to take with weights where none is given: the one they came with (1e-2 where a file tells none),
     or `lam sigma^2` where that is larger. lam is the card's, else that of the noise the weights were trained with, else
     the one that suited weights trained without (`mu_with_noise`)."""
-    from ..fidelity import LAM, mu_with_noise
+    from ..inverse.data_term import LAM, mu_with_noise
 
     mu = checks.number(meta.get("mu", 1e-2), "mu of the weight file", 0.0, open_low=True)
     trained = checks.number(_trained(meta).get("sigma", 0.0), "sigma of the weight file", 0.0)

@@ -62,11 +62,11 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     deepreg-fast recover measured.npz --weights runs/beta10/weights.safetensors --mu 1e-3 --out recovered
     """
     from ..data import load_image, png
-    from ..fidelity import add_noise
-    from ..measurements import load_measurements
+    from ..inverse.data_term import add_noise
+    from ..inverse.measurements import load_measurements
+    from ..inverse.recovery import recover as solve
     from ..operators import SRM
-    from ..recovery import recover as solve
-    from ..weights import load, locate
+    from ..weights.io import load, locate
 
     place = use_device(device)
     way_out = "name another --out or rename the source"
@@ -133,7 +133,7 @@ def _npy(image: torch.Tensor) -> bytes:
 
 
 def _results(sol: Solution, truth: torch.Tensor | None) -> dict[str, Any]:
-    from ..metrics import psnr, ssim
+    from ..evaluation.metrics import psnr, ssim
     from ..status import statuses
 
     rows: list[dict[str, Any]] = []

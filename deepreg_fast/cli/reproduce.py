@@ -29,9 +29,9 @@ def reproduce(  # noqa: PLR0913 - one argument for each option of the command li
     """
     from .. import checks
     from ..errors import InputError
+    from ..experiments import load_settings
+    from ..experiments import reproduce as run
     from ..files import same_file
-    from ..reproduce import load_settings
-    from ..reproduce import reproduce as run
 
     if quick and settings != "bsd400":
         raise InputError("--quick stands for --settings quick; give one of the two.")

@@ -80,7 +80,7 @@ def _run(name: str, cls: type[TrainConfig], given: dict[str, Any], **extra: Path
             "another folder with --out."
         )
     if config is not None:
-        from ..training.loop import FILES
+        from ..training.trainer import FILES
 
         check_outputs((Path(settings.out) / f for f in FILES), [config], "name another folder with --out")
     run = trainer(settings)

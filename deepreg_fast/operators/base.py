@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -15,37 +12,54 @@ from torch import nn
 
 from .. import checks
 from ..ambient import full_precision
-from ..backend.gpu_graphs import Signature
+from ..backend.gpu.graphs import Signature
+from ..batched.linalg import expand
 from ..errors import InputError
-from ..linsolve.batch import expand
+from ..solvers.cg import CGOptions, cg
+from ..solvers.protocols import fails_per_image
+from ..status import Status
 
 _REGISTRY: dict[str, type[LinearOperator]] = {}
 Gamma = float | torch.Tensor
-_PER_IMAGE: ContextVar[bool] = ContextVar("deepreg_fast_per_image", default=False)
-
-
-@contextmanager
-def failing_per_image() -> Iterator[None]:
-    """Inside, a proximal map that CG cannot solve is NaN also where it fails for every image: a solver gives each image
-    its own status."""
-    token = _PER_IMAGE.set(True)
-    try:
-        yield
-    finally:
-        _PER_IMAGE.reset(token)
 
 
 class LinearOperator(nn.Module):
-    """A linear map of images `[B, C, H, W]` to measurements `[B, m]`.
+    """Base class of linear operators from images `[B, C, H, W]` to measurements `[B, m]`.
 
-    A subclass defines `_forward` and `_adjoint` and says what it has: `gram_scale = c` if `A A^T = c I`, which gives
-    `A_dagger`, `prox_l2` and `shifted_inverse` in closed form; without it the proximal map is solved by CG.
+    A subclass defines `_forward` and `_adjoint`. If `A A^T = c I`, it sets `gram_scale = c`, and `A_dagger`, `prox_l2`
+    and `shifted_inverse` have closed forms (docs/math.md, M2). Otherwise CG solves the proximal map, and the subclass
+    defines `A_dagger`.
+
+    Parameters
+    ----------
+    image_shape : (C, H, W)
+    measurements : int
+        The number m of measurements per image.
 
     Attributes
     ----------
     image_shape : (C, H, W)
     measurements : int
     gram_scale : float or None
+
+    Raises
+    ------
+    InputError
+        If a size is not a positive integer. The methods raise it if a tensor has the wrong shape, dtype or device.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> class Half(dr.LinearOperator):
+    ...     gram_scale = 1.0
+    ...     def _forward(self, x):
+    ...         return x[..., :2].flatten(1)
+    ...     def _adjoint(self, y):
+    ...         return torch.nn.functional.pad(y.reshape(-1, 1, 4, 2), (0, 2))
+    >>> A = Half((1, 4, 4), 8)
+    >>> x = torch.rand(1, 1, 4, 4)
+    >>> torch.equal(A.A(A.A_dagger(A.A(x))), A.A(x))
+    True
     """
 
     gram_scale: float | None = None
@@ -145,9 +159,6 @@ class LinearOperator(nn.Module):
         return self._correct(z, y, g / (1.0 + g * self.gram_scale))
 
     def _prox_by_cg(self, z: torch.Tensor, y: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        from ..linsolve import CGOptions, cg
-        from ..status import Status
-
         if torch.is_grad_enabled() and any(t.requires_grad for t in (z, y, g)):
             raise InputError(
                 f"The proximal map of {type(self).__name__} is solved by CG, which autograd does not follow; "
@@ -158,7 +169,7 @@ class LinearOperator(nn.Module):
         failed = (sol.residual > 1e-3) & (sol.status != int(Status.NON_FINITE))
         if not bool(failed.any()):
             return sol.x
-        if not _PER_IMAGE.get() and bool(failed.all()):
+        if not fails_per_image() and bool(failed.all()):
             raise InputError(
                 f"The proximal map of {type(self).__name__} must be solved to 1e-3, but CG stopped at residual "
                 f"{float(sol.residual.max()):.1e}; scale the operator to norm one or define prox_l2."

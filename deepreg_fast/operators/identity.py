@@ -7,12 +7,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..backend.gpu_graphs import Signature
+from ..backend.gpu.graphs import Signature
 from .base import LinearOperator, register
 
 
 class Identity(LinearOperator):
-    """`A x = x`, flattened to `[B, C H W]`."""
+    """The identity `A x = x`, flattened to `[B, C H W]`: denoising.
+
+    Parameters
+    ----------
+    image_shape : (C, H, W)
+
+    Raises
+    ------
+    InputError
+        If `image_shape` is not three positive integers.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> dr.Identity((1, 4, 6)).A(torch.rand(3, 1, 4, 6)).shape
+    torch.Size([3, 24])
+    """
 
     gram_scale = 1.0
 

@@ -9,12 +9,12 @@ import torch
 
 from .. import backend, checks
 from ..ambient import outside_inference
-from ..backend.gpu_graphs import Signature
-from ..backend.reference import kind_of_srm
-from ..definitions import hadamard, walsh
-from ..definitions import srm as definition
+from ..autograd import srm as srm_ops
+from ..backend.gpu.graphs import Signature
+from ..backend.reference import srm_key
 from ..errors import InputError, OperatorMismatch
-from ..ops import products as srm_ops
+from ..functional import hadamard, walsh
+from ..functional import srm as definition
 from .base import Gamma, LinearOperator, register
 
 TRANSFORMS = ("dct", "hadamard", "walsh")
@@ -22,28 +22,46 @@ RANDOMIZERS = ("sign", "permutation", "both")
 
 
 class SRM(LinearOperator):
-    """`y = (F R x)[rows]`: randomize, transform orthonormally, keep `m` of the `d = C H W` coefficients; `A A^T = I`.
+    """Structurally random matrix `A x = (F R x)[rows]`, with `A A^T = I`.
+
+    `R` randomizes the pixels, `F` is an orthonormal transform, and `rows` selects m of the d = C H W coefficients
+    (docs/math.md, M3; Do, Gan, Nguyen, Tran 2012).
 
     Parameters
     ----------
     image_shape : (C, H, W)
-    ratio : float in (0, 1]
-        `m = max(1, round(ratio d))`; or give `measurements`, an integer in [1, d].
+    ratio : float in (0, 1], optional
+        `m = max(1, round(ratio d))`. Give either `ratio` or `measurements`.
+    measurements : int in [1, d], optional
+        The number m itself.
     transform : "dct", "hadamard" or "walsh"
-        Orthonormal 2-D DCT of each channel; `H_h X H_w^T / sqrt(hw)` with Hadamard matrices of those orders;
-        Walsh-Hadamard in blocks of `block` (a power of two that divides d; default the largest).
+        Orthonormal 2-D DCT of each channel; `H_h X H_w^T / sqrt(hw)` with Hadamard matrices of those orders; or
+        Walsh-Hadamard in blocks of `block` coefficients.
     randomizer : "sign", "permutation" or "both"
         Random signs of the pixels, a random permutation of them, or signs after the permutation.
     seed : int >= 0
-        Draws signs, permutation and rows; the same seed gives the same operator on every platform.
+        Seed of the signs, permutation and rows. The same seed gives the same operator on every platform.
     keep_dc : bool, optional
-        Keep the coefficients that hold the means, of each channel ("walsh": of each block), as many as m allows,
-        coefficient 0 first; by default only for a pure permutation, which leaves the image's mean there.
+        Whether to select the coefficients that hold the mean of each channel ("walsh": of each block) first. Default:
+        only for `randomizer="permutation"`, which preserves the mean.
+    block : int, optional
+        Block size of "walsh": a power of two that divides d. Default: the largest.
 
     Raises
     ------
     InputError
-        If an argument is out of range or the transform does not exist for this shape.
+        If an argument is out of range, or the transform does not exist for this shape.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> A = dr.SRM((1, 16, 16), ratio=0.25)
+    >>> x = torch.rand(2, 1, 16, 16)
+    >>> y = A.A(x)
+    >>> y.shape
+    torch.Size([2, 64])
+    >>> torch.allclose(A.A(A.A_adjoint(y)), y, atol=1e-5)
+    True
     """
 
     gram_scale = 1.0
@@ -130,7 +148,7 @@ class SRM(LinearOperator):
         if not self._just(SRM):
             return None
         memory = tuple(t for t in (self.rows, self.signs, self.perm) if t is not None)
-        return Signature(("srm", self.gram_scale, kind_of_srm(self)), self, memory)
+        return Signature(("srm", self.gram_scale, srm_key(self)), self, memory)
 
     def _products_replaced(self) -> bool:
         """Whether a subclass, or this object, has products of its own: what is made of both is then made of those."""

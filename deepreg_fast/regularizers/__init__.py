@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 from .base import Regularizer, as_regularizer, from_description, register
-from .custom import EnergyRegularizer
-from .field import DenoiserField
+from .denoiser import DenoiserField
+from .energy import EnergyRegularizer
 from .icnn import ICNN
 from .red import RED
 from .ridge import Ridge

@@ -14,15 +14,32 @@ _REGISTRY: dict[str, type[Regularizer]] = {}
 
 
 class Regularizer(nn.Module):
-    """Base class: a subclass writes `energy(x) -> [B]` in torch and gets the derivatives.
+    """Base class of regularizers; a subclass defines `energy(x) -> [B]` in PyTorch.
+
+    The value, gradient, Hessian-vector product and parameter product follow from it (docs/math.md, M8).
 
     Attributes
     ----------
     alpha : float
-        In `s(x) = (1+alpha)/2 ||x - center||^2 - r(x)`, the function whose gradient the Lipschitz penalty
-        holds. For `Lip(grad s) <= beta`: `(1+alpha-beta) I <= hess r <= (1+alpha+beta) I`.
+        Of `s(x) = (1+alpha)/2 ||x - center||^2 - r(x)`, whose gradient the Lipschitz penalty bounds. If
+        `Lip(grad s) <= beta`, then `(1+alpha-beta) I <= hess r <= (1+alpha+beta) I`.
     center : float
-        The grey value about which the regularizer is centred.
+        The gray value about which the regularizer is centered.
+
+    Raises
+    ------
+    InputError
+        By its methods, if x is not a float32 or float64 batch of images with the dtype and device of the parameters.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> class Quadratic(dr.Regularizer):
+    ...     def energy(self, x):
+    ...         return 0.5 * (x - self.center).square().flatten(1).sum(1)
+    >>> x, v = torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4)
+    >>> torch.allclose(Quadratic().linearize(x).hvp(v), v)
+    True
     """
 
     alpha: float = 0.0
@@ -54,9 +71,13 @@ class Regularizer(nn.Module):
         self._check(x)
         return backend.select(self, x).linearize(self, x)
 
-    def served_by(self, x: torch.Tensor) -> backend.Backend:
+    def backend_for(self, x: torch.Tensor) -> backend.Backend:
         """The backend whose kernels answer for `x` under the choice in force."""
         return backend.select(self, x)
+
+    def computed_by_backend(self) -> bool:
+        """Whether `value_and_grad` is the one of this class, which a backend computes, and not overridden."""
+        return type(self).value_and_grad is Regularizer.value_and_grad and "value_and_grad" not in vars(self)
 
     def grad_s(self, x: torch.Tensor) -> torch.Tensor:
         """`grad s(x) = (1+alpha)(x - center) - grad r(x)`."""
@@ -121,7 +142,7 @@ def as_regularizer(reg: nn.Module) -> Regularizer:
     if isinstance(reg, Regularizer):
         return reg
     if isinstance(reg, nn.Module):
-        from .custom import EnergyRegularizer
+        from .energy import EnergyRegularizer
 
         return EnergyRegularizer(reg)
     raise InputError(f"reg must be an nn.Module that maps images to one energy each, but is {reg!r}.")

@@ -8,17 +8,43 @@ import torch
 
 from .. import checks
 from ..ambient import full_precision
-from ..definitions.conv_chain import per_image
-from ..definitions.icnn import InputConvex
-from ..definitions.unaltered import why_altered
+from ..functional.conv_chain import per_image
+from ..functional.icnn import InputConvex
+from ..functional.unaltered import alteration
 from .base import Regularizer, register
 from .scaled import with_gain
 
 
 class ICNN(Regularizer):
-    """`r(x) = rho/2 ||u||^2 + f(u)`, `u = x - center`, `f` input-convex (Amos, Xu, Kolter 2017).
+    """Input-convex regularizer `r(x) = rho/2 ||u||^2 + f(u)` with `u = x - center` (Amos, Xu, Kolter 2017).
 
-    `rho > 0` is needed in recovery: `f` grows linearly and alone leaves the null space of A free.
+    Recovery needs `rho > 0`: `f` grows linearly, so `f` alone does not determine the component in A's null space.
+
+    Parameters
+    ----------
+    channels, depth : int
+        Width (>= 1) and number of layers (>= 2) of the network f.
+    rho : float >= 0
+        Strong convexity.
+    gain : float > 0
+        Input gain, as in `RED`.
+    center : float
+        Gray value subtracted from the image.
+    image_channels : int
+        Channels C of the images.
+    seed : int
+        Seed of the initial weights.
+
+    Raises
+    ------
+    InputError
+        If an argument is out of range.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> dr.ICNN(channels=4).energy(torch.rand(3, 1, 8, 8)).shape
+    torch.Size([3])
     """
 
     def __init__(  # noqa: PLR0913 - one argument for each setting of the network
@@ -59,7 +85,7 @@ class ICNN(Regularizer):
         """What makes this another energy than that of `ICNN`, as a subclass or by a network of another class."""
         if type(self).energy is not ICNN.energy or "energy" in vars(self):
             return "an energy of its own"
-        return why_altered(self.net, InputConvex)
+        return alteration(self.net, InputConvex)
 
     def rescaled(self, scale: float) -> Regularizer:
         """The same with `scale` times the gain; wrapped, where something else is computed."""

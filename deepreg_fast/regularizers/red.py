@@ -9,46 +9,50 @@ import torch
 
 from .. import checks
 from ..ambient import full_precision
-from ..definitions.conv_chain import (
+from ..functional.conv_chain import (
     HEADS,
     NORM_PLACES,
     NORMS,
     ChannelNorm,
     ConvChain,
     ConvChainForm,
+    chain_alteration,
     layers_of,
-    why_altered_chain,
 )
-from ..definitions.unaltered import numbers, why_hooked
+from ..functional.unaltered import hook_on, plain_numbers
 from .base import Regularizer, register
 from .scaled import with_gain
 
 
 class RED(Regularizer):
-    """`r(x) = alpha/2 ||u||^2 + phi(u, h(u))`, `u = x - center`, `h` a short convolutional network.
+    """Network regularizer `r(x) = alpha/2 ||u||^2 + phi(u, h(u))` with `u = x - center`.
 
-    With `head="red"`: `phi = 1/2 <u, u - h(u)>`, that is `s = 1/2 <u, h(u)>` in
-    `r = (1+alpha)/2 ||u||^2 - s` (Nair & Schniter 2022; Romano et al. 2017).
+    `h` has `depth` convolutions with SiLU between them. With `head="red"`, `phi = 1/2 <u, u - h(u)>`, that is, `r =
+    (1+alpha)/2 ||u||^2 - s` with `s = 1/2 <u, h(u)>` (Nair & Schniter 2022; Romano, Elad, Milanfar 2017; docs/math.md,
+    M8-M10). `energy(x)` maps `[B, C, H, W]` to `[B]`.
 
     Parameters
     ----------
-    channels, depth, kernel_size
-        Width of the hidden layers (>= 1), number of convolutions (>= 2), odd filter size.
+    channels, depth, kernel_size : int
+        Width of the hidden layers (>= 1), number of convolutions (>= 2), and odd filter size.
     norm : "none", "pixel" or "image"
-        No LayerNorm; over channels at each pixel (flax's default axes); over channels and pixels
-        (torch's `LayerNorm([C, H, W])`).
+        No LayerNorm; over the channels of each pixel (flax's default axes); or over channels and pixels (torch's
+        `LayerNorm([C, H, W])`).
     norm_place : "before" or "after"
-        Whether the LayerNorm stands before SiLU or after it. The kernels cover "before".
-    alpha : float
-        Added strong convexity, >= -1.
+        Whether LayerNorm comes before or after SiLU. The kernels support "before".
+    alpha : float >= -1
+        Additional strong convexity.
     head : "red", "residual" or "norm"
-    gain : float
-        Input gain kappa > 0: `h(kappa u)/kappa`.
+        `phi` is `1/2 <u, u - h>`, `1/2 ||u - h||^2` or `1/2 ||h||^2`.
+    gain : float > 0
+        Input gain kappa: `h(u) = net(kappa u) / kappa`.
     center : float
-        Grey value that `u` is measured from; 0 gives the uncentred form.
-    eps : float
-        LayerNorm's epsilon, relative to the kappa-scaled input; small values make `Lip(grad s)` huge on
-        flat areas.
+        Gray value subtracted from the image; 0 gives the uncentered form.
+    eps : float > 0
+        LayerNorm's epsilon, relative to the input scaled by kappa. Small values make `Lip(grad s)` very large on flat
+        areas.
+    image_channels : int
+        Channels C of the images.
     seed : int
         Seed of the initial weights.
 
@@ -56,6 +60,14 @@ class RED(Regularizer):
     ------
     InputError
         If an argument is out of range.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> reg = dr.RED(channels=8, norm="pixel")
+    >>> value, grad = reg.value_and_grad(torch.rand(2, 1, 16, 16))
+    >>> value.shape, grad.shape
+    (torch.Size([2]), torch.Size([2, 1, 16, 16]))
     """
 
     def __init__(  # noqa: PLR0913 - one argument for each setting of the network
@@ -117,7 +129,7 @@ class RED(Regularizer):
 
     def conv_chain_form(self) -> ConvChainForm | None:
         """What kernels for this energy need; None where something else is computed."""
-        if self.altered() is not None or why_hooked(self.net, *chain.from_iterable(layers_of(self.net))) is not None:
+        if self.altered() is not None or hook_on(self.net, *chain.from_iterable(layers_of(self.net))) is not None:
             return None
         return self.unchecked_form()
 
@@ -129,9 +141,9 @@ class RED(Regularizer):
         """What makes this another energy than that of `RED`, as a subclass or by changes to the network."""
         if type(self).energy is not RED.energy or "energy" in vars(self):
             return "an energy of its own"
-        if not numbers(self.alpha, self.center) or self.head not in HEADS:
+        if not plain_numbers(self.alpha, self.center) or self.head not in HEADS:
             return "settings that are no numbers"
-        return why_altered_chain(self.net)
+        return chain_alteration(self.net)
 
     def rescaled(self, scale: float) -> Regularizer:
         """The same with `scale` times the gain; wrapped, where a subclass computes something else."""

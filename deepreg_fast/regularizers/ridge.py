@@ -8,29 +8,31 @@ import torch
 
 from .. import checks
 from ..ambient import full_precision
-from ..definitions.ridge import RidgeForm, RidgeNet, why_altered_ridge
-from ..definitions.unaltered import numbers, why_hooked
+from ..functional.ridge import RidgeForm, RidgeNet, why_altered_ridge
+from ..functional.unaltered import hook_on, plain_numbers
 from .base import Regularizer, register
 
 
 class Ridge(Regularizer):
-    """`r(x) = sum_i sum_p psi_i((W_i * u)_p)`, `u = x - center`, with learned filters W_i and profiles psi_i.
+    """Ridge regularizer `r(x) = sum_i sum_p psi_i((W_i * u)_p)` with `u = x - center`.
 
-    The profiles are sums of smooth steps at fixed scales (`definitions/ridge.py` says which). `r >= 0 = r(center)`.
+    The filters `W_i` and the profiles `psi_i` are learned; the profiles are sums of smooth steps at fixed scales
+    (Goujon et al. 2023 and 2024; docs/math.md, M15). `r >= 0 = r(center)`.
 
-    - `convex=True`: every psi_i is convex, and so is r: no Lipschitz penalty is needed (train with `beta=0`).
-      `s = 1/2 ||u||^2 - r` is then only what `beta_hat` and `spectrum` report, with `hess s <= I`.
-    - `convex=False`: `psi_i'' >= -rho_i`, so that `r + rho/2 ||u||^2` is convex for
-      `rho = max_i rho_i ||W||^2`, `||W||` the spectral norm of all filters together; `weak_convexity()` bounds `rho_i`.
+    - `convex=True`: every `psi_i` is convex, and so is r, so no Lipschitz penalty is needed (train with `beta=0`).
+      `s = 1/2 ||u||^2 - r` serves only `beta_hat` and `spectrum`, with `hess s <= I`.
+    - `convex=False`: `psi_i'' >= -rho_i`, so `r + rho/2 ||u||^2` is convex for `rho = max_i rho_i ||W||^2`, where
+      `||W||` is the spectral norm of all filters together; `weak_convexity()` bounds `rho_i`.
 
     Parameters
     ----------
-    filters, kernel_size, scales
-        Number of filters (>= 1), their odd side (3 or more), number of steps in a profile (1 to 8).
+    filters, kernel_size, scales : int
+        Number of filters (>= 1), their odd size (>= 3), and the number of steps in a profile (1 to 8).
+    convex : bool
     zero_mean : bool
-        Subtract each filter's mean, so that r does not see a constant, but for the border, where zeros are padded.
+        Subtract each filter's mean, so that r ignores constants except at the border, which is zero-padded.
     center : float
-        Grey value that `u` is measured from, and that lies around the image.
+        Gray value subtracted from the image; the padding has this value.
     seed : int
         Seed of the noise on the initial filters, which are DCT bases.
 
@@ -38,6 +40,13 @@ class Ridge(Regularizer):
     ------
     InputError
         If an argument is out of range.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> reg = dr.Ridge(filters=4, kernel_size=5)
+    >>> float(reg.value_and_grad(torch.full((1, 1, 8, 8), 0.5))[0])
+    0.0
     """
 
     def __init__(  # noqa: PLR0913 - one argument for each setting of the network
@@ -80,7 +89,7 @@ class Ridge(Regularizer):
 
     def ridge_form(self) -> RidgeForm | None:
         """What kernels for this energy need; None where something else is computed."""
-        if self.altered() is not None or why_hooked(self.net) is not None:
+        if self.altered() is not None or hook_on(self.net) is not None:
             return None
         return RidgeForm(self.net, self.center)
 
@@ -88,7 +97,7 @@ class Ridge(Regularizer):
         """What makes this another energy than that of `Ridge`, as a subclass or by changes to the network."""
         if type(self).energy is not Ridge.energy or "energy" in vars(self):
             return "an energy of its own"
-        return why_altered_ridge(self.net) if numbers(self.center) else "a center that is no number"
+        return why_altered_ridge(self.net) if plain_numbers(self.center) else "a center that is no number"
 
     def weak_convexity(self) -> torch.Tensor:
         """`[F]`, bounds `rho_i` with `psi_i'' >= -rho_i`: the sum of `c_ik < 0`; zeros where r is convex."""

@@ -63,9 +63,9 @@ class Scaled(Regularizer):
         """Keep what the Hessian at `x` needs."""
         return _ScaledLinearization(self.reg.linearize(self._inner(x)), x, self.scale)
 
-    def served_by(self, x: torch.Tensor) -> Backend:
+    def backend_for(self, x: torch.Tensor) -> Backend:
         """That of the inner regularizer."""
-        return self.reg.served_by(x)
+        return self.reg.backend_for(x)
 
     def rescaled(self, scale: float) -> Regularizer:
         """One wrapper with the product of both scales."""

@@ -15,19 +15,29 @@ from .base import Regularizer, from_description, register
 
 
 class Sum(Regularizer):
-    """`r(x) = sum_i r_i(x)`; every derivative is the sum of the parts', each with its own kernels.
+    """Sum of regularizers, `r(x) = sum_i r_i(x)`.
 
-    As each part is `r_i = (1+alpha_i)/2 ||u||^2 - s_i`, the sum has `1 + alpha = sum_i (1 + alpha_i)` and
-    `s = sum_i s_i`. A `RED` with `alpha=-1` adds nothing but `-s_i`: nothing at all before it is trained.
+    Every derivative is the sum of the parts' derivatives, each computed by its own kernels. Since `r_i = (1+alpha_i)/2
+    ||u||^2 - s_i`, the sum has `1 + alpha = sum_i (1 + alpha_i)` and `s = sum_i s_i`. A `RED` with `alpha=-1` adds
+    only `-s_i`, which is zero before it is trained.
 
     Parameters
     ----------
-    parts : Regularizers, or their `describe()`s; at least one, all with the same `center`.
+    parts : sequence of Regularizer or of their `describe()` dictionaries
+        At least one; all have the same `center`.
 
     Raises
     ------
     InputError
-        If there is no part, or the centres differ.
+        If there is no part, or the centers differ.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> tv, ridge = dr.TV(), dr.Ridge(filters=2, kernel_size=3)
+    >>> x = torch.rand(1, 1, 8, 8)
+    >>> torch.allclose(dr.Sum([tv, ridge]).energy(x), tv.energy(x) + ridge.energy(x))
+    True
     """
 
     def __init__(self, parts: Sequence[Regularizer | dict[str, Any]]) -> None:
@@ -60,9 +70,9 @@ class Sum(Regularizer):
         """Keep what the Hessian at `x` needs."""
         return _SumLinearization(self, [p.linearize(x) for p in self])
 
-    def served_by(self, x: torch.Tensor) -> Backend:
+    def backend_for(self, x: torch.Tensor) -> Backend:
         """That of the parts; if they differ, the first whose bits depend on the batch, for then so do the sum's."""
-        found = [p.served_by(x) for p in self]
+        found = [p.backend_for(x) for p in self]
         return next((b for b in found if not b.batch_invariant), found[0])
 
     def rescaled(self, scale: float) -> Regularizer:

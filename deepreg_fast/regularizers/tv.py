@@ -8,18 +8,31 @@ import torch
 
 from .. import checks
 from ..ambient import full_precision
-from ..definitions.tv import smoothed_tv
-from ..definitions.unaltered import numbers
+from ..functional.tv import smoothed_tv
+from ..functional.unaltered import plain_numbers
 from .base import Regularizer, register
 
 
 class TV(Regularizer):
-    """`r(x) = sum_p (sqrt(|Dx|_p^2 + eps^2) - eps)` (Rudin, Osher, Fatemi 1992), no trainable parameter.
+    """Smoothed isotropic total variation `r(x) = sum_p (sqrt(|Dx|_p^2 + eps^2) - eps)`, without trainable parameters.
+
+    `D` takes forward differences (Rudin, Osher, Fatemi 1992; docs/math.md, M13).
 
     Parameters
     ----------
-    eps : float
-        Smoothing in grey values, > 0; `Lip(grad r) <= 8/eps`.
+    eps : float > 0
+        Smoothing in gray values; `Lip(grad r) <= 8/eps`.
+
+    Raises
+    ------
+    InputError
+        If `eps` is not positive.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> float(dr.TV().energy(torch.ones(1, 1, 8, 8)))
+    0.0
     """
 
     def __init__(self, eps: float = 1e-2) -> None:
@@ -33,7 +46,7 @@ class TV(Regularizer):
 
     def tv_eps(self) -> float | None:
         """What kernels for this energy need; None for a subclass that computes something else."""
-        altered = type(self).energy is not TV.energy or "energy" in vars(self) or not numbers(self.eps)
+        altered = type(self).energy is not TV.energy or "energy" in vars(self) or not plain_numbers(self.eps)
         return None if altered else float(self.eps)
 
     def describe(self) -> dict[str, Any]:

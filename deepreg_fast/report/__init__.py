@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .figures import images_figure, lines_figure, psnr_figure, roofline_figure, strips_figure, to_svg
 from .html import Report
-from .reproduce import write_report
 
 __all__ = [
     "Report",
@@ -14,5 +13,4 @@ __all__ = [
     "roofline_figure",
     "strips_figure",
     "to_svg",
-    "write_report",
 ]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..backend import vector_kernels
-from ..linsolve.batch import dot, eliminate, expand, norm, put, take
-from ..linsolve.progress import masked
+from ..batched.linalg import dot, expand, gather, norm, scatter, solve_spd
+from ..batched.loop import uses_mask
 
 ACCELERATIONS = ("none", "fista", "anderson")
 
@@ -40,19 +40,19 @@ class Fista:
     def propose(self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
         """The extrapolated point of the images `idx`."""
         step = x + f
-        move = step - take(self.prev, idx)
-        t = take(self.t, idx)
+        move = step - gather(self.prev, idx)
+        t = gather(self.t, idx)
         restart = (t < 1.0) | (dot(f, move) < 0.0)
         t = torch.where(restart, 1.0, t)
         t_next = 0.5 * (1.0 + torch.sqrt(1.0 + 4.0 * t * t))
         weight = torch.where(restart, 0.0, (t - 1.0) / t_next)
-        self.prev = put(self.prev, idx, step)
-        self.t = put(self.t, idx, t_next)
+        self.prev = scatter(self.prev, idx, step)
+        self.t = scatter(self.t, idx, t_next)
         return step + expand(weight, f) * move
 
     def reset(self, idx: torch.Tensor, forget: torch.Tensor) -> None:
         """Drop the momentum of the images of `idx` where `forget` `[b]`."""
-        self.t = put(self.t, idx, torch.where(forget, 0.0, take(self.t, idx)))
+        self.t = scatter(self.t, idx, torch.where(forget, 0.0, gather(self.t, idx)))
 
 
 class Anderson:
@@ -79,15 +79,15 @@ class Anderson:
         if hasattr(kernels := vector_kernels(x, f), "anderson_solve"):
             return self._propose_by(kernels, x, f, idx)
         length = norm(f)
-        count = torch.where(length > 2.0 * take(self.length, idx), 0, take(self.count, idx))
-        self.length = put(self.length, idx, length)
+        count = torch.where(length > 2.0 * gather(self.length, idx), 0, gather(self.count, idx))
+        self.length = scatter(self.length, idx, length)
         slot = torch.where(count > 0, (count - 1) % self.memory, 0)
         row, rhs = self._remember(x, f, idx, slot, count > 0)
         self.gram[idx, slot, :] = row
         self.gram[idx, :, slot] = row
-        self.count = put(self.count, idx, count + 1)
+        self.count = scatter(self.count, idx, count + 1)
         valid = torch.arange(self.memory, dtype=torch.int64, device=x.device) < count.clamp(max=self.memory)[:, None]
-        gram = torch.where(valid[:, None, :] & valid[:, :, None], take(self.gram, idx), 0.0)
+        gram = torch.where(valid[:, None, :] & valid[:, :, None], gather(self.gram, idx), 0.0)
         scale = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
         eye = torch.eye(self.memory, dtype=torch.float64, device=x.device)
         damped = gram + eye * torch.where(valid, self.ridge * scale[:, None], scale[:, None])[:, None, :]
@@ -97,11 +97,11 @@ class Anderson:
     def _propose_by(self, kernels: Any, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
         """The same, by kernels that make the numbers, too."""
         state = (self.dx, self.df, self.x, self.f)
-        numbers = (take(self.length, idx), take(self.count, idx), self.memory, self.reach)
-        length, count, slot, fresh, limit = kernels.anderson_turn(kernels.dot(f, f), *numbers)
+        numbers = (gather(self.length, idx), gather(self.count, idx), self.memory, self.reach)
+        length, count, slot, fresh, limit = kernels.anderson_update(kernels.dot(f, f), *numbers)
         row, rhs = kernels.remember(idx, state, slot, fresh, x, f)
         count, c = kernels.anderson_solve(idx, row, rhs, slot, count, self.gram, self.ridge)
-        self.length, self.count = put(self.length, idx, length), put(self.count, idx, count)
+        self.length, self.count = scatter(self.length, idx, length), scatter(self.count, idx, count)
         return kernels.combine(idx, state, c, limit, x, f)
 
     def _remember(
@@ -110,11 +110,11 @@ class Anderson:
         """Put the newest differences (zeros unless `fresh`) into `slot`; their products with all others, and f's."""
         if len(idx) and (kernels := vector_kernels(x, f)) is not None:
             return kernels.remember(idx, (self.dx, self.df, self.x, self.f), slot, fresh, x, f)
-        new_df = torch.where(fresh[:, None], (f - take(self.f, idx)).flatten(1), 0.0)
-        self.dx[idx, slot] = torch.where(fresh[:, None], (x - take(self.x, idx)).flatten(1), 0.0)
+        new_df = torch.where(fresh[:, None], (f - gather(self.f, idx)).flatten(1), 0.0)
+        self.dx[idx, slot] = torch.where(fresh[:, None], (x - gather(self.x, idx)).flatten(1), 0.0)
         self.df[idx, slot] = new_df
         self.x[idx], self.f[idx] = x, f
-        df = take(self.df, idx)
+        df = gather(self.df, idx)
         return _products(df, new_df), _products(df, f.flatten(1))
 
     def _combine(
@@ -124,7 +124,7 @@ class Anderson:
         if len(idx) and (kernels := vector_kernels(x, f)) is not None:
             return kernels.combine(idx, (self.dx, self.df, self.x, self.f), c, limit, x, f)
         used = (c != 0)[..., None]
-        differences = torch.where(used, take(self.dx, idx) + take(self.df, idx), 0.0)
+        differences = torch.where(used, gather(self.dx, idx) + gather(self.df, idx), 0.0)
         shift = torch.zeros_like(x).flatten(1)
         # torch's sum over the memory adds in another order at the end of a line, and threads split lines.
         for k in range(self.memory):
@@ -136,7 +136,7 @@ class Anderson:
 
     def reset(self, idx: torch.Tensor, forget: torch.Tensor) -> None:
         """Drop the memory of the images of `idx` where `forget` `[b]`."""
-        self.count = put(self.count, idx, torch.where(forget, 0, take(self.count, idx)))
+        self.count = scatter(self.count, idx, torch.where(forget, 0, gather(self.count, idx)))
 
 
 def _products(df: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -146,7 +146,7 @@ def _products(df: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def _solve(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`A_b^{-1} b_b`: on the CPU by LAPACK, which is faster there; elsewhere by what no device waits for."""
-    return eliminate(a, b) if masked(a) else torch.linalg.solve(a, b[..., None])[..., 0]
+    return solve_spd(a, b) if uses_mask(a) else torch.linalg.solve(a, b[..., None])[..., 0]
 
 
 Accelerator = Plain | Fista | Anderson

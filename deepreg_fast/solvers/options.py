@@ -12,26 +12,38 @@ from .acceleration import ACCELERATIONS
 
 @dataclass(frozen=True)
 class PGDOptions:
-    """Options of `pgd`.
+    """Options of proximal gradient descent (docs/math.md, M4-M6).
 
-    Attributes
+    Parameters
     ----------
     max_iterations : int
-        Limit on the gradients of each image (an accepted step costs one, a refused one too).
+        Maximum number of gradients per image; rejected steps count.
     tolerance : float
-        `converged` means `||x - prox(x - tau grad r(x))|| / tau <= tolerance * max(||grad r(x0)||, ||grad r(x)||)`
-        at the returned x, with a tau no longer than the inverse of the largest curvature met.
+        An image has converged if `||x - prox(x - tau grad r(x))|| / tau <= tolerance * max(||grad r(x0)||, ||grad
+        r(x)||)` at the returned x, with tau no longer than the inverse of the largest curvature observed.
     acceleration : "none", "fista" or "anderson"
         "none" is the paper's method.
     tau, grow, shrink : float
-        First step size, its growth on success (>= 1) and its factor on failure (in (0, 1)).
+        Initial step size, its growth factor after an accepted step (>= 1), and its factor after a rejected one (in (0,
+        1)).
     memory : int
-        Differences that "anderson" keeps for each image; its memory is `2 memory + 2` images.
+        Differences that "anderson" stores per image; they take `2 memory + 2` images.
     monotone : bool
-        Refuse candidates of "anderson" that climb (docs/math.md, M6). Where r is not bounded below, images then run
-        away that would else stay at a stationary point.
+        Reject "anderson" candidates that increase the objective (docs/math.md, M6). If r is not bounded below, images
+        may then diverge that would otherwise stay at a stationary point.
     record : bool
-        Keep the residual of every image and round in `Solution.history`.
+        Store the residual of every image and iteration in `Solution.history`.
+
+    Raises
+    ------
+    InputError
+        If an option is out of range.
+
+    Examples
+    --------
+    >>> import deepreg_fast as dr
+    >>> dr.PGDOptions(tolerance=1e-5, acceleration="fista").max_iterations
+    500
     """
 
     max_iterations: int = 500
@@ -60,11 +72,32 @@ class PGDOptions:
 
 @dataclass
 class Solution:
-    """What a recovery gives, per image.
+    """Result of a recovery, per image.
 
-    `x` `[B, C, H, W]`; `status` `[B]` (see `deepreg_fast.Status`); `iterations` accepted steps and `gradients`
-    evaluations of `grad r`, `[B]`; `residual` `[B]`, relative, at `x`; `tau` `[B]`, the last step sizes;
-    `history` a dictionary of tensors, `residual` `[rounds, B]` when recorded; `backend`, the one that ran.
+    Attributes
+    ----------
+    x : Tensor `[B, C, H, W]`
+        The reconstruction.
+    status : Tensor `[B]`
+        Values of `Status`.
+    iterations, gradients : Tensor `[B]`
+        Accepted steps, and evaluations of `grad r`.
+    residual : Tensor `[B]`
+        Relative residual at `x`.
+    tau : Tensor `[B]`
+        Last step sizes.
+    history : dict of Tensor
+        `residual` `[rounds, B]` if recorded.
+    backend : str
+        The backend that computed it.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> A = dr.Identity((1, 8, 8))
+    >>> sol = dr.recover(A.A(torch.rand(2, 1, 8, 8)), A, dr.TV(0.1), mu=0.01)
+    >>> dr.Status(int(sol.status[0])).name
+    'CONVERGED'
     """
 
     x: torch.Tensor

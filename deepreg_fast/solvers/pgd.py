@@ -2,7 +2,7 @@
 
 One round costs one gradient of every image still at work. Each image has its own step size, its own
 decision and its own end. On the CPU an image that has ended leaves the batch and costs nothing more; on a device it
-stays, and kernels skip it (`linsolve/progress.py`).
+stays, and kernels skip it (`batched/loop.py`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import torch
 
 from .. import backend
 from ..ambient import full_precision
-from ..backend.gpu_graphs import giving_way
-from ..linsolve import passes
-from ..linsolve.batch import dot, expand, norm, secant, take
-from ..linsolve.graphs import Replay, Reuse, records, reuse_of, worthwhile
-from ..linsolve.progress import Poll, keeping, masked
-from ..operators.base import LinearOperator, failing_per_image
-from ..regularizers.base import Regularizer
+from ..backend.gpu.graphs import retry_after_freeing_graphs
+from ..batched import fused
+from ..batched.graphs import GraphedLoop, Reuse, records, reuse_of, worthwhile
+from ..batched.linalg import dot, expand, gather, norm, secant
+from ..batched.loop import AnyActive, attach_partial_result, uses_mask
 from .acceleration import Anderson, Plain, make
-from .decide import residual_of, verdict_on
+from .criteria import run_acceptance_test, run_convergence_test
 from .options import PGDOptions, Solution
-from .state import State, first_gradient
+from .protocols import DataTerm, Energy, failing_per_image
+from .state import State, set_first_gradient
 
 Observer = Callable[[int, torch.Tensor], None]
 
@@ -33,8 +32,8 @@ Observer = Callable[[int, torch.Tensor], None]
 @torch.no_grad()
 def pgd(  # noqa: PLR0913 - the problem is these five, the rest is optional
     y: torch.Tensor,
-    A: LinearOperator,
-    reg: Regularizer,
+    A: DataTerm,
+    reg: Energy,
     mu: torch.Tensor,
     options: PGDOptions,
     x0: torch.Tensor,
@@ -73,25 +72,25 @@ def pgd(  # noqa: PLR0913 - the problem is these five, the rest is optional
         return _solve(_Run(y, A, reg, mu, options, x0, tau0), observer)
 
     # An observer sees each round once.
-    return solve() if observer is not None else giving_way(solve)()
+    return solve() if observer is not None else retry_after_freeing_graphs(solve)()
 
 
 def _solve(run: _Run, observer: Observer | None) -> Solution:
-    with keeping(run.solution):
+    with attach_partial_result(run.solution):
         run.begin()
         if observer is not None:
             observer(0, run.state.x)
         # Who watches wants to see every round and none that came too many.
         watched = run.options.record or observer is not None
-        look = Poll(0 if watched else None)
+        any_active = AnyActive(0 if watched else None)
         reuse = None if watched else run.reuse()
         device = None if watched else run.device(reuse)
-        with Replay(run.round, (run.state, run.accelerator), device, reuse=reuse) as advance:
-            while look(run.state.running):
-                advance()
+        with GraphedLoop(run.round, (run.state, run.accelerator), device, reuse=reuse) as next_round:
+            while any_active(run.state.running):
+                next_round()
                 if observer is not None and bool(run.state.running.any()):
                     observer(int(run.state.gradients.max()) - 1, run.state.x)
-            return run.solution(advance.own)
+            return run.solution(next_round.own)
 
 
 class _Run:
@@ -100,8 +99,8 @@ class _Run:
     def __init__(  # noqa: PLR0913 - pgd's arguments
         self,
         y: torch.Tensor,
-        A: LinearOperator,
-        reg: Regularizer,
+        A: DataTerm,
+        reg: Energy,
         mu: torch.Tensor,
         options: PGDOptions,
         x0: torch.Tensor,
@@ -121,15 +120,15 @@ class _Run:
     def begin(self) -> None:
         """The first gradient, and what later ones are compared with."""
         s = self.state
-        s.drop()
+        s.compact()
         if len(s.idx):
             with self._only():
-                x = take(s.x, s.idx)
+                x = gather(s.x, s.idx)
                 value, grad = self._gradient(x)
                 if self.guarded:
-                    s.begin_at(self._objective(x, value))
-                first_gradient(s, grad)
-            s.drop()
+                    s.start_best(self._objective(x, value))
+                set_first_gradient(s, grad)
+            s.compact()
         self.limit = 10.0 * (norm(s.x) + s.x[0].numel() ** 0.5) if len(s.x) else s.tau
         self.scale = norm(s.grad)
 
@@ -137,24 +136,19 @@ class _Run:
         """The device whose graph a round can be, None if it has none, if a part of the round may ask the host, or if
         there are too few rounds for one."""
         x = self.state.x
-        if not records(x) or not self._ours() or not self.A.capturable(x):
+        if not records(x) or not self.reg.computed_by_backend() or not self.A.capturable(x):
             return None
         if not worthwhile(self.options.max_iterations, reuse):
             return None
-        return x.device if getattr(self.reg.served_by(x), "capturable", False) else None
+        return x.device if getattr(self.reg.backend_for(x), "capturable", False) else None
 
     def reuse(self) -> Reuse | None:
         """What lets a graph of a round serve later solves."""
         x = self.state.x
-        if not records(x) or not self._ours():
+        if not records(x) or not self.reg.computed_by_backend():
             return None
-        signature = getattr(self.reg.served_by(x), "signature", lambda *_: None)
+        signature = getattr(self.reg.backend_for(x), "signature", lambda *_: None)
         return reuse_of(("pgd", self.options, self.guarded), self, signature(self.reg, x), self.A.signature(x))
-
-    def _ours(self) -> bool:
-        """Whether the backend's gradient is the regularizer's."""
-        ours = type(self.reg).value_and_grad is Regularizer.value_and_grad
-        return ours and "value_and_grad" not in vars(self.reg)
 
     def place(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """As `graphs.Inputs`: what a round reads and does not change."""
@@ -169,54 +163,58 @@ class _Run:
         s = self.state
         with self._only():
             candidate, sums = self._propose()
-            numbers = residual_of(candidate, s.numbers(), sums, take(self.scale, s.idx), self.options, self.eps)
-        s.keep(numbers)
+            numbers = run_convergence_test(
+                candidate, s.numbers(), sums, gather(self.scale, s.idx), self.options, self.eps
+            )
+        s.store_state(numbers)
         if self.options.record:
             self.rounds.append(s.residual.clone())
-        (candidate,) = s.drop(candidate)
+        (candidate,) = s.compact(candidate)
         if not len(s.idx):
             return
         with self._only():
             value, grad = self._gradient(candidate)
-            sums, limit = self._compare(candidate, grad), take(self.limit, s.idx)
+            sums, limit = self._compare(candidate, grad), gather(self.limit, s.idx)
             objective = self._objective(candidate, value) if self.guarded else None
             if objective is not None:
-                sums[2] = torch.where(s.climbs(objective), torch.inf, sums[2])
-            numbers, good, forget = verdict_on(candidate, s.numbers(), sums, value, limit, self.options, self.eps)
+                sums[2] = torch.where(s.exceeds_best(objective), torch.inf, sums[2])
+            numbers, good, forget = run_acceptance_test(
+                candidate, s.numbers(), sums, value, limit, self.options, self.eps
+            )
         if objective is not None:
-            s.lower(good, objective)
+            s.update_best(good, objective)
         s.accept(good, candidate, grad)
-        s.keep(numbers)
+        s.store_state(numbers)
         self.accelerator.reset(s.idx, forget)
-        s.drop()
+        s.compact()
 
     def _only(self) -> AbstractContextManager[None]:
-        return backend.only(self.state.running if masked(self.state.x) else None)
+        return backend.active_images(self.state.running if uses_mask(self.state.x) else None)
 
     def _propose(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The point where the next gradient of each image of `idx` is taken, and `<step, step>, <x, x>, <g, g>`."""
         s, i = self.state, self.state.idx
-        x, grad, tau, running = (take(t, i) for t in (s.x, s.grad, s.tau, s.running))
-        z = passes.descend(x, tau, grad, running)
+        x, grad, tau, running = (gather(t, i) for t in (s.x, s.grad, s.tau, s.running))
+        z = fused.descend(x, tau, grad, running)
         with failing_per_image():
-            prox = self.A.prox_l2(z, take(self.y, i), (tau / take(self.mu, i)).to(x.dtype))
-        step, plain, sums = passes.pgd_step(prox, x, grad, running)
+            prox = self.A.prox_l2(z, gather(self.y, i), (tau / gather(self.mu, i)).to(x.dtype))
+        step, plain, sums = fused.pgd_step(prox, x, grad, running)
         if isinstance(self.accelerator, Plain):
             return plain, sums
         candidate = self.accelerator.propose(x, step, i)
-        return torch.where(expand(take(s.cautious, i), x), plain, candidate), sums
+        return torch.where(expand(gather(s.plain_next, i), x), plain, candidate), sums
 
     def _gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r` and `grad r` at `x`. Unless the backend's bits are the same for any batch, the last image of one is
         evaluated as a pair of itself: torch has other convolution kernels for a single image, and its bits would
         depend on when its neighbours ended."""
-        if len(x) == 1 and len(self.state.x) > 1 and not self.reg.served_by(x).batch_invariant:
+        if len(x) == 1 and len(self.state.x) > 1 and not self.reg.backend_for(x).batch_invariant:
             v, g = self._value_and_grad(torch.cat([x, x]))
             return v[:1], g[:1]
         return self._value_and_grad(x)
 
     def _value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._ours():
+        if self.reg.computed_by_backend():
             return self.reg.value_and_grad(x)
         # One of another class may differentiate something, and leave its graph on what it returns.
         with torch.enable_grad():
@@ -225,12 +223,12 @@ class _Run:
 
     def _objective(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """`1/2 ||y - A x||^2 / mu + r(x)` of the images `idx`, `[b]`, float64."""
-        misfit = self.A.A(x) - take(self.y, self.state.idx)
-        return 0.5 * dot(misfit, misfit) / take(self.mu, self.state.idx).double() + value.double()
+        misfit = self.A.A(x) - gather(self.y, self.state.idx)
+        return 0.5 * dot(misfit, misfit) / gather(self.mu, self.state.idx).double() + value.double()
 
     def _compare(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>, <x, x>`, `[5, b]`, of the images `idx` and their candidates."""
         s = self.state
-        if masked(x):
-            return passes.judge(x, grad, s.x, s.grad, s.running)[:5]
+        if uses_mask(x):
+            return fused.judge(x, grad, s.x, s.grad, s.running)[:5]
         return torch.stack([*secant(s.idx, x, grad, s.x, s.grad).unbind(1), dot(x, x)])

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .baselines import AdversarialTrainer, DenoiserTrainer, GradientStepTrainer
     from .bilevel import BilevelTrainer
     from .config import BaselineConfig, BilevelConfig, TrainConfig
-    from .loop import Trainer
+    from .trainer import Trainer
 
 
 def __getattr__(name: str) -> Any:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..linsolve.batch import dot, norm
+from ..batched.linalg import dot, norm
 from ..regularizers import ICNN, DenoiserField
 from ..regularizers.base import Regularizer
 from .build import regularizer_of
 from .config import BaselineConfig
-from .loop import Trainer
 from .placement import Rows, read
+from .trainer import Trainer
 
 # The noise of validation: a key that no step has.
 _VALIDATION = 2**32 - 1
@@ -37,7 +37,27 @@ class _Baseline(Trainer):
 
 
 class DenoiserTrainer(_Baseline):
-    """RED as the paper states it: a denoiser `d` trained on `||d(x + w) - x||^2`, its field `x - d(x)` in PGD."""
+    """RED as the paper states it: trains a denoiser `d` on `||d(x + w) - x||^2`.
+
+    Recovery uses its field `x - d(x)` in place of `grad r` (docs/math.md, M12).
+
+    Parameters
+    ----------
+    config : BaselineConfig
+    progress : bool, optional
+        As in `BilevelTrainer`.
+
+    Raises
+    ------
+    InputError
+        If a setting does not fit the images.
+
+    Examples
+    --------
+    >>> import tempfile, deepreg_fast as dr
+    >>> config = dr.BaselineConfig(out=tempfile.mkdtemp(), steps=2, crop=16, batch=2, validation=0, channels=2)
+    >>> reg = dr.DenoiserTrainer(config, progress=False).fit()
+    """
 
     method = "denoiser"
 
@@ -66,7 +86,27 @@ class DenoiserTrainer(_Baseline):
 
 
 class GradientStepTrainer(_Baseline):
-    """The gradient-step denoiser `x - grad r(x)` (Cohen et al. 2021; Hurault et al. 2022), trained to denoise."""
+    """Trains the gradient-step denoiser `x - grad r(x)` on `||x + w - grad r(x + w) - x||^2`.
+
+    Cohen et al. 2021; Hurault et al. 2022 (docs/math.md, M12).
+
+    Parameters
+    ----------
+    config : BaselineConfig
+    progress : bool, optional
+        As in `BilevelTrainer`.
+
+    Raises
+    ------
+    InputError
+        If a setting does not fit the images.
+
+    Examples
+    --------
+    >>> import tempfile, deepreg_fast as dr
+    >>> config = dr.BaselineConfig(out=tempfile.mkdtemp(), steps=2, crop=16, batch=2, validation=0, channels=2)
+    >>> reg = dr.GradientStepTrainer(config, progress=False).fit()
+    """
 
     method = "gradient_step"
 
@@ -93,10 +133,28 @@ class GradientStepTrainer(_Baseline):
 
 
 class AdversarialTrainer(_Baseline):
-    """The adversarial input-convex regularizer (Lunz, Oktem, Schonlieb 2018; Mukherjee et al. 2020).
+    """Trains the adversarial input-convex regularizer `r(x) = rho/2 ||u||^2 + f(u)`.
 
-    A critic `f` that is small on true images and large on minimum-norm solutions:
-    `E f(x) - E f(x_naive) + weight E (||grad f(x_mix)|| - 1)_+^2`; the regularizer is `rho/2||u||^2 + f(u)`.
+    The critic `f` is small on true images and large on minimum-norm solutions:
+    `E f(x) - E f(x_naive) + weight E (||grad f(x_mix)|| - 1)_+^2` (Lunz, Oktem, Schonlieb 2018; Mukherjee et al. 2020;
+    docs/math.md, M12).
+
+    Parameters
+    ----------
+    config : BaselineConfig
+    progress : bool, optional
+        As in `BilevelTrainer`.
+
+    Raises
+    ------
+    InputError
+        If a setting does not fit the images.
+
+    Examples
+    --------
+    >>> import tempfile, deepreg_fast as dr
+    >>> config = dr.BaselineConfig(out=tempfile.mkdtemp(), steps=2, crop=16, batch=2, validation=0, channels=2)
+    >>> reg = dr.AdversarialTrainer(config, progress=False).fit()
     """
 
     method = "adversarial"

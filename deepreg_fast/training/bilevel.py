@@ -15,21 +15,27 @@ import torch
 from torch import nn
 
 from ..ambient import outside_inference
+from ..batched.linalg import dot, expand, norm
 from ..errors import TrainingDiverged
-from ..implicit import AdjointOptions, initial_point, parameter_gradients, solve_adjoint, unrolled_gradients
-from ..linsolve.batch import dot, expand, norm
-from ..lipschitz import PENALTIES, TwoPoint, spectrum
+from ..inverse.hypergradient import (
+    AdjointOptions,
+    initial_point,
+    parameter_gradients,
+    solve_adjoint,
+    unrolled_gradients,
+)
 from ..regularizers.base import Regularizer, as_regularizer
+from ..regularizers.lipschitz import PENALTIES, LipschitzQuotient, spectrum
 from ..solvers import PGDOptions, Solution, pgd
 from ..status import Status
 from .build import regularizer_of
 from .checkpoint import Array
 from .config import BilevelConfig
-from .guards import InnerAccuracy
-from .loop import Trainer
+from .guards import ToleranceSchedule
 from .placement import Rows, read
 from .samples import Noise
-from .store import Store
+from .trainer import Trainer
+from .warm_starts import WarmStarts
 
 # Steps without any image to learn from until a training gives up: no run has come back from more than a few.
 _PATIENCE = 100
@@ -38,16 +44,33 @@ _MSE_SCALE, _MSE_FLOOR = 1e3, 1e-5
 
 
 class BilevelTrainer(Trainer):
-    """Trains a regularizer so that recovery with it gives back the images.
+    """Bi-level training: theta and log mu minimize the error of the recovery (docs/math.md, M7, M11).
+
+    Each step recovers a batch by PGD, solves the adjoint system by CG for the implicit gradient, updates the
+    perturbations of the Lipschitz penalty, and takes one step of Adam.
 
     Parameters
     ----------
     config : BilevelConfig
     reg : Regularizer or nn.Module, optional
-        One of your own (a module maps images to one energy each), which is moved to the settings' device; by default
-        the one that the settings name.
+        Your own regularizer (a module maps images to one energy each), which is moved to the configured device; by
+        default the one that the configuration names.
     progress : bool, optional
-        Show a progress bar on stderr, or nothing; by default a bar on a terminal, else a line every half minute.
+        Show a progress bar on stderr, or nothing. Default: a bar on a terminal, otherwise a line every half minute.
+
+    Raises
+    ------
+    InputError
+        If a setting does not fit the images or the regularizer.
+
+    Examples
+    --------
+    >>> import tempfile, deepreg_fast as dr
+    >>> config = dr.BilevelConfig(out=tempfile.mkdtemp(), steps=2, crop=16, batch=2, validation=0, channels=2)
+    >>> trainer = dr.BilevelTrainer(config, progress=False)
+    >>> reg = trainer.fit()
+    >>> float(trainer.mu) > 0
+    True
     """
 
     method = "bilevel"
@@ -58,9 +81,9 @@ class BilevelTrainer(Trainer):
         super().__init__(config, progress)
         self.config: BilevelConfig = config
         count = len(self.samples)
-        self.store = Store(count, (1, *self.samples.size), self.placement, config.memory_budget_mb, self.folder)
+        self.store = WarmStarts(count, (1, *self.samples.size), self.placement, config.memory_budget_mb, self.folder)
         self.noise = Noise(config.seed, (count, self.A.measurements), self.placement)
-        self.accuracy = InnerAccuracy(config.tolerance_start, config.tolerance_end, config.stall_window)
+        self.accuracy = ToleranceSchedule(config.tolerance_start, config.tolerance_end, config.stall_window)
         self._idle = 0
 
     def build(self) -> Regularizer:
@@ -83,23 +106,23 @@ class BilevelTrainer(Trainer):
         """One visit of the samples `rows`. The host reads the device once, before the penalty's gradient."""
         y = self._measure(rows, x)
         mu = torch.full((len(x),), self.mu, dtype=x.dtype, device=x.device)
-        sol, sound, seen = self._recover(rows, x, y, mu)
+        sol, valid, seen = self._recover(rows, x, y, mu)
         error = dot(sol.x - x, sol.x - x)
         _, weights = self._loss(error, x)
         if self.adjoint.method == "unrolled":
-            theta, log_mu, found = self._unrolled_gradient(x, y, sol, sound, mu, weights)
+            theta, log_mu, found = self._unrolled_gradient(x, y, sol, valid, mu, weights)
         else:
-            theta, log_mu, found = self._implicit_gradient(rows, x, sol, sound, mu, weights)
+            theta, log_mu, found = self._implicit_gradient(rows, x, sol, valid, mu, weights)
         seen |= found | {"error": error, "log_mu": log_mu}
         point, ascended = self._ascend(rows, x)
-        told = read(seen | ascended)
-        penalty = self._penalty_gradient(point, told)
+        stats = read(seen | ascended)
+        penalty = self._penalty_gradient(point, stats)
         for name, p in self.reg.named_parameters():
             if p.requires_grad:
                 p.grad = theta[name] + penalty[name] if penalty else theta[name]
-        self.log_mu.grad = told["log_mu"].to(self.log_mu.dtype)
-        self._count(told)
-        errors = told["error"][told["sound"] > 0]
+        self.log_mu.grad = stats["log_mu"].to(self.log_mu.dtype)
+        self._count(stats)
+        errors = stats["error"][stats["sound"] > 0]
         mse = _MSE_SCALE / x.numel() * float(errors.sum())
         loss = float(self._loss(errors, x)[0].sum())
         self._idle = 0 if len(errors) else self._idle + 1
@@ -109,7 +132,7 @@ class BilevelTrainer(Trainer):
                 "nothing is learned any more: r is not bounded below. Begin anew with a lower lr, a longer warmup or a "
                 "smaller beta_start."
             )
-        metrics = self._metrics(told)
+        metrics = self._metrics(stats)
         self.accuracy.observe(mse)
         return {"loss": loss + self.config.xi * metrics.pop("penalty_sum"), "mse_loss": mse, **metrics}
 
@@ -161,61 +184,66 @@ class BilevelTrainer(Trainer):
         limit = (c.first_iterations if first else 0) or c.inner_iterations
         options = PGDOptions(limit, tolerance, c.acceleration, memory=c.memory, monotone=c.monotone)
         sol = pgd(y, self.A, self.reg, mu, options, x0, tau0)
-        bad = (sol.status == int(Status.NON_FINITE)) | ~torch.isfinite(sol.x).flatten(1).all(1)
+        non_finite = (sol.status == int(Status.NON_FINITE)) | ~torch.isfinite(sol.x).flatten(1).all(1)
         reach = 2.0 * norm(x - self.reg.center) + 0.1 * x[0].numel() ** 0.5
-        away = (sol.status == int(Status.RUNAWAY)) | (norm(sol.x - self.reg.center) > reach)
-        sound = ~(bad | away)
-        sol.x = torch.where(expand(sound, cold), sol.x, cold)
+        diverged = (sol.status == int(Status.RUNAWAY)) | (norm(sol.x - self.reg.center) > reach)
+        valid = ~(non_finite | diverged)
+        sol.x = torch.where(expand(valid, cold), sol.x, cold)
         self.store.put("x", rows, sol.x)
-        self.store.put("visits", rows, torch.where(sound, visits + 1, 0))
-        self.store.put("tau", rows, torch.where(sound, sol.tau, 1.0))
-        told = {"bad": bad, "away": away & ~bad, "sound": sound, "unconverged": sol.status != int(Status.CONVERGED)}
-        return sol, sound, told | {"gradients": sol.gradients, "residual": sol.residual}
+        self.store.put("visits", rows, torch.where(valid, visits + 1, 0))
+        self.store.put("tau", rows, torch.where(valid, sol.tau, 1.0))
+        stats = {
+            "bad": non_finite,
+            "away": diverged & ~non_finite,
+            "sound": valid,
+            "unconverged": sol.status != int(Status.CONVERGED),
+        }
+        return sol, valid, stats | {"gradients": sol.gradients, "residual": sol.residual}
 
     def _implicit_gradient(
         self,
         rows: Rows,
         x: torch.Tensor,
         sol: Solution,
-        sound: torch.Tensor,
+        valid: torch.Tensor,
         mu: torch.Tensor,
         weights: torch.Tensor,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
         """gamma from its warm start, then the parameter products."""
         c = self.config
         lin = self.reg.linearize(sol.x)
-        b = torch.where(expand(sound, x), x - sol.x, 0.0)
+        b = torch.where(expand(valid, x), x - sol.x, 0.0)
         gamma0 = self.store.get("gamma", rows) if c.warm_start else None
         adj = solve_adjoint(lin, self.A, mu, b, self.adjoint, gamma0, 1.0 + self.reg.alpha)
         negative = adj.status == int(Status.NEGATIVE_CURVATURE)
-        usable = torch.isfinite(adj.x).flatten(1).all(1) & sound
+        usable = torch.isfinite(adj.x).flatten(1).all(1) & valid
         gamma = torch.where(expand(usable, x), adj.x, 0.0)
         keep = usable & ~negative
         self.store.put("gamma", rows, torch.where(expand(keep, x), gamma, 0.0))
         # Both are linear in gamma; its warm start is kept without the weights, which change with every visit.
         theta, log_mu = parameter_gradients(lin, mu, expand(weights, gamma) * gamma)
         unconverged = adj.status != int(Status.CONVERGED)
-        told = {"adjoint_iterations": adj.iterations, "negative": negative, "adjoint_unconverged": unconverged}
-        return theta, log_mu, told
+        stats = {"adjoint_iterations": adj.iterations, "negative": negative, "adjoint_unconverged": unconverged}
+        return theta, log_mu, stats
 
     def _unrolled_gradient(
         self,
         x: torch.Tensor,
         y: torch.Tensor,
         sol: Solution,
-        sound: torch.Tensor,
+        valid: torch.Tensor,
         mu: torch.Tensor,
         weights: torch.Tensor,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
         """Back through `adjoint_iterations` further steps of the sound recoveries (whose number the host reads)."""
         steps = self.config.adjoint_iterations
-        good = sound.nonzero()[:, 0]
+        good = valid.nonzero()[:, 0]
         theta, log_mu = unrolled_gradients(
             x[good], y[good], self.A, self.reg, mu[good], sol.x[good], sol.tau[good], steps, weights[good]
         )
         return theta, log_mu, {"adjoint_iterations": torch.full_like(sol.iterations, steps)}
 
-    def _ascend(self, rows: Rows, x: torch.Tensor) -> tuple[TwoPoint | None, dict[str, torch.Tensor]]:
+    def _ascend(self, rows: Rows, x: torch.Tensor) -> tuple[LipschitzQuotient | None, dict[str, torch.Tensor]]:
         """Ascend the perturbations; what the penalty holds (`beta_hat` or `kappa`) at the last ones."""
         c = self.config
         if c.beta == 0 or c.xi == 0:
@@ -228,20 +256,22 @@ class BilevelTrainer(Trainer):
         kept = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         late = 3 * self.step_done >= 2 * c.steps
         for _ in range(c.delta_steps_late if late else c.delta_steps):
-            delta, still = point.climb(radius) if c.delta_ball == "free" else point.ascend(radius)
+            delta, still = point.gradient_step(radius) if c.delta_ball == "free" else point.power_step(radius)
             kept += still
             point = measure(self.reg, x, delta, grad_x)
         self.store.put("delta", rows, delta)
         return point, {"beta_hat": point.beta, "kept": kept}
 
-    def _penalty_gradient(self, point: TwoPoint | None, told: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _penalty_gradient(
+        self, point: LipschitzQuotient | None, stats: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """Gradient of `xi sum_b relu(beta_hat_b - beta)`; nothing where no image is above the bound."""
-        if point is None or not bool((told["beta_hat"] > self._beta()).any()):
+        if point is None or not bool((stats["beta_hat"] > self._beta()).any()):
             return {}
         above = (point.beta > self._beta()).to(point.x.dtype)
         return point.grad_theta(self.config.xi * above)
 
-    def _count(self, told: dict[str, torch.Tensor]) -> None:
+    def _count(self, stats: dict[str, torch.Tensor]) -> None:
         """Count what each guard did."""
         for name, counter in (
             ("bad", "nonfinite_resets"),
@@ -251,21 +281,21 @@ class BilevelTrainer(Trainer):
             ("adjoint_unconverged", "adjoint_unconverged"),
             ("kept", "delta_kept"),
         ):
-            if name in told:
-                self.counters.add(counter, told[name].sum())
+            if name in stats:
+                self.counters.add(counter, stats[name].sum())
 
-    def _metrics(self, told: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _metrics(self, stats: dict[str, torch.Tensor]) -> dict[str, Any]:
         """What the log shows of a visit, and the `penalty_sum`."""
-        sound = told["sound"] > 0
+        valid = stats["sound"] > 0
         metrics: dict[str, Any] = {
-            "adjoint_iterations_mean": float(told["adjoint_iterations"].mean()),
-            "inner_gradients": float(told["gradients"].mean()),
-            "inner_residual": float(told["residual"][sound].mean()) if bool(sound.any()) else -1.0,
+            "adjoint_iterations_mean": float(stats["adjoint_iterations"].mean()),
+            "inner_gradients": float(stats["gradients"].mean()),
+            "inner_residual": float(stats["residual"][valid].mean()) if bool(valid.any()) else -1.0,
             "tolerance": self.accuracy.tolerance,
             "penalty_sum": 0.0,
         }
-        if "beta_hat" in told:
-            found, beta = told["beta_hat"], self._beta()
+        if "beta_hat" in stats:
+            found, beta = stats["beta_hat"], self._beta()
             metrics["penalty_sum"] = float((found - beta).clamp_min(0).sum())
             metrics |= {"beta_hat": float(found.mean()), "beta_hat_max": float(found.max()), "beta": beta}
         return metrics

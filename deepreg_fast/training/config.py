@@ -148,7 +148,36 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class BilevelConfig(TrainConfig):
-    """Settings of bi-level training (docs/math.md, M7 and M11)."""
+    """Settings of bi-level training (docs/math.md, M7 and M11).
+
+    Parameters
+    ----------
+    out, data, split
+        Folder of the run; folder of images, or "embedded"; split file, or "bsd400".
+    ratio, transform, randomizer, operator_seed, sigma
+        The measurement problem.
+    regularizer, channels, depth, norm, head, alpha, ...
+        The regularizer and its constructor's arguments.
+    steps, batch, crop, lr, seed, ...
+        The outer optimization.
+    penalty, beta, delta_radius, ...
+        The Lipschitz penalty.
+    inner_iterations, tolerance_start, acceleration, adjoint, ...
+        The inner solves.
+
+    `deepreg-fast train bilevel --help` describes every field; the texts are in the fields' `metadata`.
+
+    Raises
+    ------
+    InputError
+        If a value is out of range; the message names the field.
+
+    Examples
+    --------
+    >>> import deepreg_fast as dr
+    >>> dr.BilevelConfig(steps=100, beta=10.0).transform
+    'dct'
+    """
 
     out: str = option("runs/bilevel", "Folder of the run: checkpoints, logs, weights.")
     penalty: str = option("lipschitz", "What beta bounds: lipschitz (of grad s) or curvature (of s, from above).")
@@ -180,8 +209,8 @@ class BilevelConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         # Here, not above: the command line's help lists the settings and does without torch.
-        from ..implicit import METHODS
-        from ..lipschitz import PENALTIES
+        from ..inverse.hypergradient import METHODS
+        from ..regularizers.lipschitz import PENALTIES
         from ..solvers import ACCELERATIONS
 
         super().__post_init__()
@@ -223,7 +252,30 @@ class BilevelConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class BaselineConfig(TrainConfig):
-    """Settings of the baselines."""
+    """Settings of the baselines' training (docs/math.md, M12).
+
+    Parameters
+    ----------
+    noise_level : float
+        Standard deviation of the noise that denoisers are trained on.
+    rho : float
+        Strong convexity of the adversarial regularizer.
+    gradient_penalty : float
+        Weight of its gradient penalty.
+    out, data, steps, ...
+        As in `BilevelConfig`; `deepreg-fast train denoiser --help` describes every field.
+
+    Raises
+    ------
+    InputError
+        If a value is out of range; the message names the field.
+
+    Examples
+    --------
+    >>> import deepreg_fast as dr
+    >>> dr.BaselineConfig(noise_level=0.1).steps
+    2000
+    """
 
     noise_level: float = option(0.06, "Standard deviation of the noise that denoisers are trained on.")
     rho: float = option(0.1, "Added rho/2 ||u||^2 of the adversarial regularizer.")

@@ -56,7 +56,7 @@ class MedianClip:
         return norm, clipped
 
 
-class InnerAccuracy:
+class ToleranceSchedule:
     """Tolerance of the inner solve: loose at first, halved whenever the loss stalls (< 1 % over a window)."""
 
     def __init__(self, start: float, end: float, window: int) -> None:

@@ -63,25 +63,25 @@ class Placement:
     def __init__(self, name: str, budget_mb: int = 0) -> None:
         self.device = checks.device(name)
         # A device whose memory is not the host's. (A test sets this for the CPU.)
-        self.apart = self.device.type != "cpu"
+        self.has_own_memory = self.device.type != "cpu"
         self.left = budget_mb * 2**20
-        if self.apart and not budget_mb:
+        if self.has_own_memory and not budget_mb:
             self.left = int(DEVICE_SHARE * torch.cuda.mem_get_info(self.device)[0])
 
     def take(self, count: int) -> bool:
         """Set `count` bytes of the device aside, if so much of the budget is left."""
-        if not self.apart or count > self.left:
+        if not self.has_own_memory or count > self.left:
             return False
         self.left -= count
         return True
 
-    def home(self, count: int, host_mb: int) -> str:
+    def location(self, count: int, host_mb: int) -> str:
         """Where `count` bytes go: "device", else "pinned" memory of the host up to `host_mb`, else "disk"."""
         if self.take(count):
             return "device"
         if count > host_mb * 2**20:
             return "disk"
-        return "pinned" if self.apart else "device"
+        return "pinned" if self.has_own_memory else "device"
 
     def rows(self, host: np.ndarray) -> Rows:
         """These sample numbers on both sides."""
@@ -103,7 +103,7 @@ class Placement:
             yield
 
 
-class Table(Protocol):
+class SampleTable(Protocol):
     """One array `[N, ...]`, a row for each sample."""
 
     def get(self, rows: Rows) -> torch.Tensor:
@@ -123,7 +123,7 @@ class Table(Protocol):
         ...
 
 
-class DeviceTable:
+class DeviceSamples:
     """Rows in the device's own memory."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -147,7 +147,7 @@ class DeviceTable:
             self.data[i : i + _PIECE].copy_(torch.from_numpy(np.array(array[i : i + _PIECE])))
 
 
-class PinnedTable:
+class PinnedSamples:
     """Rows in pinned memory of the host: copied one by one, in the order of the stream, without waiting."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
@@ -185,7 +185,7 @@ class PinnedTable:
         self._wait()[...] = array
 
 
-class FileTable:
+class FileSamples:
     """Rows in a file, for what no memory holds. The file is made at the first `put`: until then it may be another
     run's, and the rows are zeros or those of the checkpoint that `fill` was given."""
 

@@ -25,10 +25,10 @@ from ..data import (
     load_split,
 )
 from ..errors import DataError
-from ..fidelity import standard_normal
 from ..files import portable
+from ..inverse.data_term import standard_normal
 from .config import TrainConfig
-from .placement import DeviceTable, Placement, Rows
+from .placement import DeviceSamples, Placement, Rows
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,12 @@ class PlacedSamples:
         self.samples, self.placement = samples, placement
 
     @cached_property
-    def table(self) -> DeviceTable | None:
+    def table(self) -> DeviceSamples | None:
         """All crops `[N, 1, crop, crop]`, or None; made at the first visit, when warm starts have had their part."""
         count, shape = len(self.samples), (1, *self.samples.size)
         if not self.placement.take(4 * count * shape[1] * shape[2]):
             return None
-        table = DeviceTable((count, *shape), torch.float32, self.placement.device)
+        table = DeviceSamples((count, *shape), torch.float32, self.placement.device)
         for piece in np.array_split(np.arange(count), -(-count // 64)):
             table.put(self.placement.rows(piece), self.placement.upload(self.samples.batch(piece)))
         return table
@@ -135,11 +135,11 @@ class Noise:
         self._known = np.zeros(shape[0], bool)
 
     @cached_property
-    def table(self) -> DeviceTable | None:
+    def table(self) -> DeviceSamples | None:
         """The numbers made so far `[N, m]`, or None."""
         if not self.placement.take(4 * self.shape[0] * self.shape[1]):
             return None
-        return DeviceTable(self.shape, torch.float32, self.placement.device)
+        return DeviceSamples(self.shape, torch.float32, self.placement.device)
 
     def _made(self, samples: np.ndarray) -> torch.Tensor:
         rows = [standard_normal(self.shape[1], self.seed * 1_000_003 + int(r)) for r in samples]

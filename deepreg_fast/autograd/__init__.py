@@ -1,0 +1,85 @@
+"""The regularizer's energy and gradient inside your own torch code: differentiable, and compiled without a graph break.
+
+`reg.value_and_grad(x)` is detached from any graph and `reg.energy(x)` is torch's definition; these compute with the
+backends' kernels and are followed by autograd, `torch.func` and `torch.compile` all the same. `A.A(x)`,
+`A.A_adjoint(y)`, `A.normal(x)` and `A.prox_l2(z, y, gamma)` of an SRM are so by themselves. The operations underneath
+are `torch.ops.deepreg_fast.srm`, `srm_correct`, `chain_value_grad`, `chain_vjp` and `chain_tangent`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import backend, checks
+from ..ambient import full_precision
+from . import conv_chain
+
+
+@full_precision
+def value_and_grad(reg: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`r(x_b)` `[B]` and `grad r(x_b)` `[B, C, H, W]`, both differentiable in x and in the regularizer's parameters.
+
+    Where a backend has kernels (as `reg.value_and_grad`) both come from one sweep, and the gradient's derivatives are
+    sweeps too; a third derivative is an `InputError`. Elsewhere torch's definition is differentiated, to any order.
+
+    Parameters
+    ----------
+    reg : a `Regularizer`, or any module that maps images to one energy each.
+    x : `[B, C, H, W]`, float32 or float64.
+    """
+    reg = getattr(reg, "_orig_mod", reg)
+    _check(reg, x)
+    form = _form(reg, x)
+    if form is not None:
+        return conv_chain.value_and_grad(form, x)
+    energy: Any = getattr(reg, "energy", reg)
+
+    def total(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value = energy(t)
+        return value.sum(), value
+
+    grad, value = torch.func.grad(total, has_aux=True)(x)
+    return value, grad
+
+
+@full_precision
+def energy(reg: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`r(x_b)` `[B]`, differentiable in x (twice, by kernels) and in the parameters (by torch's definition)."""
+    reg = getattr(reg, "_orig_mod", reg)
+    _check(reg, x)
+    form = _form(reg, x)
+    definition: Any = getattr(reg, "energy", reg)
+    return definition(x) if form is None else conv_chain.value_and_grad(form, x)[0]
+
+
+def grad(reg: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`grad r(x_b)` `[B, C, H, W]`, differentiable once in x (the Hessian) and in the parameters, by kernels.
+
+    A vector-Jacobian product of it costs a linearization and a sweep; with `retain_graph=True` further ones at the same
+    x cost a sweep each.
+    """
+    return value_and_grad(reg, x)[1]
+
+
+def _check(reg: nn.Module, x: torch.Tensor) -> None:
+    checks.images(x)
+    for p in reg.parameters():
+        checks.same_kind(x, p, f"x and the parameters of {type(reg).__name__}")
+        break
+
+
+def _form(reg: Any, x: torch.Tensor) -> conv_chain.ConvChainForm | None:
+    """The conv chain to hand to the operations, or None where torch's definition is to be differentiated."""
+    form = reg.conv_chain_form() if hasattr(reg, "conv_chain_form") else None
+    # In torch.compile what kernels there are is found when the compiled code runs.
+    if form is None or form.net.norm_place != "before":
+        return None
+    if torch.compiler.is_compiling():
+        return form
+    return None if backend.select(reg, x).name == "reference" else form
+
+
+__all__ = ["energy", "grad", "value_and_grad"]

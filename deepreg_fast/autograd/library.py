@@ -1,0 +1,129 @@
+"""How an operation with a derivative of its own is made known to torch: `torch.ops.deepreg_fast.*`.
+
+`torch.library`'s own `register_autograd` takes no forward mode, and `torch.func` refuses it; an `autograd.Function`
+called from outside breaks the graph of `torch.compile` where it has a `jvp`. So the function stands behind the
+operation, in the place of its kernel for autograd. There torch treats it as it treats its own operations, at every
+level of `torch.func`: `compile`, `grad`, `vjp`, `jvp` and their compositions need nothing more. vmap is a kernel
+of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+
+_C: Any = torch._C
+# The namespace is defined once in a process; the object keeps the registrations alive.
+LIBRARY = torch.library.Library("deepreg_fast", "DEF")
+
+_ABOVE = [
+    key for name, key in _C.DispatchKey.__members__.items() if name.startswith(("Autograd", "FuncTorch", "ADInplace"))
+]
+
+
+def define(schema: str, compute: Callable[..., Any], fake: Callable[..., Any], vmap: Callable[..., Any]) -> Any:
+    """The operation `schema`: `compute` on the CPU and on CUDA, `fake` for shapes, `vmap(info, in_dims, *args)`."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, compute, key)
+    torch.library.register_fake(f"deepreg_fast::{name}", fake, lib=LIBRARY)
+    torch.library.register_vmap(f"deepreg_fast::{name}", vmap, lib=LIBRARY)
+    return getattr(torch.ops.deepreg_fast, name).default
+
+
+def differentiate(op: Any, function: type[Function], flatten: Callable[..., tuple[Any, ...]]) -> None:
+    """Let `function` be `op`'s derivative: `function.apply(*flatten(*args))` is `op(*args)`, whose tensors in lists
+    autograd would not see. `function.forward` calls `op` inside `below()`."""
+    lists = op._schema.returns[0].type.str() == "List[Tensor]"
+    apply = single_level(function)
+
+    def kernel(*args: Any) -> Any:
+        if not _needs_autograd_here(args):
+            with _C._AutoDispatchBelowAutograd():
+                return op(*args)
+        out = apply(*flatten(*args))
+        return list(out) if lists else out
+
+    LIBRARY.impl(op._opname, kernel, "Autograd")
+
+
+def _needs_autograd_here(args: tuple[Any, ...]) -> bool:
+    # Compiled code enters the levels of torch.func without telling forward_ad.
+    if forward_ad._current_level >= 0 or _C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and _C._any_requires_grad(*args)
+
+
+def single_level(function: type[Function]) -> Callable[..., Any]:
+    """`function.apply` at one level of torch.func, as torch's own operations are there: for use within a kernel for
+    autograd, since it is the dispatcher that goes through the levels."""
+    single: Any = super(Function, function)
+    apply = single.apply
+
+    def call(*flat: Any) -> Any:
+        before = _C._functorch.get_single_level_autograd_function_allowed()
+        _C._functorch.set_single_level_autograd_function_allowed(True)
+        mode = _MODE.set(torch.is_grad_enabled())
+        try:
+            return apply(*flat)
+        finally:
+            _MODE.reset(mode)
+            _C._functorch.set_single_level_autograd_function_allowed(before)
+
+    return call
+
+
+# Whether autograd was on where each function under way was called: inside `forward` torch has turned it off.
+_MODE: ContextVar[bool] = ContextVar("deepreg_fast_grad_mode")
+
+
+@contextmanager
+def below_autograd() -> Iterator[None]:
+    """Inside, an operation goes on to what lies below autograd at this level: the next level of `torch.func`, where
+    autograd is on as it was (inside `Function.forward` it is off), or the computation."""
+    with torch.set_grad_enabled(_MODE.get()), forward_ad._set_fwd_grad_enabled(True), _C._AutoDispatchBelowAutograd():
+        yield
+
+
+@contextmanager
+def reenable_autograd() -> Iterator[None]:
+    """Inside, autograd and torch.func work also within an operation's `compute`, which is called below them."""
+    excluded = _C._dispatch_tls_local_exclude_set()
+    for key in _ABOVE:
+        excluded = excluded.remove(key)
+    with _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded), torch.no_grad():
+        yield
+
+
+def fold_vmap_dim(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    """`[B, ...]` with a mapped dimension of `size` at `dim` (None: not mapped) as `[size B, ...]`."""
+    whole = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return whole.flatten(0, 1)
+
+
+def unfold_vmap_dim(t: torch.Tensor, size: int) -> torch.Tensor:
+    """The inverse: `[size B, ...]` as `[size, B, ...]`."""
+    return t.unflatten(0, (size, t.shape[0] // size))
+
+
+def loop_vmap(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """vmap by a loop over the mapped dimension."""
+
+    def pick(arg: Any, dim: Any, i: int) -> Any:
+        if isinstance(arg, (list, tuple)):
+            dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(arg)
+            return [pick(a, d, i) for a, d in zip(arg, dims, strict=True)]
+        return arg.select(dim, i) if isinstance(arg, torch.Tensor) and dim is not None else arg
+
+    outs = [op(*(pick(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(size)]
+    if isinstance(outs[0], torch.Tensor):
+        return torch.stack(outs), 0
+    stacked = [torch.stack(parts) for parts in zip(*outs, strict=True)]
+    return (tuple(stacked), (0,) * len(stacked)) if isinstance(outs[0], tuple) else (stacked, [0] * len(stacked))

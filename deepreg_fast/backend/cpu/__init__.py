@@ -1,0 +1,1 @@
+"""The C++ backend: bindings of the extension built from `csrc/cpu`."""

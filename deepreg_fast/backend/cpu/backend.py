@@ -1,0 +1,298 @@
+"""The C++ backend: the extension built from `csrc/cpu`, for float32 tensors on the CPU.
+
+It has the sweeps of the conv chain, the ridge energy and smoothed TV (value, gradient, Hessian-vector and parameter
+product), the SRM's products and the solvers' vector work; docs/kernels.md says how.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ...functional import hadamard
+from ...functional.conv_chain import HEADS, ChannelNorm, ConvChainForm, layers_of
+from ...functional.unaltered import dtype_or_device_mismatch
+from ..reference import Gradients, Linearization, ParameterGuard, describe_energy, srm_key, unsupported_norm_position
+from . import ridge as cpu_ridge
+from . import tv as cpu_tv
+from .extension import acquire_scratch, instruction_set, plain, release_scratch
+from .extension import extension as _extension
+from .vectors import CpuVectors
+
+if TYPE_CHECKING:
+    from ..._cpu import ConvChain
+
+_MAX_DEPTH = 16
+
+
+class CpuLinearization:
+    """The Hessian at a point: what enters SiLU and the cotangent above it at the hidden pixels, in float32, of those
+    that a convolution of one channel does not make again (docs/kernels.md).
+
+    Memory: 5.1 MB for a 180 x 180 image of the 3-layer network with 16 channels and LayerNorm.
+    """
+
+    def __init__(self, energy: nn.Module, form: ConvChainForm, x: torch.Tensor) -> None:
+        self.x = plain(x)
+        self._tensors = [p for m in (*_convs(form), *_norms(form)) for p in (m.weight, cast(torch.Tensor, m.bias))]
+        self._last, self._gain = 2 * len(_convs(form)) - 2, float(form.net.gain)
+        self._centred = form.net.norm == "pixel"
+        self._gradients = Gradients(energy, self._tensors)
+        self._guard = ParameterGuard([p for p in energy.parameters() if p.requires_grad])
+        self._chain = _chain(form)
+        self._memory = acquire_scratch(self._chain.kept(*_size(x)[:3]))
+        self.value, self.grad = _gradient(self._chain, self.x, self._memory)
+
+    def __del__(self) -> None:
+        memory = getattr(self, "_memory", None)
+        if memory is not None:
+            release_scratch(memory)
+
+    def _check(self, v: torch.Tensor) -> torch.Tensor:
+        self._guard.check(v, self.x)
+        return plain(v)
+
+    def hvp(self, v: torch.Tensor) -> torch.Tensor:
+        """`hess r(x_b) v_b`."""
+        v = self._check(v)
+        out = torch.empty_like(v)
+        self._chain.hvp(self.x, v, self._memory, out, *_size(v))
+        return out
+
+    def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
+        v = self._check(v)
+        sizes = [p.numel() for p in self._tensors]
+        flat = v.new_empty(sum(sizes), dtype=torch.float64)
+        self._chain.param_vjp(self.x, v, self._memory, flat, *_size(v))
+        parts = [t.view(p.shape) for p, t in zip(self._tensors, flat.split(sizes), strict=True)]
+        # The gain is folded into the outer filters: h(u) = net(gain u) / gain.
+        parts[0] *= self._gain
+        parts[self._last] /= self._gain
+        parts[self._last + 1] /= self._gain
+        if self._centred:
+            # The kernels' filters are centred over their outputs (csrc/cpu/conv.h): the chain rule through that.
+            for part in parts[: self._last]:
+                part -= part.mean(0, keepdim=True)
+        return self._gradients.by_name(parts)
+
+
+def _form(energy: Any) -> ConvChainForm:
+    """The form of an energy that `unsupported_reason` let pass."""
+    return getattr(energy, "unchecked_form", energy.conv_chain_form)()
+
+
+def _size(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """Images, height, width, threads."""
+    return x.shape[0], x.shape[2], x.shape[3], torch.get_num_threads()
+
+
+def _convs(form: ConvChainForm) -> list[nn.Conv2d]:
+    return cast("list[nn.Conv2d]", list(form.net.convs))
+
+
+def _norms(form: ConvChainForm) -> list[ChannelNorm]:
+    return cast("list[ChannelNorm]", list(form.net.norms)) if form.net.norm != "none" else []
+
+
+_PACKED: WeakKeyDictionary[nn.Module, tuple[Any, ConvChain]] = WeakKeyDictionary()
+
+
+def _chain(form: ConvChainForm) -> ConvChain:
+    """The chain with its filters packed: again only if a value has changed, which is looked at, not guessed."""
+    extension, _ = _extension()
+    assert extension is not None
+    convs, norms = _convs(form), _norms(form)
+    tensors = [
+        [plain(cast(torch.Tensor, p)) for p in parameters]
+        for parameters in (
+            [c.weight for c in convs],
+            [c.bias for c in convs],
+            [n.weight for n in norms],
+            [n.bias for n in norms],
+        )
+    ]
+    settings = (
+        convs[0].out_channels,
+        HEADS.index(form.head),
+        float(form.alpha),
+        float(form.center),
+        float(form.net.gain),
+        float(norms[0].eps) if norms else 0.0,
+        form.net.norm == "image",
+        instruction_set(),
+    )
+    found = _PACKED.get(form.net)
+    if found is None or found[0] != (len(convs), settings) or not found[1].current(*tensors):
+        found = ((len(convs), settings), extension.ConvChain(*tensors, *settings))
+        _PACKED[form.net] = found
+    return found[1]
+
+
+def _gradient(
+    chain: ConvChain, x: torch.Tensor, memory: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    value, grad = x.new_empty(len(x), dtype=torch.float64), torch.empty_like(x)
+    chain.gradient(x, value, grad, memory, *_size(x))
+    return value.to(x.dtype), grad
+
+
+_TRANSFORMS = ("dct", "hadamard", "walsh")
+_SRMS: WeakKeyDictionary[nn.Module, tuple[Any, CpuSrm | None]] = WeakKeyDictionary()
+
+
+class CpuSrm:
+    """The C++ kernels of one SRM; they hold copies of its buffers.
+
+    Raises
+    ------
+    ValueError, IndexError
+        If the buffers are none that the kernels cover.
+    """
+
+    def __init__(self, A: Any, isa: str) -> None:
+        extension, _ = _extension()
+        assert extension is not None
+        self._shape, self._measurements = A.image_shape, A.measurements
+        matrices = [
+            torch.from_numpy(hadamard.hadamard(n).astype("int8")) if A.transform == "hadamard" else None
+            for n in A.image_shape[1:]
+        ]
+        self._kernels = extension.Srm(
+            _TRANSFORMS.index(A.transform),
+            *A.image_shape,
+            A.block or 0,
+            A.measurements,
+            A.rows,
+            A.signs,
+            A.perm,
+            *matrices,
+            isa,
+        )
+
+    def current(self, A: Any) -> bool:
+        """Whether the operator's buffers have the values that were copied, which is looked at, not guessed."""
+        try:
+            return self._kernels.current(A.rows, A.signs, A.perm)
+        except ValueError:
+            return False
+
+    def _apply(
+        self, product: int, x: torch.Tensor | None, y: torch.Tensor | None, weight: float | torch.Tensor = 0.0
+    ) -> torch.Tensor:
+        like = cast(torch.Tensor, y if x is None else x)
+        one, weights = (0.0, weight.to(like)) if isinstance(weight, torch.Tensor) else (weight, None)
+        x, y, weights = (None if t is None else plain(t) for t in (x, y, weights))
+        count = len(like)
+        out = like.new_empty((count, self._measurements) if product == 0 else (count, *self._shape))
+        self._kernels.apply(product, count, torch.get_num_threads(), x, y, weights, one, out)
+        return out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`A x`."""
+        return self._apply(0, x, None)
+
+    def adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        """`A^T y`."""
+        return self._apply(1, None, y)
+
+    def normal(self, x: torch.Tensor) -> torch.Tensor:
+        """`A^T A x`."""
+        return self._apply(2, x, None)
+
+    def correct(self, x: torch.Tensor, y: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+        """`x_b + weight_b A^T (y_b - A x_b)`, `weight` `[B]` or a number."""
+        return self._apply(3, x, y, weight)
+
+
+_VECTORS: dict[str, CpuVectors] = {}
+
+
+class CpuBackend:
+    """Value and derivatives of the conv chain, the ridge energy and TV in C++; the rest goes to the reference."""
+
+    name = "cpu"
+    batch_invariant = True
+
+    def unavailable(self) -> str | None:
+        """None if the extension is built, else the reason."""
+        extension, reason = _extension()
+        return reason if extension is None else None
+
+    def unsupported_reason(self, energy: nn.Module, x: torch.Tensor) -> str | None:
+        """None for a conv chain, a ridge energy or smoothed TV in float32 on the CPU that the kernels cover."""
+        form: ConvChainForm | None = getattr(energy, "conv_chain_form", lambda: None)()
+        ridge = cpu_ridge.form_of(energy)
+        tv = cpu_tv.eps_of(energy)
+        if form is None and ridge is None and tv is None:
+            return f"it has kernels for the conv chain (RED), Ridge and TV only, not for {describe_energy(energy)}."
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            return f"it takes float32 tensors on the CPU, not {x.dtype} on {x.device}."
+        if tv is not None:
+            return cpu_tv.unsupported_reason(x)
+        if ridge is not None:
+            return cpu_ridge.unsupported_reason(ridge, x)
+        assert form is not None
+        net = form.net
+        if (reason := dtype_or_device_mismatch(x, *chain.from_iterable(layers_of(net)))) is not None:
+            return reason
+        if x.shape[1] != net.image_channels:
+            return f"the images have {x.shape[1]} channels, but the network takes {net.image_channels}."
+        if net.kernel_size != 3 or net.image_channels != 1 or len(net.convs) > _MAX_DEPTH:
+            return (
+                f"it has 3 x 3 filters, one image channel and depth up to {_MAX_DEPTH}; this is "
+                f"{net.kernel_size} x {net.kernel_size}, {net.image_channels} and {len(net.convs)}."
+            )
+        if min(x.shape[-2:]) < 3:
+            return "the images are smaller than a filter."
+        return unsupported_norm_position(form)
+
+    def srm(self, A: Any, like: torch.Tensor) -> CpuSrm | None:
+        """The C++ products for float32 on the CPU."""
+        if like.device.type != "cpu" or like.dtype != torch.float32:
+            return None
+        isa = instruction_set()
+        kind = (isa, A.transform, A.block, A.image_shape, A.measurements)
+        found = _SRMS.get(A)
+        if found is not None and found[0] == kind and found[1] is not None and found[1].current(A):
+            return found[1]
+        # Of one that the kernels do not cover, until its buffers are others.
+        key = (isa, *srm_key(A))
+        if found is None or found[1] is not None or found[0] != key:
+            try:
+                found = (kind, CpuSrm(A, isa))
+            except (ValueError, IndexError):
+                found = (key, None)
+            _SRMS[A] = found
+        return found[1]
+
+    def vectors(self, like: torch.Tensor) -> CpuVectors | None:
+        """The solvers' vector work for float32 on the CPU."""
+        if like.device.type != "cpu" or like.dtype != torch.float32:
+            return None
+        isa = instruction_set()
+        if isa not in _VECTORS:
+            extension, _ = _extension()
+            assert extension is not None
+            _VECTORS[isa] = CpuVectors(extension.Vectors(isa))
+        return _VECTORS[isa]
+
+    def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`r(x_b)` and `grad r(x_b)` in one sweep."""
+        if (ridge := cpu_ridge.form_of(energy)) is not None:
+            return cpu_ridge.value_and_grad(ridge, x)
+        if (eps := cpu_tv.eps_of(energy)) is not None:
+            return cpu_tv.value_and_grad(eps, x)
+        return _gradient(_chain(_form(energy)), plain(x))
+
+    def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
+        """Keeps what the Hessian at x needs."""
+        if (ridge := cpu_ridge.form_of(energy)) is not None:
+            return cpu_ridge.CpuRidgeLinearization(energy, ridge, x)
+        if (eps := cpu_tv.eps_of(energy)) is not None:
+            return cpu_tv.CpuTvLinearization(eps, x)
+        return CpuLinearization(energy, _form(energy), x)

@@ -1,0 +1,178 @@
+"""Launches of the solvers' per-image scalar logic (`kernels/solvers/decisions.py`): one instead of dozens.
+
+Each function is the one of its name in the solvers, with the same bits. All results are new tensors. Where the sums of
+images that do not run are undefined, so are the results but `running`, `status` and what is said to be kept.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ...kernels.solvers import anderson  # pyright: ignore[reportMissingImports]
+from ...kernels.solvers import decisions as kernels  # pyright: ignore[reportMissingImports]
+from .memory import hold, stream_of
+
+PerImageState = tuple[torch.Tensor, ...]
+"""PGD's of all images: tau, curvature, residual, cautious, gradients, iterations, status, running."""
+
+
+def on(like: torch.Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(like.device) if like.is_cuda else nullcontext()
+
+
+def launch(kernel: Any, given: tuple[torch.Tensor, ...], out: tuple[torch.Tensor, ...], **constants: Any) -> None:
+    """`kernel` on numbers of all images; flags go as bytes."""
+    tensors = [t.contiguous() for t in given] + list(out)
+    images = len(tensors[-1])
+    if images:
+        with on(tensors[0]):
+            # Products are not fused into sums, so that every number has the bits of torch's.
+            kernel[(-(-images // kernels.BLOCK),)](
+                *(t.view(torch.uint8) if t.dtype == torch.bool else t for t in tensors),
+                images,
+                **constants,
+                BLOCK=kernels.BLOCK,
+                num_warps=1,
+                enable_fp_fusion=False,
+            )
+
+
+@lru_cache(maxsize=4096)
+def _made(numbers: tuple[float, ...], device: torch.device, stream: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+def _options(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Made once for each stream: making it waits for the device. A graph keeps it beyond its end here."""
+    options = _made(numbers, device, stream_of(device))
+    hold(options)
+    return options
+
+
+def pgd_residual(
+    n: PerImageState, sums: torch.Tensor, scale: torch.Tensor, options: tuple[float, ...], eps: float
+) -> tuple[torch.Tensor, ...]:
+    """PGD's `convergence_test`: residual, status and running as they are after it.
+
+    `options`: tolerance, first tau, growth, shrinkage, limit on gradients.
+    """
+    tau, lipschitz_estimate, residual, _, gradients, _, status, running = n
+    given = (sums, scale, _options(options, tau.device), tau, lipschitz_estimate, residual, gradients, status, running)
+    out = tuple(map(torch.empty_like, (residual, status, running)))
+    launch(kernels.pgd_residual, given, out, EPS=eps)
+    return out
+
+
+def pgd_candidate(  # noqa: PLR0913 - all of a round's numbers
+    n: PerImageState,
+    sums: torch.Tensor,
+    value: torch.Tensor,
+    limit: torch.Tensor,
+    options: tuple[float, ...],
+    eps: float,
+    plain: bool,
+) -> tuple[PerImageState, torch.Tensor, torch.Tensor]:
+    """PGD's `acceptance_test`: the numbers, where the candidate is accepted, and where the accelerator forgets.
+
+    `options` as in `pgd_residual`; `plain`: there is no accelerator.
+    """
+    tau, lipschitz_estimate, residual, plain_next, gradients, iterations, status, running = n
+    changing = (tau, lipschitz_estimate, plain_next, gradients, iterations, status, running)
+    out = (*map(torch.empty_like, changing), torch.empty_like(running), torch.empty_like(running))
+    given = (sums, value, limit, _options(options, tau.device), *changing)
+    launch(kernels.pgd_candidate, given, out, EPS=eps, PLAIN=plain)
+    return (out[0], out[1], residual, *out[2:7]), out[7], out[8]
+
+
+def anderson_update(
+    square: torch.Tensor, length: torch.Tensor, count: torch.Tensor, memory: int, reach: float
+) -> tuple[torch.Tensor, ...]:
+    """Of Anderson acceleration, from `<f, f>`: length, count, slot, whether it is fresh, and the limit of the sum."""
+    restarted = torch.empty(len(count), dtype=torch.bool, device=count.device)
+    out = (*map(torch.empty_like, (length, count, count)), restarted, torch.empty_like(length))
+    launch(anderson.anderson_update, (square, length, count), out, MEMORY=memory, REACH=reach)
+    return out
+
+
+def anderson_solve(  # noqa: PLR0913 - all of a step's numbers
+    idx: torch.Tensor | None,
+    row: torch.Tensor,
+    rhs: torch.Tensor,
+    slot: torch.Tensor,
+    count: torch.Tensor,
+    gram: torch.Tensor,
+    ridge: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row` `[b, m]` into `gram` `[B, m, m]` in place, count and one more, and the weights c `[b, m]`, float32.
+
+    `row` and `rhs` as `remember` returns them; weights of slots not in use are zero.
+    """
+    images, memory = row.shape
+    next_count = torch.empty_like(count)
+    c = torch.empty(images, memory, dtype=torch.float32, device=row.device)
+    kernel: Any = anderson.anderson_solve
+    if images:
+        with on(row):
+            kernel[(images,)](
+                None if idx is None else idx.contiguous(),
+                row.t().contiguous(),
+                rhs.t().contiguous(),
+                slot.contiguous(),
+                count.contiguous(),
+                gram,
+                next_count,
+                c,
+                images,
+                MEMORY=memory,
+                WIDTH=anderson.width(memory),
+                RIDGE=ridge,
+                TINY=torch.finfo(torch.float64).tiny,
+                num_warps=anderson.warps(memory),
+                enable_fp_fusion=False,
+            )
+    return next_count, c
+
+
+def cg_beta(
+    new_rz: torch.Tensor, rz: torch.Tensor, restarted: torch.Tensor, status: torch.Tensor, running: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """CG's `turn`: the factor of the old direction; then rz, fresh, status and running as they are after it."""
+    out = (torch.empty_like(rz), torch.empty_like(rz), *map(torch.empty_like, (restarted, status, running)))
+    launch(kernels.cg_beta, (new_rz, rz, restarted, status, running), out)
+    return out
+
+
+def cg_alpha(  # noqa: PLR0913 - all of a step's numbers
+    sums: torch.Tensor,
+    squared_norms: torch.Tensor,
+    rz: torch.Tensor,
+    a_norm: torch.Tensor,
+    status: torch.Tensor,
+    running: torch.Tensor,
+    eps: float,
+    max_norm: float,
+) -> tuple[torch.Tensor, ...]:
+    """`System.note_norm`, CG's `stride` and `overflow`: the length of the step; then a_norm, status and running."""
+    out = (torch.empty_like(rz), *map(torch.empty_like, (a_norm, status, running)))
+    launch(kernels.cg_alpha, (sums, squared_norms, rz, a_norm, status, running), out, EPS=eps, MAX_NORM=max_norm)
+    return out
+
+
+def cg_has_converged(  # noqa: PLR0913 - all of a step's numbers
+    squared_norms: torch.Tensor,
+    sums: torch.Tensor,
+    length: torch.Tensor,
+    stagnant_steps: torch.Tensor,
+    target_norm: torch.Tensor,
+    running: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """CG's `arrived`: idle and running."""
+    out = torch.empty_like(stagnant_steps), torch.empty_like(running)
+    launch(kernels.cg_has_converged, (squared_norms, sums, length, stagnant_steps, target_norm, running), out, EPS=eps)
+    return out

@@ -1,0 +1,125 @@
+"""Vector work on a batch, image by image: nothing here mixes two images."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backend
+from .loop import uses_mask
+
+
+def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`<a_b, b_b>` for each image, `[B, ...] -> [B]`, accumulated in float64.
+
+    The sum runs over rows first and over the row sums second, so that no reduction has a single output: torch
+    splits only those between threads, which would make the bits depend on the batch size.
+    """
+    if not len(a):
+        return torch.zeros(0, dtype=torch.float64, device=a.device)
+    if (kernels := _kernels(a, b)) is not None:
+        return kernels.dot(a, b)
+    rows = (a.double() * b.double()).flatten(1)
+    if rows.shape[1] == 0:
+        return rows.sum(1)
+    width = max(1, int(rows.shape[1] ** 0.5))
+    full = rows.shape[1] // width * width
+    head = rows[:, :full].reshape(rows.shape[0], -1, width).sum(2)
+    out = torch.cat([head, rows[:, full:]], 1) if full < rows.shape[1] else head
+    return out.cumsum(1)[:, -1]
+
+
+def add(x: torch.Tensor, s: torch.Tensor, p: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x_b + s_b p_b` where `rows` `[B]` is true, `x_b` elsewhere, and the squared norm of that, `[B]`, float64."""
+    if len(x) and (kernels := _kernels(x, p)) is not None:
+        # All images: those where `rows` is false are copied, not skipped.
+        with backend.active_images(None):
+            return kernels.add(x, s, p, rows)
+    out = select(rows, x + expand(s, x) * p, x)
+    return out, dot(out, out)
+
+
+def secant(
+    idx: torch.Tensor, candidate: torch.Tensor, candidate_g: torch.Tensor, x: torch.Tensor, g: torch.Tensor
+) -> torch.Tensor:
+    """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>` for each image `i` of `idx` `[b]`, `[b, 4]`, float64.
+
+    `dx = candidate - x[i]` and `dg = candidate_g - g[i]`, where `x` and `g` `[B, ...]` hold all images.
+    """
+    if len(idx) and (kernels := _kernels(candidate, candidate_g)) is not None:
+        return kernels.secant(idx, candidate, candidate_g, x, g)
+    old = g[idx]
+    dx, dg = candidate - x[idx], candidate_g - old
+    return torch.stack([dot(dx, dx), dot(dg, dg), dot(dx, dg), dot(old, old)], 1)
+
+
+def _kernels(a: torch.Tensor, b: torch.Tensor) -> backend.VectorKernels | None:
+    """Kernels for two tensors that are alike."""
+    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
+        return None
+    return backend.vector_kernels(a, b)
+
+
+def norm(a: torch.Tensor) -> torch.Tensor:
+    """`||a_b||` for each image, `[B, ...] -> [B]`, in float64."""
+    return torch.sqrt(dot(a, a))
+
+
+def expand(s: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """One number (or flag) per image, `[B]`, shaped to multiply `like` `[B, ...]`; floats take its dtype."""
+    t = s.to(like.dtype) if s.is_floating_point() else s
+    return t.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def select(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor | float) -> torch.Tensor:
+    """`a` for the images where `rows` `[B]` is true, `b` for the others; NaN in the one not taken stays out.
+
+    On the CPU, where looking costs nothing, `a` itself where all are true.
+    """
+    if not uses_mask(a) and bool(rows.all()):
+        return a
+    return torch.where(expand(rows, a), a, b)
+
+
+def gather(t: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
+    """The images `idx` of `t`, distinct and in order: so if they are as many, they are all, and `t` itself is given."""
+    return t if len(idx) == len(t) else t[idx]
+
+
+def scatter(t: torch.Tensor, idx: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`t` with `value` in the images `idx`: `value` itself if they are all, else `t`, changed."""
+    if len(idx) == len(t):
+        return value
+    t[idx] = value
+    return t
+
+
+def solve_spd(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`A_b^{-1} b_b` for symmetric positive definite `a` `[B, m, m]` and `b` `[B, m]`, m small, by Gauss and Jordan.
+
+    Without pivots, which such matrices do not need: a fixed list of elementwise operations, so that nothing waits for
+    the device and no system's bits depend on the others.
+    """
+    t = torch.cat([a, b[..., None]], 2)
+    for k in range(a.shape[1]):
+        row = t[:, k : k + 1, 1:] / t[:, k : k + 1, :1]
+        t = t[:, :, 1:] - t[:, :, :1] * row
+        t[:, k : k + 1] = row
+    return t[..., 0]
+
+
+def hypot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`sqrt(a^2 + b^2)` for numbers `[B]`, without overflow; NaN where either is.
+
+    `torch.hypot` computes the last numbers of a vector by other code than the others, so that the bits of an image
+    would depend on the size of the batch (docs/design.md).
+    """
+    a, b = a.abs(), b.abs()
+    large, small = torch.maximum(a, b), torch.minimum(a, b)
+    # Equal numbers may be zeros or infinities, which have no quotient.
+    ratio = torch.where(small == large, 1.0, small / large)
+    return large * torch.sqrt(1.0 + ratio * ratio)
+
+
+def exp2_int(exponent: torch.Tensor) -> torch.Tensor:
+    """`2^e` in float64 for int64 `e` in [-1022, 1023] (others are clamped), exact on every device."""
+    return ((exponent.clamp(-1022, 1023) + 1023) << 52).view(torch.float64)

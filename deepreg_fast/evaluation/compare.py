@@ -1,0 +1,299 @@
+"""Comparison of methods on one set of images, with one operator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import checks
+from ..ambient import full_precision
+from ..data import ImageSet, carve_validation, embedded_images, image_names, load_folder, load_split
+from ..errors import DataError, InputError
+from ..files import same_file
+from ..inverse.data_term import add_noise
+from ..inverse.hypergradient import initial_point
+from ..inverse.recovery import recover
+from ..operators import SRM, LinearOperator
+from ..operators.srm import RANDOMIZERS, TRANSFORMS
+from ..regularizers import TV
+from ..regularizers.base import Regularizer
+from ..solvers import PGDOptions, Solution
+from ..solvers.pgd import Observer
+from ..status import counts
+from .metrics import psnr, ssim
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is measured, and of which images.
+
+    Attributes
+    ----------
+    data : str
+        Folder of images, or "embedded".
+    split : str
+        JSON split file or "bsd400", whose test part is evaluated; empty for the whole folder but the tuning images.
+    transform, randomizer, operator_seed, ratio, keep_dc
+        Of the SRM.
+    sigma : float
+        Standard deviation of the measurement noise.
+    test_crop : int
+        Side of the centre crop of all images; 0 takes them whole.
+    tuning : int
+        Images of the training part on which mu is tuned.
+    """
+
+    data: str = "embedded"
+    split: str = ""
+    transform: str = "dct"
+    randomizer: str = "sign"
+    operator_seed: int = 0
+    sigma: float = 0.0
+    ratio: float = 0.2
+    test_crop: int = 0
+    tuning: int = 6
+    keep_dc: bool | None = None
+
+    def __post_init__(self) -> None:
+        checks.plain_fields(self)
+        checks.fields_typed(self)
+        checks.choice(self.transform, "transform", TRANSFORMS)
+        checks.choice(self.randomizer, "randomizer", RANDOMIZERS)
+        checks.integer(self.operator_seed, "operator_seed", 0)
+        checks.number(self.sigma, "sigma", 0.0)
+        checks.number(self.ratio, "ratio", 0.0, 1.0, open_low=True)
+        checks.integer(self.test_crop, "test_crop", 0)
+        checks.integer(self.tuning, "tuning", 1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A problem's operator, its test images `x` `[N, 1, H, W]` with their `names` and measurements `y` `[N, m]`, and
+    the same of the images for tuning."""
+
+    A: SRM
+    names: tuple[str, ...]
+    x: torch.Tensor
+    y: torch.Tensor
+    x_tuning: torch.Tensor
+    y_tuning: torch.Tensor
+
+
+def measure(problem: Problem, device: torch.device | str = "cpu", limit: int = 0, tune_on: str = "") -> Measured:
+    """Load the images and measure them, on the CPU, so that every device is given the same numbers.
+
+    `limit` keeps the first test images only; 0 keeps all. `tune_on`, see `evaluation_images`.
+    """
+    test, tuning = evaluation_images(problem, tune_on)
+    if checks.integer(limit, "limit", 0):
+        test = ImageSet(test.names[:limit], test.x[:limit])
+    A = SRM(
+        test.shape,
+        problem.ratio,
+        transform=problem.transform,
+        randomizer=problem.randomizer,
+        seed=problem.operator_seed,
+        keep_dc=problem.keep_dc,
+    )
+    y = add_noise(A.A(test.x), problem.sigma, seed=1)
+    y_tuning = add_noise(A.A(tuning), problem.sigma, seed=2)
+    x, y, tuning, y_tuning = (t.to(device) for t in (test.x, y, tuning, y_tuning))
+    return Measured(A.to(device), test.names, x, y, tuning, y_tuning)
+
+
+# What sets the size of the images, on the command line and in Python.
+_CROP = "--crop (test_crop)"
+
+
+def evaluation_images(problem: Problem, tune_on: str = "") -> tuple[ImageSet, torch.Tensor]:
+    """Test images, and images for tuning `[M, 1, H, W]`: of the training part, or of the folder `tune_on` ("embedded"
+    for the photographs of scikit-image), cropped to the size of the test images. The two share none.
+
+    Raises
+    ------
+    DataError
+        If the images cannot be read, or their sizes differ and there is no crop.
+    InputError
+        If a folder without split leaves no test image, or `tune_on` is that folder.
+    """
+    data, crop, count = problem.data, problem.test_crop, problem.tuning
+    if data == "embedded":
+        train, test = embedded_images(crop or 96)
+        tuning = train.x[:: max(1, len(train.x) // count)][:count]
+        return test, _tuning_images(tune_on, test, count) if tune_on else tuning
+    if tune_on and same_file(Path(tune_on), Path(data)):
+        raise InputError(f"--tune-on must be another folder than --data, but both are {data}; name another one.")
+    size = crop or None
+    if problem.split:
+        names = load_split(problem.split)
+        test = load_folder(data, size, names.test, _CROP)
+        pool = names.train
+    else:
+        pool = image_names(data)
+        if not tune_on and len(pool) <= count:
+            raise InputError(
+                f"{data} must hold more images than the {count} set apart for tuning, but holds {len(pool)}; name "
+                "another folder to tune on (--tune-on, or --tune-on embedded), or tune on fewer (--validation)."
+            )
+        test_names = pool if tune_on else carve_validation(pool, count, 0)[0]
+        test = load_folder(data, size, test_names, _CROP)
+    if tune_on:
+        return test, _tuning_images(tune_on, test, count)
+    tuning_names = carve_validation(pool, count, 0, "--validation (tuning)")[1]
+    tuning = load_folder(data, size, tuning_names, _CROP)
+    if tuning.shape != test.shape:
+        raise DataError(
+            f"Images for testing and tuning must be of one shape, but {test.names[0]} has "
+            f"{'x'.join(map(str, test.shape[1:]))} pixels and {tuning.names[0]} has "
+            f"{'x'.join(map(str, tuning.shape[1:]))}; give a {_CROP} to take the centre crop of each."
+        )
+    return test, tuning.x
+
+
+def _tuning_images(tune_on: str, test: ImageSet, count: int) -> torch.Tensor:
+    """At most `count` images of another folder, cropped to the size of the test images."""
+    height, width = test.shape[1:]
+    if tune_on == "embedded":
+        x = embedded_images((height, width)).train.x
+        return x[:: max(1, len(x) // count)][:count]
+    names = image_names(tune_on)
+    chosen = carve_validation(names, count, 0)[1] if count < len(names) else names
+    return load_folder(tune_on, (height, width), chosen, _CROP).x
+
+
+@dataclass(frozen=True)
+class Method:
+    """A regularizer with its weight mu, the scale of its argument (`Regularizer.rescaled`) and solver options.
+
+    Without a regularizer: the back-projection `A^T y` if `name` is "adjoint", else the minimum-norm solution about
+    mid-grey.
+    """
+
+    name: str
+    reg: Regularizer | None = None
+    mu: float | None = None
+    options: PGDOptions = PGDOptions(acceleration="fista")
+    scale: float = 1.0
+
+    @property
+    def regularizer(self) -> Regularizer:
+        """The regularizer with its scale."""
+        assert self.reg is not None
+        return self.reg.rescaled(self.scale)
+
+
+@full_precision
+@torch.no_grad()
+def run(
+    method: Method,
+    y: torch.Tensor,
+    A: LinearOperator,
+    batch: int | None = None,
+    near: Solution | None = None,
+    observer: Observer | None = None,
+) -> Solution | torch.Tensor:
+    """Recover all images by one method; what needs no solver comes as a tensor.
+
+    `batch` images are recovered at a time: by default 5 on the CPU, whose caches a few images fill, and 64 elsewhere,
+    but all at once for an `observer` (see `recover`). The recoveries start from the images and step sizes of `near`,
+    a solution for another mu; by default from the minimum-norm solutions.
+    """
+    batch = batch or (len(y) if observer else 5 if y.device.type == "cpu" else 64)
+    if method.reg is None:
+        return A.A_adjoint(y) if method.name == "adjoint" else initial_point(y, A, TV())
+    parts, reg, rest = [], method.regularizer, {"options": method.options, "observer": observer}
+    for rows in (slice(i, i + batch) for i in range(0, len(y), batch)):
+        start = {"x0": near.x[rows], "tau0": near.tau[rows]} if near else {}
+        parts.append(recover(y[rows], A, reg, method.mu, **rest, **start))  # type: ignore[arg-type]
+    names = ("x", "status", "iterations", "gradients", "residual", "tau")
+    joined = {n: torch.cat([getattr(p, n) for p in parts]) for n in names}
+    return Solution(**joined, backend=parts[0].backend)  # type: ignore[arg-type]
+
+
+def evaluate(
+    methods: Sequence[Method],
+    x: torch.Tensor,
+    y: torch.Tensor,
+    A: LinearOperator,
+    done: Callable[[int | None, str], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Figures of each method on images `x` `[N, C, H, W]` from measurements `y` `[N, m]`, all on one device.
+
+    `done(None, text)` is called after each method; the text says what follows.
+
+    Returns name -> `psnr_mean`, `psnr_median`, `ssim_mean`, `psnr` and `ssim` per image, `iterations` and `gradients`
+    per image, `status` counts, `mu`, `seconds`; and, where a method "tv" is among them, `vs_tv`: mean and median of
+    the paired differences in dB, a 95 % bootstrap interval of the mean, and the number of wins.
+    """
+    names = [m.name for m in methods]
+    if len(set(names)) != len(names):
+        raise InputError(f"Methods must have different names, but are {names}; rename one.")
+    out = {}
+    for m, after in zip(methods, [*names[1:], ""], strict=True):
+        out[m.name] = figures(m, x, y, A)[0]
+        done(None, f"recovering by {after}" if after else "")
+    against_tv(out)
+    return out
+
+
+def against_tv(results: dict[str, Any]) -> None:
+    """Add `vs_tv` to the figures of each method, if "tv" is among them."""
+    if "tv" in results:
+        reference = np.array(results["tv"]["psnr"])
+        for name, found in results.items():
+            if name != "tv":
+                found["vs_tv"] = paired(np.array(found["psnr"]), reference)
+
+
+def figures(
+    method: Method, x: torch.Tensor, y: torch.Tensor, A: LinearOperator, observer: Observer | None = None
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """What `evaluate` tells of one method, and the recovered images `[N, C, H, W]`. `observer`, see `run`."""
+    began = time.perf_counter()
+    sol = run(method, y, A, observer=observer)
+    if y.is_cuda:
+        torch.cuda.synchronize(y.device)
+    seconds = time.perf_counter() - began
+    image = sol.x if isinstance(sol, Solution) else sol
+    solved = isinstance(sol, Solution)
+    found = {
+        "psnr": psnr(image, x).tolist(),
+        "ssim": ssim(image, x).tolist(),
+        "iterations": sol.iterations.tolist() if solved else [0] * len(x),
+        "gradients": sol.gradients.tolist() if solved else [0] * len(x),
+        "status": counts(sol.status) if solved else {"converged": len(x)},
+        "mu": method.mu,
+        "seconds": seconds,
+    }
+    return means(found) | found, image
+
+
+def means(found: dict[str, Any]) -> dict[str, float]:
+    """`psnr_mean`, `psnr_median` and `ssim_mean` of the figures per image."""
+    p = np.array(found["psnr"])
+    return {
+        "psnr_mean": float(p.mean()),
+        "psnr_median": float(np.median(p)),
+        "ssim_mean": float(np.mean(found["ssim"])),
+    }
+
+
+def paired(a: np.ndarray, b: np.ndarray, draws: int = 10_000) -> dict[str, Any]:
+    """Differences `a - b` per image: mean, median, 95 % bootstrap interval of the mean (fixed seed), wins."""
+    d = a - b
+    rng = np.random.Generator(np.random.PCG64(0))
+    means = d[rng.integers(0, len(d), (draws, len(d)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        "mean": float(d.mean()),
+        "median": float(np.median(d)),
+        "interval": [float(low), float(high)],
+        "wins": int((d > 0).sum()),
+        "images": len(d),
+    }

@@ -1,0 +1,230 @@
+"""A settings file, read: every row's config is made and checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import re
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .. import checks
+from ..errors import InputError
+from ..evaluation.compare import Problem
+from ..solvers import PGDOptions
+from .settings import GROUPS, METHODS, OF_MACHINE, TEXTS, TRAINED, Chain, Row, Settings, Stage, in_order
+
+SHIPPED = ("bsd400", "quick", "ledger")
+# What a row may say of its problem, and what of its training.
+_OF_PROBLEM = ("ratio", "transform", "randomizer", "operator_seed", "sigma", "keep_dc")
+_TRAINING_KEYS = ("train", "stages", "init", "weights", "choose")
+
+
+def load_settings(name: str | Path) -> Settings:
+    """Settings of a TOML file, or shipped ones by name: "bsd400", "quick", "ledger".
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or a sentence says what is wrong in it.
+    """
+    if str(name) in SHIPPED:
+        text = resources.files("deepreg_fast.experiments").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"--settings must be one of {', '.join(SHIPPED)} or a TOML file, but {str(name)!r} cannot be read "
+                f"({error})."
+            ) from error
+    try:
+        return parse(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(f"{name} must be a TOML file, but is not one: {error}.") from error
+
+
+def parse(found: Mapping[str, Any]) -> Settings:
+    """Settings from the tables `problem`, `defaults` and `row` of a TOML file, with every config made and checked."""
+    _only(found, ("problem", "defaults", "row"), "The settings")
+    problem = _made(Problem, _table(found.get("problem", {}), "[problem]"), "[problem]")
+    defaults = _table(found.get("defaults", {}), "[defaults]")
+    _only(defaults, tuple(TRAINED), "[defaults]")
+    for method, values in defaults.items():
+        # A setting of a method must be a good one even where no row uses it.
+        _config(method, problem, _table(values, f"[defaults.{method}]"), f"[defaults.{method}]")
+    given = found.get("row", [])
+    if not isinstance(given, list) or not given:
+        raise InputError("The settings must have at least one [[row]], but have none; add one.")
+    rows = tuple(_row(_table(r, "[[row]]"), problem, defaults) for r in given)
+    _check_names(rows)
+    return Settings(rows)
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where} must be a table of settings, but is {value!r}.")
+    return value
+
+
+def _only(found: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in found:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            raise InputError(
+                f"{where} must have no setting {key!r}"
+                + (f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}.")
+            )
+
+
+def _made(cls: Any, values: dict[str, Any], where: str) -> Any:
+    """`cls(**values)`, errors with the place they come from."""
+    _only(values, tuple(f.name for f in dataclasses.fields(cls)), where)
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except TypeError as error:
+        raise InputError(f"{where} must hold numbers and texts of the right kind, but: {error}.") from error
+
+
+def _config(method: str, problem: Problem, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """All settings of a training but those of the machine, checked."""
+    for key in values:
+        if key in OF_MACHINE or key in (*_OF_PROBLEM, "split"):
+            raise InputError(
+                f"{where} must not set {key!r}: the problem's settings stand in [problem], in the row or in a stage "
+                "before its last, those of the machine on the command line."
+            )
+    cls = TRAINED[method][1]
+    full = {k: getattr(problem, k) for k in (*_OF_PROBLEM, "split")} | {"validation": problem.tuning} | values
+    config = dataclasses.asdict(_made(cls, full, where))
+    return {k: v for k, v in config.items() if k not in OF_MACHINE}
+
+
+def _row(given: dict[str, Any], problem: Problem, defaults: dict[str, Any]) -> Row:
+    """One row from its table."""
+    name = given.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise InputError(f"A [[row]] must have a name of a-z, 0-9 and hyphens, but has {name!r}.")
+    where = f"Row {name!r}"
+    _only(given, ("name", "method", "poster", "tune", "recovery", *TEXTS, *_OF_PROBLEM, *_TRAINING_KEYS), where)
+    method = given.get("method")
+    if method not in METHODS:
+        raise InputError(f"{where}: method must be one of {', '.join(METHODS)}, but is {method!r}.")
+    own = _made(Problem, {**dataclasses.asdict(problem), **{k: given[k] for k in _OF_PROBLEM if k in given}}, where)
+    chains = _chains(given, method, own, dict(defaults.get(method, {})), where)
+    texts: dict[str, Any] = {k: given[k] for k in TEXTS if k in given}
+    for key in (*TEXTS, "init", "weights"):
+        value = given.get(key, "")
+        if not isinstance(value, str) and not (key == "value" and isinstance(value, (bool, int, float))):
+            raise InputError(f"{where}: {key} must be a text, but is {value!r}.")
+    checks.choice(texts.get("group", "paper"), f"{where}: group", GROUPS)
+    return Row(
+        name,
+        method,
+        own,
+        **{"label": name, **texts},
+        poster=_poster(given.get("poster"), where),
+        chains=chains,
+        init=given.get("init", ""),
+        weights=given.get("weights", ""),
+        tune=_tune(given.get("tune"), method, where),
+        recovery=_recovery(_table(given.get("recovery", {}), f"{where}: recovery"), method, where),
+    )
+
+
+def _chains(
+    given: dict[str, Any], method: str, problem: Problem, base: dict[str, Any], where: str
+) -> tuple[Chain, ...]:
+    """The trainings that a row asks for."""
+    asked = [k for k in _TRAINING_KEYS if k in given]
+    if method not in TRAINED:
+        if asked:
+            raise InputError(f"{where}: {method} has nothing to train, so it must not set {', '.join(asked)}.")
+        return ()
+    if "weights" in given:
+        if len(asked) > 1:
+            raise InputError(
+                f"{where} must either take the weights of a row or train, but sets {', '.join(asked)}; remove weights."
+            )
+        return ()
+    train = {**base, **_table(given.get("train", {}), f"{where}: train")}
+    stages = given.get("stages", [{}])
+    if not isinstance(stages, list) or not stages:
+        raise InputError(f"{where}: stages must be a list of tables, but is {stages!r}.")
+    choose = _table(given.get("choose", {}), f"{where}: choose")
+    for key, values in choose.items():
+        if not isinstance(values, list) or not values:
+            raise InputError(f"{where}: choose.{key} must be a list of values, but is {values!r}.")
+    out = []
+    for picked in itertools.product(*choose.values()):
+        values = dict(zip(choose, picked, strict=True))
+        folder = "_".join(f"{k}-{v}" for k, v in values.items()) or ("train" if len(stages) == 1 else "")
+        found = []
+        for i, stage in enumerate(stages):
+            part = str(i + 1) if len(stages) > 1 else ""
+            place = f"{where}, stage {i + 1}" if part else where
+            own = dict(_table(stage, place))
+            # The last one trains for what the row is about; those before may begin with something easier.
+            other = {k: own.pop(k) for k in _OF_PROBLEM if k in own and i + 1 < len(stages)}
+            its = _made(Problem, {**dataclasses.asdict(problem), **other}, place)
+            config = _config(method, its, {**train, **own, **values}, place)
+            found.append(Stage("/".join(p for p in (folder, part) if p), config))
+        out.append(Chain(values, tuple(found)))
+    return tuple(out)
+
+
+def _poster(given: Any, where: str) -> dict[str, float] | None:
+    if given is None:
+        return None
+    _only(_table(given, f"{where}: poster"), ("psnr", "ssim"), f"{where}: poster")
+    return {k: checks.number(v, f"{where}: poster.{k}", 0.0) for k, v in given.items()}
+
+
+def _tune(given: Any, method: str, where: str) -> tuple[str, ...]:
+    if given is None:
+        return () if method in ("bilevel", "adjoint", "minimum_norm") else ("mu",)
+    if not isinstance(given, list) or not all(t in ("mu", "scale") for t in given):
+        raise InputError(f"{where}: tune must be a list of 'mu' and 'scale', but is {given!r}.")
+    if method == "tv" and given != ["mu"] or method in ("adjoint", "minimum_norm") and given:
+        raise InputError(f"{where}: {method} must not set tune; its tuning is fixed.")
+    return tuple(given)
+
+
+def _recovery(given: dict[str, Any], method: str, where: str) -> dict[str, Any]:
+    if given and method in ("adjoint", "minimum_norm"):
+        raise InputError(f"{where}: {method} solves nothing, so it must not set recovery.")
+    _only(given, ("acceleration", "memory", "max_iterations", "tolerance"), f"{where}: recovery")
+    found = {"acceleration": "fista", "max_iterations": 500, "tolerance": 1e-4} if method in TRAINED else {}
+    found |= given
+    _made(PGDOptions, found, where)
+    return found
+
+
+def _check_names(rows: tuple[Row, ...]) -> None:
+    """Names differ; references lead to rows of the same method that have weights, without a circle."""
+    names = [r.name for r in rows]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise InputError(f"Rows must have different names, but {', '.join(map(repr, twice))} comes twice; rename one.")
+    settings = Settings(rows)
+    for row in rows:
+        for key in ("init", "weights", "compare"):
+            name = getattr(row, key)
+            if name and name not in settings:
+                raise InputError(
+                    f"Row {row.name!r}: {key} must name a row, but there is no {name!r}{settings.like(name)}."
+                )
+    in_order(rows)
+    for row in rows:
+        if row.source and settings[row.source].method != row.method:
+            other = settings[row.source]
+            raise InputError(
+                f"Row {row.name!r} must begin from a row of its own method {row.method!r}, but {other.name!r} is "
+                f"{other.method!r}."
+            )

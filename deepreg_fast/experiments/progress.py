@@ -1,0 +1,117 @@
+"""What the parent shows while its children work: one line a task, read from the runs' own logs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from ..terminal import INTERVAL, Pulse, console, is_terminal, say
+from .folder import Folder
+from .settings import Settings
+from .training_curves import last_line
+
+
+class Shown(Protocol):
+    """A task, as far as it is shown."""
+
+    name: str
+    row: str
+    chain: int
+
+
+class Progress:
+    """Bars on a terminal, else a line when a task begins or ends, and one every half minute."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        settings: Settings,
+        total: int,
+        bars: bool | None = None,
+        interval: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder, self.settings, self.clock = folder, settings, clock
+        self.began: dict[str, float] = {}
+        self.bars: Any = None
+        self.tasks: dict[str, Any] = {}
+        # Printed by `look`, which the parent calls many times a second.
+        self.pulse = Pulse("reproduce", total, "tasks", clock=clock)
+        self.interval, self.seen = INTERVAL if interval is None else interval, clock()
+        if is_terminal(sys.stderr) if bars is None else bars:
+            self.bars = self._begin_bars(total)
+
+    def _begin_bars(self, total: int) -> Any:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        name, text = (TextColumn(t, markup=False) for t in ("{task.description}", "{task.fields[text]}"))
+        bars = Bars(name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=console(sys.stderr))
+        bars.start()
+        self.whole = bars.add_task("all", total=total, text="")
+        return bars
+
+    def _print(self, text: str) -> None:
+        if self.bars is None:
+            say(text)
+        else:
+            self.bars.console.print(text, soft_wrap=True)
+
+    def start(self, task: Shown) -> None:
+        """A task begins."""
+        self.began[task.name] = self.clock()
+        if self.bars is None:
+            say(f"{task.name}: begins")
+        else:
+            self.tasks[task.name] = self.bars.add_task(task.name, total=self._total(task), text="")
+
+    def end(self, task: Shown, text: str) -> None:
+        """A task has ended as `text` says."""
+        seconds = self.clock() - self.began[task.name]
+        self._print(f"{task.name}: {text} after {seconds:.0f} s")
+        self.pulse.done()
+        if self.bars is not None:
+            self.bars.remove_task(self.tasks.pop(task.name))
+            self.bars.advance(self.whole)
+
+    def look(self, running: Iterable[Shown]) -> None:
+        """Read how far the running tasks are."""
+        if self.bars is not None:
+            for task in running:
+                step, text = self._state(task)
+                self.bars.update(self.tasks[task.name], completed=step, text=text)
+        elif self.clock() - self.seen >= self.interval:
+            self.seen = self.clock()
+            self.pulse.begin("; ".join(self._brief(task) for task in running))
+            self.pulse.beat()
+
+    def close(self) -> None:
+        """Take the bars away."""
+        if self.bars is not None:
+            self.bars.stop()
+
+    def _brief(self, task: Shown) -> str:
+        """A task, and how far it is."""
+        step, text = self._state(task)
+        total = self._total(task)
+        return f"{task.name}: " + (f"step {step} of {total}" if total else text)
+
+    def _total(self, task: Shown) -> int | None:
+        if task.chain < 0:
+            return None
+        return sum(s.config["steps"] for s in self.settings[task.row].chains[task.chain].stages)
+
+    def _state(self, task: Shown) -> tuple[int, str]:
+        """Steps done in all stages, and the newest stage with its loss."""
+        if task.chain < 0:
+            return 0, "evaluating"
+        row, done, text = self.settings[task.row], 0, ""
+        stages = row.chains[task.chain].stages
+        for i, stage in enumerate(stages):
+            line = last_line(self.folder.stage(row, stage) / "metrics.jsonl")
+            if line:
+                done += line["step"]
+                text = (f"stage {i + 1} of {len(stages)}, " if len(stages) > 1 else "") + f"loss {line['loss']:.3g}"
+        return done, text

@@ -1,0 +1,41 @@
+"""The report of `deepreg-fast reproduce`, from the folder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...report.html import Report
+from . import curves, provenance, tables
+from .pictures import pictures
+from .record import read
+
+
+def write_report(folder: Path) -> Path:
+    """Write `folder/report.html` from settings.json, results.json, and rows/*; returns its path.
+
+    A run that is not finished, or a field that is missing, makes a shorter report that names what is not there.
+
+    Raises
+    ------
+    InputError
+        If the folder is not that of a reproduction, or the report cannot be written.
+    """
+    record = read(Path(folder))
+    report = Report("The bi-level compressed sensing experiment, reproduced", tables.summary(record))
+    if record.missing:
+        report.text(f"This run is not complete: {len(record.missing)} of its files are missing, listed below.")
+    tables.headline(report, record)
+    curves.recovery(report, record)
+    tables.differences(report, record)
+    curves.training(report, record)
+    curves.lipschitz(report, record)
+    report.section("Iterations and time to convergence", "Of each row's own recovery, from a cold start.")
+    curves.gradients(report, record)
+    tables.convergence(report, record)
+    pictures(report, record)
+    tables.ledger(report, record)
+    provenance.statuses(report, record)
+    provenance.settings(report, record)
+    path = Path(folder) / "report.html"
+    report.write(path)
+    return path

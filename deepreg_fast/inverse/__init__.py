@@ -1,0 +1,1 @@
+"""The inverse problem: data term, measurements, recovery and hypergradient."""

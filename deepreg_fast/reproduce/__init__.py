@@ -1,9 +1,0 @@
-"""The paper's experiment from one file of settings: training, evaluation, tables, in one folder that can be resumed."""
-
-from __future__ import annotations
-
-from .reading import load_settings, parse
-from .reproduction import Reproduction, reproduce
-from .settings import Row, Settings
-
-__all__ = ["Reproduction", "Row", "Settings", "load_settings", "parse", "reproduce"]

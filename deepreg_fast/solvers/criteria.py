@@ -1,0 +1,126 @@
+"""What PGD decides for each image, from the sums of its passes (docs/math.md, M4 and M5): functions of vectors `[b]`.
+
+A number changes only where `running`, so that sums of images that have ended may be anything.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..batched.fused import kernel_for
+from ..status import Status
+from .options import PGDOptions
+
+
+class PerImageState(NamedTuple):
+    """Scalars of each image, `[b]`: see `Solution`.
+
+    `lipschitz_estimate` is the largest curvature observed, `plain_next` whether the next candidate is the plain step,
+    `running` whether the image is active; an active image has the status `MAX_ITERATIONS`. tau, lipschitz_estimate and
+    residual are float64.
+    """
+
+    tau: torch.Tensor
+    lipschitz_estimate: torch.Tensor
+    residual: torch.Tensor
+    plain_next: torch.Tensor
+    gradients: torch.Tensor
+    iterations: torch.Tensor
+    status: torch.Tensor
+    running: torch.Tensor
+
+
+def convergence_test(
+    n: PerImageState, sums: torch.Tensor, scale: torch.Tensor, options: PGDOptions, eps: float
+) -> PerImageState:
+    """The residual at x from `<step, step>, <x, x>, <g, g>`, `[3, b]`: the image has converged, is stuck, or goes on.
+
+    `scale` is the norm of the first gradient, `eps` the spacing of the images' floats at 1.
+    """
+    length, size, slope = torch.sqrt(sums)
+    tested = n.lipschitz_estimate > 0
+    safe = torch.where(tested, torch.minimum(n.tau, 1.0 / n.lipschitz_estimate.clamp_min(1e-300)), n.tau)
+    residual = length / safe / torch.maximum(scale, slope).clamp_min(1e-300)
+    still = (length <= 2.0 * eps * size) | (n.tau < 1e-12 * options.tau)
+    probed = tested | (n.gradients > 1) | (length == 0)
+    done = n.running & (residual <= options.tolerance) & probed
+    stuck = n.running & (residual > options.tolerance) & still
+    status = torch.where(stuck, int(Status.STAGNATED), torch.where(done, int(Status.CONVERGED), n.status))
+    return n._replace(
+        residual=torch.where(n.running, residual, n.residual),
+        status=status,
+        running=n.running & ~done & ~stuck & (n.gradients < options.max_iterations),
+    )
+
+
+def acceptance_test(
+    n: PerImageState, sums: torch.Tensor, value: torch.Tensor, limit: torch.Tensor, options: PGDOptions, eps: float
+) -> tuple[PerImageState, torch.Tensor, torch.Tensor]:
+    """Accept the candidate or shrink tau, from `<dx, dx>, <dg, dg>, <dx, dg>, <g, g>, <x+, x+>`, `[5, b]`.
+
+    `value` is the candidate's and `limit` the length of the longest plausible image. Returns the numbers, where the
+    candidate is accepted, and where the accelerator forgets, which may be anything for images not at work.
+    """
+    dx2, dg2, bend, old2, size2 = sums
+    finite = torch.isfinite(dg2) & torch.isfinite(value)
+    # The difference of two gradients carries their rounding; below it the test says nothing.
+    slack = 4.0 * eps * torch.sqrt(old2 * dx2)
+    good = n.running & finite & (bend <= dx2 / n.tau + slack)
+    clear = good & (dg2 * 1e4 > (eps**2) * old2 * 1e6)
+    met = torch.maximum(n.lipschitz_estimate, torch.sqrt(dg2 / dx2.clamp_min(1e-300)))
+    lipschitz_estimate = torch.where(clear, met, n.lipschitz_estimate)
+    # With an accelerator the step size changes only when its memory is gone anyway.
+    plain = n.plain_next if options.acceleration != "none" else torch.ones_like(n.plain_next)
+    cap = torch.where(lipschitz_estimate > 0, 10.0 / lipschitz_estimate.clamp_min(1e-300), torch.inf)
+    tau = torch.where(good, torch.minimum(n.tau * options.grow, cap), n.tau * options.shrink)
+    tau = torch.where(n.running & plain, tau, n.tau)
+    lost = n.running & ~finite & (tau < 1e-6 * options.tau)
+    away = good & (torch.sqrt(size2) > limit)
+    status = torch.where(away, int(Status.RUNAWAY), torch.where(lost, int(Status.NON_FINITE), n.status))
+    numbers = PerImageState(
+        tau=tau,
+        lipschitz_estimate=lipschitz_estimate,
+        residual=n.residual,
+        plain_next=torch.where(n.running, ~good & (options.acceleration != "none"), n.plain_next),
+        gradients=n.gradients + n.running,
+        iterations=n.iterations + good,
+        status=status,
+        running=n.running & ~lost & ~away,
+    )
+    return numbers, good, plain | ~good
+
+
+# By the kernels of the backend that serves images like `x`, where it has them: one launch each.
+
+
+def run_convergence_test(
+    x: torch.Tensor, n: PerImageState, sums: torch.Tensor, scale: torch.Tensor, options: PGDOptions, eps: float
+) -> PerImageState:
+    """`convergence_test`."""
+    if (kernel := kernel_for("pgd_residual", x)) is None:
+        return convergence_test(n, sums, scale, options, eps)
+    residual, status, running = kernel(n, sums, scale, _settings(options), eps)
+    return n._replace(residual=residual, status=status, running=running)
+
+
+def run_acceptance_test(  # noqa: PLR0913 - the arguments of acceptance_test, and the images
+    x: torch.Tensor,
+    n: PerImageState,
+    sums: torch.Tensor,
+    value: torch.Tensor,
+    limit: torch.Tensor,
+    options: PGDOptions,
+    eps: float,
+) -> tuple[PerImageState, torch.Tensor, torch.Tensor]:
+    """`acceptance_test`."""
+    if (kernel := kernel_for("pgd_candidate", x)) is None:
+        return acceptance_test(n, sums, value, limit, options, eps)
+    plain = options.acceleration == "none"
+    numbers, good, forget = kernel(n, sums, value, limit, _settings(options), eps, plain)
+    return PerImageState(*numbers), good, forget
+
+
+def _settings(options: PGDOptions) -> tuple[float, ...]:
+    return options.tolerance, options.tau, options.grow, options.shrink, options.max_iterations

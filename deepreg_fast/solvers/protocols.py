@@ -1,0 +1,69 @@
+"""Protocols of the operator and the regularizer that `pgd` works on, and the context of solves inside a solver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+import torch
+
+from ..backend import Backend
+from ..backend.gpu.graphs import Signature
+
+_FAIL_PER_IMAGE: ContextVar[bool] = ContextVar("deepreg_fast_fail_per_image", default=False)
+
+
+class DataTerm(Protocol):
+    """The operator of `1/2 ||y - A x||^2`, with its proximal map."""
+
+    def A(self, x: torch.Tensor) -> torch.Tensor:
+        """`A x`."""
+        ...
+
+    def prox_l2(self, z: torch.Tensor, y: torch.Tensor, gamma: float | torch.Tensor) -> torch.Tensor:
+        """`argmin_x 1/2||x - z||^2 + gamma/2 ||y - A x||^2`."""
+        ...
+
+    def capturable(self, like: torch.Tensor) -> bool:
+        """Whether products and proximal map can be captured in a CUDA graph."""
+        ...
+
+    def signature(self, like: torch.Tensor) -> Signature | None:
+        """What a captured product depends on besides the images; None if unknown."""
+        ...
+
+
+class Energy(Protocol):
+    """The regularizer r."""
+
+    center: float
+
+    def value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`r(x_b)` and `grad r(x_b)`."""
+        ...
+
+    def backend_for(self, x: torch.Tensor) -> Backend:
+        """The backend that computes them."""
+        ...
+
+    def computed_by_backend(self) -> bool:
+        """Whether `value_and_grad` is exactly what that backend computes."""
+        ...
+
+
+@contextmanager
+def failing_per_image() -> Iterator[None]:
+    """Within this context, a proximal map that fails is NaN for its image, and never raises: the solver around it gives
+    each image its own status."""
+    token = _FAIL_PER_IMAGE.set(True)
+    try:
+        yield
+    finally:
+        _FAIL_PER_IMAGE.reset(token)
+
+
+def fails_per_image() -> bool:
+    """Whether a solver with a status per image is the caller."""
+    return _FAIL_PER_IMAGE.get()

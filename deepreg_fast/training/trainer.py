@@ -1,0 +1,392 @@
+"""The loop that every training shares: order, schedule, clipping, checkpoints, validation, logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from ..ambient import full_precision, on_cpu, outside_inference
+from ..errors import CheckpointError, InputError, OutOfMemory, TrainingDiverged
+from ..evaluation.metrics import psnr
+from ..files import check_outputs, locked, remove_temporaries, same_file, write_atomically
+from ..inverse.data_term import add_noise
+from ..inverse.recovery import recover
+from ..operators import SRM
+from ..regularizers.base import Regularizer
+from ..regularizers.initialize import initialize_from
+from ..solvers import PGDOptions
+from ..status import counts
+from ..weights.io import load, locate, save
+from .checkpoint import Array, load_checkpoint, load_moments, moments, save_checkpoint
+from .config import TrainConfig
+from .guards import Counters, MedianClip
+from .log import RunLog
+from .placement import Placement, Rows
+from .samples import PlacedSamples, load_samples
+
+FILES = ("last.safetensors", "best.safetensors", "weights.safetensors", "config.json", "metrics.jsonl")
+"""What a run writes over in its folder."""
+
+
+class Trainer:
+    """Base of the trainings: a subclass builds its regularizer and turns a batch into gradients.
+
+    `fit()` trains to the end; `resume(path)` takes a run's last checkpoint and goes on from it, to the same bits as
+    if it had never stopped, also on a trainer whose `fit()` was interrupted. A run's folder belongs to one process at
+    a time: `fit()` and `resume()` hold its lock, and nothing else writes there. Parameters, their moments and the
+    samples live on `device`; `log_mu` and every decision that takes single numbers (clipping, schedule, guards) stay
+    on the host, which a step reads twice.
+
+    `stopping`, set by another thread or a signal's handler, ends `fit()` after the step at hand with a checkpoint and
+    a `KeyboardInterrupt`.
+    """
+
+    method: ClassVar[str] = "train"
+
+    @outside_inference
+    def __init__(self, config: TrainConfig, progress: bool | None = None) -> None:
+        self.config = config
+        self.folder = Path(config.out)
+        if config.data != "embedded" and same_file(self.folder, Path(config.data)):
+            raise InputError(
+                f"out must be another folder than data, but both are {config.out}; name another folder with --out."
+            )
+        self.progress = progress
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.placement = Placement(config.device, config.device_budget_mb)
+        self.device = self.placement.device
+        self.samples, validation = load_samples(config)
+        self.validation = validation.to(self.device)
+        self.placed = PlacedSamples(self.samples, self.placement)
+        self.A = self._operator(self.samples.size)
+        self.reg = self.build()
+        self.reg = self.reg.to(self.device)
+        self.params = [p for p in self.reg.parameters() if p.requires_grad]
+        self.log_mu = torch.tensor(math.log(config.mu0), dtype=torch.float64, device="cpu", requires_grad=True)
+        if config.init:
+            self.start_from(config.init)
+        self.optimizer = torch.optim.Adam(self.groups(), betas=(0.9, 0.99))
+        self.step_done = 0
+        self._resumed = self._broken = self._holds_lock = False
+        self.stopping = False
+        self.best = -math.inf
+        self.clip = MedianClip(config.clip)
+        self.counters = Counters()
+
+    def start_from(self, path: str | Path) -> None:
+        """Take theta, and mu if it is told and `init_mu` is set, from a weight file, which may be of a smaller
+        regularizer, or of the ridge of ridge+red (`initialize_from`).
+
+        Raises
+        ------
+        InputError
+            If the file holds another regularizer than the settings make.
+        """
+        reg, meta = load(path)
+        if not initialize_from(reg, self.reg):
+            raise InputError(
+                f"init must hold a regularizer like the one of the settings ({self.reg.describe()}), but {path} "
+                f"holds {reg.describe()}; change the settings or the file."
+            )
+        with torch.no_grad():
+            told = meta if self.config.init_mu else {}
+            self.log_mu.fill_(math.log(float(told.get("mu", self.config.mu0))))
+
+    # -- what a training defines ---------------------------------------------------------------------------------
+
+    def build(self) -> Regularizer:
+        """The regularizer to be trained."""
+        raise NotImplementedError
+
+    def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
+        """Set `.grad` of the parameters for the samples `rows` with images `x`; return metrics with a `loss`."""
+        raise NotImplementedError
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Adam's parameter groups, each with the largest rate as `peak`."""
+        return [{"params": self.params, "lr": self.config.lr, "peak": self.config.lr}]
+
+    def extra_state(self) -> tuple[Mapping[str, Array], dict[str, Any]]:
+        """Tensors and JSON values that a subclass adds to the checkpoint."""
+        return {}, {}
+
+    def load_extra_state(self, tensors: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        """Take back what `extra_state` gave."""
+
+    def begin(self) -> None:
+        """Called when the run's folder is held and a training begins or goes on."""
+
+    def after_update(self) -> None:
+        """Called after Adam's step."""
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    @property
+    def mu(self) -> float:
+        """The weight of the regularizer."""
+        return math.exp(float(self.log_mu.detach()))
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the last checkpoint is."""
+        return self.folder / "last.safetensors"
+
+    @full_precision
+    @outside_inference
+    @torch.enable_grad()
+    def fit(self) -> Regularizer:
+        """Train from the present step to the last; the regularizer is returned and saved as `weights.safetensors`.
+
+        Raises
+        ------
+        TrainingDiverged
+            If a loss or gradient is not finite, the last good checkpoint being kept and named; or if a bi-level
+            training has recovered no image for 100 steps.
+        OutOfMemory
+            If a step does not fit the device; the last checkpoint is kept and named.
+        CheckpointError
+            If the folder holds another run.
+        InputError
+            If another process trains in the folder, or the disk is full; the last checkpoint is kept.
+        KeyboardInterrupt
+            If `stopping` was set; a checkpoint of the last step is there.
+        """
+        if self.config.init and not self._resumed:
+            check_outputs(
+                (self.folder / name for name in FILES), [locate(self.config.init)], "name another folder with --out"
+            )
+        with self._lock():
+            if self._broken:
+                # A step that was interrupted half-way leaves numbers of no step.
+                self.load_state()
+            elif self.step_done == 0 and not self._resumed and self.checkpoint_path.exists():
+                raise CheckpointError(
+                    f"{self.folder} must not hold a run already, but has a checkpoint; go on with resume(), or name "
+                    "another folder."
+                )
+            return self._fit()
+
+    def _fit(self) -> Regularizer:
+        c = self.config
+        for name in FILES:
+            remove_temporaries(self.folder / name)
+        write_atomically(self.folder / "config.json", c.to_json().encode())
+        log = RunLog(self.folder, c.steps, self.step_done, self.progress)
+        try:
+            self.begin()
+            if self.step_done == 0:
+                self.save_checkpoint()
+            # Until the end, whatever is raised leaves the last checkpoint as the only whole state.
+            self._broken = True
+            with self.placement.current():
+                self._loop(log)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"A step must fit the memory of {self.device}, but did not with batches of {c.batch} ({error}); the "
+                f"last good checkpoint is {self.checkpoint_path}: start anew with a smaller batch or crop."
+            ) from error
+        finally:
+            log.close()
+        save(self.reg, self.folder / "weights.safetensors", self.meta())
+        self._broken = False
+        return self.reg
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Hold the run's folder, once however often it is asked for."""
+        if self._holds_lock:
+            yield
+            return
+        with locked(self.folder / "run.lock", f"The run in {self.folder}"):
+            self._holds_lock = True
+            try:
+                yield
+            finally:
+                self._holds_lock = False
+
+    def _loop(self, log: RunLog) -> None:
+        c, saved = self.config, time.monotonic()
+        while self.step_done < c.steps:
+            log.write(self.step_done + 1, self._step())
+            self.step_done += 1
+            last = self.step_done == c.steps
+            if len(self.validation) and c.validate_every and (self.step_done % c.validate_every == 0 or last):
+                log.write(self.step_done, self._validate())
+            if last or self.stopping or time.monotonic() - saved > c.checkpoint_seconds:
+                self.save_checkpoint()
+                saved = time.monotonic()
+            if self.stopping and not last:
+                self.stopping = False
+                raise KeyboardInterrupt
+
+    def _step(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        c = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self._schedule(self.step_done)
+        rows = self.placement.rows(self.samples.indices(self.step_done, min(c.batch, len(self.samples))))
+        metrics = self.gradients(rows, self.placed.batch(rows))
+        norm, clipped = self.clip(self.params)
+        if not (math.isfinite(norm) and math.isfinite(metrics["loss"])):
+            raise TrainingDiverged(
+                f"Training must stay finite, but step {self.step_done + 1} gave loss {metrics['loss']} and gradient "
+                f"norm {norm}; the last good checkpoint is {self.checkpoint_path}: lower lr or raise warmup and resume."
+            )
+        self.counters.add("clipped", clipped)
+        # Adam makes its numbers at its first step.
+        with on_cpu():
+            self.optimizer.step()
+        self.after_update()
+        epoch = self.samples.epoch(self.step_done + 1, min(c.batch, len(self.samples)))
+        seconds = time.perf_counter() - began
+        more = {"grad_norm": norm, "mu": self.mu, "epoch": epoch, "seconds": seconds, "device": str(self.device)}
+        return {**metrics, **more, **self.counters.values}
+
+    def _schedule(self, step: int) -> float:
+        """Linear warm-up, then a cosine to `final_lr`."""
+        c = self.config
+        if step < c.warmup:
+            return (step + 1) / c.warmup
+        t = (step - c.warmup) / max(1, c.steps - c.warmup)
+        return c.final_lr + (1.0 - c.final_lr) * 0.5 * (1.0 + math.cos(math.pi * t))
+
+    def _validate(self) -> dict[str, Any]:
+        """Score the validation images; a better score than ever is saved as `best.safetensors`."""
+        metrics = self.validate()
+        score = metrics["val_score"]
+        if score > self.best:
+            self.best = score
+            save(self.reg, self.folder / "best.safetensors", self.meta())
+        return metrics
+
+    def validate(self) -> dict[str, Any]:
+        """Recover the validation images from a cold start: mean and median PSNR and SSIM."""
+        from ..evaluation.metrics import ssim
+
+        x = self.validation
+        A = self._operator((x.shape[-2], x.shape[-1]))
+        y = add_noise(A.A(x), self.config.sigma, seed=self.config.seed + 1)
+        sol = recover(y, A, self.reg, self.mu, options=PGDOptions(300, 1e-4, acceleration="fista"))
+        score = psnr(sol.x, x)
+        ended = {f"val_{k}": v for k, v in counts(sol.status).items()}
+        mean = float(score.mean())
+        return {
+            "val_psnr": mean,
+            "val_psnr_median": float(score.median()),
+            "val_ssim": float(ssim(sol.x, x).mean()),
+            "val_gradients": float(sol.gradients.double().mean()),
+            "val_score": mean if math.isfinite(mean) else -math.inf,
+            **ended,
+        }
+
+    def meta(self) -> dict[str, Any]:
+        """What a weight file says about its origin."""
+        return {
+            "method": self.method,
+            "mu": self.mu,
+            "step": self.step_done,
+            "config": json.loads(self.config.to_json()),
+        }
+
+    def _operator(self, size: tuple[int, int]) -> SRM:
+        c = self.config
+        kind = {"transform": c.transform, "randomizer": c.randomizer, "seed": c.operator_seed, "keep_dc": c.keep_dc}
+        return SRM((1, *size), c.ratio, **kind).to(self.device)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """Write the whole state to `last.safetensors`, the same file whatever the device."""
+        theta = {f"theta.{k}": v for k, v in self.reg.state_dict().items()}
+        more, values = self.extra_state()
+        tensors = {**theta, "log_mu": self.log_mu.reshape(1), **moments(self.optimizer), **more}
+        state = {
+            "method": self.method,
+            "config": json.loads(self.config.to_json()),
+            "device": str(self.device),
+            "samples": self.samples.fingerprint,
+            "step": self.step_done,
+            "best": self.best if math.isfinite(self.best) else None,
+            "norms": list(self.clip.norms),
+            "counters": self.counters.values,
+            **values,
+        }
+        save_checkpoint(self.checkpoint_path, tensors, state)
+
+    def resume(self, path: str | Path | None = None) -> Regularizer:
+        """Take the state of `path` (a run's folder or checkpoint file; default: this run's) and go on to the end.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no whole checkpoint, or it belongs to another method or other settings.
+        """
+        with self._lock():
+            self.load_state(path)
+            return self.fit()
+
+    @outside_inference
+    def load_state(self, path: str | Path | None = None) -> None:
+        """Take the state of a checkpoint without training on; nothing is written."""
+        where = Path(path) if path is not None else self.checkpoint_path
+        tensors, state = load_checkpoint(where / "last.safetensors" if where.is_dir() else where)
+        self._check_same_run(state, where)
+        shapes = self.reg.state_dict()
+        found = {k: a.shape for k, a in tensors.items() if k.startswith("theta.")}
+        if found != {f"theta.{k}": tuple(v.shape) for k, v in shapes.items()}:
+            raise CheckpointError(
+                f"{where} must hold the parameters of {type(self.reg).__name__}, but holds {sorted(found)}; resume "
+                "with the regularizer that the run began with."
+            )
+        self.reg.load_state_dict(
+            {k: torch.from_numpy(np.array(tensors[f"theta.{k}"])).reshape(v.shape) for k, v in shapes.items()}
+        )
+        with torch.no_grad():
+            self.log_mu.fill_(float(tensors["log_mu"][0]))
+        load_moments(self.optimizer, tensors)
+        self.step_done = state["step"]
+        self.best = -math.inf if state["best"] is None else state["best"]
+        self.clip.norms.clear()
+        self.clip.norms.extend(state["norms"])
+        self.counters.values.update(state["counters"])
+        self.load_extra_state(tensors, state)
+        self._resumed, self._broken, self.stopping = True, False, False
+
+    def _check_same_run(self, state: dict[str, Any], where: Path) -> None:
+        """Settings that change the result must be those of the checkpoint."""
+        if state["method"] != self.method:
+            raise CheckpointError(
+                f"{where} must be a {self.method!r} run, but is a {state['method']!r} run; resume that one."
+            )
+        free = {
+            "out",
+            "init",
+            "threads",
+            "checkpoint_seconds",
+            "data",
+            "device",
+            "device_budget_mb",
+            "memory_budget_mb",
+        }
+        mine = json.loads(self.config.to_json())
+        # Settings that did not exist when the run began had the value that is now their default.
+        theirs = {f.name: f.default for f in dataclasses.fields(self.config)} | state["config"]
+        changed = sorted(k for k in mine if k not in free and mine[k] != theirs[k])
+        if changed:
+            told = ", ".join(f"{k}={theirs[k]!r} (now {mine[k]!r})" for k in changed)
+            raise CheckpointError(f"A resumed run must keep its settings, but {told}; restore them or start a new run.")
+        if state["samples"] != self.samples.fingerprint:
+            raise CheckpointError(
+                f"A resumed run must find the images it began with, but those of {self.config.data} differ; restore "
+                "the folder or start a new run."
+            )

@@ -1,0 +1,1 @@
+"""Weight files, their model cards, and the trained regularizers that ship with the package."""

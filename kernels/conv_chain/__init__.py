@@ -1,0 +1,1 @@
+"""Triton kernels of the convolutional network: energy, gradient, tangent and weight gradients."""

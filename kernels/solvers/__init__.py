@@ -1,0 +1,1 @@
+"""Triton kernels of the solvers: reductions, fused updates and per-image decisions."""

@@ -1,0 +1,221 @@
+# ruff: noqa: PLR0913 - a launch needs every pointer
+"""The solvers' vector work: entrywise moves of images `[B, n]` and the inner products that judge them, in one pass.
+
+A program handles one piece of `PIECE` entries of one image. Products of two float32 numbers are exact in float64;
+each program adds those of its piece and writes one number per sum into `partial` `[sums, B, pieces]`, which `total`
+adds up piece after piece. The order depends on n alone: no atomics, no bit of an image depends on its batch.
+
+`work` `[B]` (bytes) or None: a program whose image is not at work returns at once. `N`, the entries of an image, is a
+constant, so that the compiler knows the alignment of every image.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..variants import Variant, unspecialized
+
+PIECE = 2048
+"""Entries of a piece: 16 for each of 128 threads, four loads of 16 bytes on the way per tensor."""
+WARPS = 4
+NUMBERS = ("idx", "work", "rows", "s", "slot", "fresh", "limit")
+"""Tensors of one number or flag an image."""
+
+
+@triton.jit
+def piece_of(N: tl.constexpr, PIECE: tl.constexpr):
+    """Image of this program, where its piece starts in it, offsets into the piece, and how many entries are left."""
+    pieces: tl.constexpr = (N + PIECE - 1) // PIECE
+    program = tl.program_id(0)
+    # In 64 bit: a batch may hold more than 2^31 entries.
+    start = (program % pieces).to(tl.int64) * PIECE
+    k = tl.arange(0, PIECE)
+    return (program // pieces).to(tl.int64), start, k, N - start
+
+
+@triton.jit
+def place_of(idx, image):
+    """Where image `image` of the call lies among all images."""
+    if idx is None:
+        return image
+    else:
+        return tl.load(idx + image)
+
+
+@triton.jit
+def add_up(pieces, COUNT: tl.constexpr, STEP: tl.constexpr):
+    """The sum of COUNT numbers in a row, STEP of them at a time."""
+    k = tl.arange(0, STEP)
+    s = tl.zeros((), tl.float64)
+    for first in range(0, COUNT, STEP):
+        s += tl.sum(tl.load(pieces + first + k, mask=k < COUNT - first, other=0.0))
+    return s
+
+
+@triton.jit
+def product(a, b):
+    """`<a, b>` of two pieces."""
+    return tl.sum(a.to(tl.float64) * b.to(tl.float64))
+
+
+@triton.jit
+def keep(partial, k, value):
+    """Sum number k of this program's piece, to `partial` `[sums, B, pieces]`."""
+    tl.store(partial + tl.num_programs(0).to(tl.int64) * k + tl.program_id(0), value)
+
+
+@triton.jit
+def total(partial, out, PIECES: tl.constexpr, STEP: tl.constexpr):
+    """`out[k, b] = sum_j partial[k, b, j]`, one program per (k, b)."""
+    program = tl.program_id(0).to(tl.int64)
+    tl.store(out + program, add_up(partial + program * PIECES, PIECES, STEP))
+
+
+@unspecialized(anywhere=NUMBERS)
+def products(a, b, c, d, partial, work, N: tl.constexpr, PIECE: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr):
+    """`COUNT` inner products of a, b, c, d; four bits of `PAIRS` name the two factors of each, the lowest first."""
+    image, start, k, left = piece_of(N, PIECE)
+    if work is not None:
+        if tl.load(work + image) == 0:
+            return
+    inside, offset = k < left, image * N + start
+    # Loads that no pair asks for are dropped by the compiler.
+    values = (
+        tl.load(a + offset + k, mask=inside, other=0.0),
+        tl.load(b + offset + k, mask=inside, other=0.0),
+        tl.load(c + offset + k, mask=inside, other=0.0),
+        tl.load(d + offset + k, mask=inside, other=0.0),
+    )
+    for i in tl.static_range(COUNT):  # pyright: ignore[reportGeneralTypeIssues] - its stub says NoReturn
+        keep(partial, i, product(values[(PAIRS >> 4 * i) & 3], values[(PAIRS >> 4 * i + 2) & 3]))
+
+
+@unspecialized(anywhere=NUMBERS)
+def add(x, s, p, rows, out, partial, work, N: tl.constexpr, PIECE: tl.constexpr):
+    """`out_b = x_b + s_b p_b` where `rows`, else `x_b`, and `<out_b, out_b>`."""
+    image, start, k, left = piece_of(N, PIECE)
+    if work is not None:
+        if tl.load(work + image) == 0:
+            return
+    inside, offset = k < left, image * N + start
+    moved = tl.load(rows + image) != 0
+    old = tl.load(x + offset + k, mask=inside, other=0.0)
+    step = tl.load(s + image).to(tl.float32) * tl.load(p + offset + k, mask=k < tl.where(moved, left, 0), other=0.0)
+    new = tl.where(moved, old + step, old)
+    tl.store(out + offset + k, new, mask=inside)
+    keep(partial, 0, product(new, new))
+
+
+@unspecialized(anywhere=NUMBERS)
+def secant(idx, candidate, candidate_g, x, g, partial, work, N: tl.constexpr, PIECE: tl.constexpr, SIZES: tl.constexpr):
+    """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>`, and if `SIZES` the squared norms of candidate and candidate_g.
+
+    `dx = candidate_b - x_i`, `dg = candidate_g_b - g_i`, `i = idx[b]`, or b if `idx` is None.
+    """
+    image, start, k, left = piece_of(N, PIECE)
+    if work is not None:
+        if tl.load(work + image) == 0:
+            return
+    inside, place = k < left, place_of(idx, image)
+    mine, state = image * N + start, place * N + start
+    new_x = tl.load(candidate + mine + k, mask=inside, other=0.0)
+    new_g = tl.load(candidate_g + mine + k, mask=inside, other=0.0)
+    old_g = tl.load(g + state + k, mask=inside, other=0.0)
+    dx = new_x - tl.load(x + state + k, mask=inside, other=0.0)
+    dg = new_g - old_g
+    keep(partial, 0, product(dx, dx))
+    keep(partial, 1, product(dg, dg))
+    keep(partial, 2, product(dx, dg))
+    keep(partial, 3, product(old_g, old_g))
+    if SIZES:
+        keep(partial, 4, product(new_x, new_x))
+        keep(partial, 5, product(new_g, new_g))
+
+
+@unspecialized(anywhere=NUMBERS)
+def remember(
+    idx, dx, df, old_x, old_f, slot, fresh, x, f, partial, work,
+    N: tl.constexpr, PIECE: tl.constexpr, MEMORY: tl.constexpr,
+):  # fmt: skip
+    """Anderson's newest differences (zeros unless `fresh`) into `slot` of dx and df `[B, MEMORY, N]`, x and f into
+    old_x and old_f, all at `idx`; `<df_k, newest df>` and `<df_k, f>` for every slot k, the new one in its place."""
+    image, start, k, left = piece_of(N, PIECE)
+    if work is not None:
+        if tl.load(work + image) == 0:
+            return
+    inside, place = k < left, place_of(idx, image)
+    mine, state, history = image * N + start, place * N + start, place * MEMORY * N + start
+    newest, is_fresh = tl.load(slot + image), tl.load(fresh + image) != 0
+    at_x = tl.load(x + mine + k, mask=inside, other=0.0)
+    at_f = tl.load(f + mine + k, mask=inside, other=0.0)
+    before = k < tl.where(is_fresh, left, 0)
+    new_dx = tl.where(is_fresh, at_x - tl.load(old_x + state + k, mask=before, other=0.0), 0.0)
+    new_df = tl.where(is_fresh, at_f - tl.load(old_f + state + k, mask=before, other=0.0), 0.0)
+    tl.store(dx + history + newest * N + k, new_dx, mask=inside)
+    tl.store(df + history + newest * N + k, new_df, mask=inside)
+    tl.store(old_x + state + k, at_x, mask=inside)
+    tl.store(old_f + state + k, at_f, mask=inside)
+    for i in tl.static_range(MEMORY):  # pyright: ignore[reportGeneralTypeIssues] - its stub says NoReturn
+        # The slot just written is not read back.
+        kept = tl.load(df + history + i * N + k, mask=k < tl.where(newest == i, 0, left), other=0.0)
+        kept = tl.where(newest == i, new_df, kept)
+        keep(partial, i, product(kept, new_df))
+        keep(partial, MEMORY + i, product(kept, at_f))
+
+
+@unspecialized(anywhere=(*NUMBERS, "c"))
+def shift(idx, dx, df, c, out, partial, work, N: tl.constexpr, PIECE: tl.constexpr, MEMORY: tl.constexpr):
+    """`out_b = sum_k c_bk (dx_k + df_k)` over the slots of image `idx[b]`, and its squared norm."""
+    image, start, k, left = piece_of(N, PIECE)
+    if work is not None:
+        if tl.load(work + image) == 0:
+            return
+    inside, place = k < left, place_of(idx, image)
+    history = place * MEMORY * N + start
+    s = tl.zeros((PIECE,), tl.float32)
+    for i in tl.static_range(MEMORY):  # pyright: ignore[reportGeneralTypeIssues] - its stub says NoReturn
+        weight = tl.load(c + image * MEMORY + i).to(tl.float32)
+        # A slot that is not in use may hold anything; it is not read.
+        used = k < tl.where(weight != 0.0, left, 0)
+        at = history + i * N + k
+        s += weight * (tl.load(dx + at, mask=used, other=0.0) + tl.load(df + at, mask=used, other=0.0))
+    tl.store(out + image * N + start + k, s, mask=inside)
+    keep(partial, 0, product(s, s))
+
+
+@unspecialized(anywhere=NUMBERS)
+def shorten(partial, limit, x, f, out, work, N: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr):
+    """`out_b = x_b + f_b - out_b min(1, limit_b / ||out_b||)`; the pieces of `||out_b||^2` come in `partial`."""
+    image, start, k, left = piece_of(N, PIECE)
+    if work is not None:
+        if tl.load(work + image) == 0:
+            return
+    pieces: tl.constexpr = (N + PIECE - 1) // PIECE
+    length = tl.sqrt(add_up(partial + image * pieces, pieces, STEP))
+    most = tl.load(limit + image).to(tl.float64)
+    factor = tl.where(length > most, most / tl.where(length > 1e-300, length, 1e-300), 1.0).to(tl.float32)
+    inside, at = k < left, image * N + start + k
+    step = tl.load(x + at, mask=inside, other=0.0) + tl.load(f + at, mask=inside, other=0.0)
+    tl.store(out + at, step - factor * tl.load(out + at, mask=inside, other=0.0), mask=inside)
+
+
+def variants() -> list[Variant]:
+    """The kernels as shipped, for images of 180 x 180."""
+    n, image, sums, flags, numbers = 32400, "*fp32", "*fp64", "*u8", "*i64"
+    size: dict[str, object] = {"N": n, "PIECE": PIECE}
+    memory = size | {"MEMORY": 5}
+    state = {"idx": numbers, "dx": image, "df": image}
+    return [
+        Variant(
+            kernel, dict.fromkeys(images, image) | signature | {"partial": sums, "work": flags}, constants, WARPS, 1
+        )
+        for kernel, images, signature, constants in (
+            (products, "abcd", {}, size | {"COUNT": 3, "PAIRS": 0x540}),
+            (add, ("x", "p", "out"), {"s": sums, "rows": flags}, size),
+            (secant, ("candidate", "candidate_g", "x", "g"), {"idx": numbers}, size | {"SIZES": True}),
+            (remember, ("old_x", "old_f", "x", "f"), state | {"slot": numbers, "fresh": flags}, memory),
+            (shift, ("c", "out"), state, memory),
+            (shorten, ("x", "f", "out"), {"limit": sums}, size | {"STEP": 16}),
+        )
+    ] + [Variant(total, {"partial": sums, "out": sums}, {"PIECES": 16, "STEP": 16}, 1, 1)]
