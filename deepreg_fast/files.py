@@ -162,7 +162,7 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path], way_out
 
 
 def same_file(a: Path, b: Path) -> bool:
-    """Whether two paths lead to the same file or folder. If one does not exist yet, their normalized names are compared."""
+    """Whether two paths lead to the same file or folder. If one does not exist, their normalized names are compared."""
     try:
         return os.path.samefile(a, b)
     except (OSError, ValueError):

@@ -41,8 +41,8 @@ codecs.register_error(ERRORS, _replace)
 
 
 def prepare() -> None:
-    """Make stdout and stderr accept any text: characters that they cannot encode are replaced. If there is no stream (as
-    under pythonw), text is dropped."""
+    """Make stdout and stderr accept any text: characters that they cannot encode are replaced. If there is no stream
+    (as under pythonw), text is dropped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

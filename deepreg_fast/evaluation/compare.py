@@ -74,8 +74,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Measured:
-    """A problem's operator, its test images `x` `[N, 1, H, W]` with their `names` and measurements `y` `[N, m]`, and the
-    tuning images with their measurements."""
+    """A problem's operator, its test images `x` `[N, 1, H, W]` with their `names` and measurements `y` `[N, m]`, and
+    the tuning images with their measurements."""
 
     A: SRM
     names: tuple[str, ...]

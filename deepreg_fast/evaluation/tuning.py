@@ -35,8 +35,8 @@ class Tuner:
     `scores` stores the PSNR of each pair (mu, scale) under `score_key`; stored values are not computed again. On a tie
     the value that was tried first is chosen. Non-finite scores count as minus infinity.
 
-    With `warm`, each recovery starts from that of the nearest mu. Use it for convex regularizers, whose solution does not
-    depend on the start: the PSNR then changes only within the tolerance, and a recovery takes about a third of the
+    With `warm`, each recovery starts from that of the nearest mu. Use it for convex regularizers, whose solution does
+    not depend on the start: the PSNR then changes only within the tolerance, and a recovery takes about a third of the
     gradients.
     """
 
@@ -78,7 +78,7 @@ class Tuner:
         return self._solved[min(solved, key=lambda m: abs(np.log(m / mu))), scale]
 
     def mu(self, method: Method, low: float = 1e-4, high: float = 1.0) -> Method:
-        """The method with the best mu among its own, one value per decade, and thirds of a decade around the best decade.
+        """The method with the best mu among its own, one value per decade, and thirds of a decade around the best one.
 
         Not all values are tried: the score rises and then falls with mu, so the best value is bracketed by its two
         neighbors.
@@ -95,7 +95,7 @@ class Tuner:
         return replace(method, mu=max([best, *previous], key=score))
 
     def scale(self, method: Method) -> Method:
-        """The method with the best scale between 1/2 and 2: half octaves first, then quarter octaves around the best."""
+        """The method with the best scale between 1/2 and 2: half octaves, then quarter octaves around the best."""
 
         def score(scale: float) -> float:
             return self.score(replace(method, scale=scale))
