@@ -135,7 +135,7 @@ class Record:
         return None
 
     def best_bilevel(self, *groups: str) -> Row | None:
-        """The bi-level row with the highest mean PSNR at the problem's ratio, in `groups` or in all except the ledger."""
+        """The bi-level row with the best mean PSNR at the problem's ratio, in `groups` or in all except the ledger."""
         rows = self.at(self.ratios[0], *(groups or ("paper", "beyond"))) if self.ratios else []
         scored = [(v, r) for r in rows if r.method == "bilevel" and (v := r.number("psnr_mean")) is not None]
         return max(scored, key=lambda pair: pair[0])[1] if scored else None
