@@ -1,5 +1,5 @@
-"""Build settings that pyproject.toml cannot express: `kernels/` is installed as `deepreg_fast.kernels`, the CUDA sources
-of `csrc/cuda` as data of `deepreg_fast.cuda`, and the C++ extension is built from `csrc/cpu`.
+"""Build settings that pyproject.toml cannot express: `kernels/` is installed as `deepreg_fast.kernels`, the CUDA
+sources of `csrc/cuda` as data of `deepreg_fast.cuda`, and the C++ extension is built from `csrc/cpu`.
 
 The sources are compiled for several instruction sets with separate flags, and the extension selects one at run time. If
 it cannot be built (no compiler), the package installs without it and runs on the reference backend.

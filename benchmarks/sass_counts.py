@@ -194,7 +194,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def trips_of(launch: Launch) -> float:
-    """Trip count of a kernel's loop: over rows of taps and groups of channels for a convolution, otherwise over pieces."""
+    """Trip count of a kernel's loop: over rows of taps and groups of channels in a convolution, else over pieces."""
     arguments = launch.arguments
     if launch.kernel == "outer_sums":
         return arguments["pieces"] / launch.grid[1]
