@@ -93,7 +93,7 @@ def environment(folder: Path, mode: str, cache: Path) -> dict[str, str]:
     # The default of all versions of Triton up to 3.9; part of the cache's keys.
     env["TRITON_DEFAULT_FP_FUSION"] = "1"
     folders = {"TRITON_CACHE_DIR": "triton", "CUPY_CACHE_DIR": "cupy", "XDG_CACHE_HOME": "cache"}
-    env |= {name: str(cache / place) for name, place in folders.items()}
+    env |= {name: str(cache / subfolder) for name, subfolder in folders.items()}
     env["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     env.pop("TRITON_INTERPRET", None)
     if mode != "gpu":

@@ -212,7 +212,7 @@ def counted(launch: Launch, pixels: int) -> dict[str, Any]:
     code = disassembled(cubin)
     count: Counter[str] = Counter()
     for i, weight in weights(code, trips_of(launch)).items():
-        count[class_of(code[i][1])] += weight  # type: ignore[assignment] - an average number of turns
+        count[class_of(code[i][1])] += weight  # type: ignore[assignment] - an average number of iterations
     per_pixel = prod(launch.grid) * warps / pixels
     split = {key: round(count[key] * per_pixel, 2) for key in ("alu", *CLASSES)}
     total = sum(count.values())

@@ -255,9 +255,9 @@ def _decisions(stage: Stage, name: str) -> None:
             strict=True,
         )
     )
-    candidate, good, _ = acceptance_test(n, sums, value, limit, options, EPS)
+    candidate, expected_accepted, _ = acceptance_test(n, sums, value, limit, options, EPS)
     ours, accepted, _ = kernels.pgd_candidate(n, sums, value, limit, settings, EPS, False)
-    pairs += list(zip((*ours, accepted), (*candidate, good), strict=True))
+    pairs += list(zip((*ours, accepted), (*candidate, expected_accepted), strict=True))
     rz, old, fresh, active = numbers(), numbers(), flags(), flags()
     factor, _ = cg.cg_beta(rz, old, fresh)
     pairs.append((kernels.cg_beta(rz, old, fresh, status, active)[0], factor))

@@ -60,10 +60,10 @@ unsigned long long stand_in_launches(void) { return launches; }
 def libcuda() -> Path:
     """The folder of the stand-in `libcuda.so.1`, which is compiled once per version of its source."""
     folder = Path(tempfile.gettempdir()) / f"deepreg-fast-stand-in-{os.getuid()}"
-    place = folder / hashlib.sha256(_LIBCUDA.encode()).hexdigest()[:16]
-    library = place / "libcuda.so.1"
+    library_folder = folder / hashlib.sha256(_LIBCUDA.encode()).hexdigest()[:16]
+    library = library_folder / "libcuda.so.1"
     if not library.exists():
-        place.mkdir(parents=True, exist_ok=True)
+        library_folder.mkdir(parents=True, exist_ok=True)
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
         if compiler is None:
             raise RuntimeError("The stand-in needs a C compiler, but there is none; install gcc.")
@@ -73,7 +73,7 @@ def libcuda() -> Path:
             flags = ["-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1"]
             subprocess.run([compiler, *flags, str(source), "-o", str(out)], check=True)
             out.replace(library)
-    return place
+    return library_folder
 
 
 class Driver:

@@ -163,7 +163,7 @@ def _name(given: str, meta: dict[str, Any], others: list[Method]) -> str:
 
 
 def _tell(method: Method, differs: str) -> None:
-    """Print on stderr that a method keeps its mu on a problem that it was not trained for."""
+    """Print on stderr that a method is used with its trained mu on a problem that it was not trained for."""
     if differs:
         typer.echo(
             f"{method.name} was trained for another problem (here {differs}): mu is {method.mu:.2g}, see --tune-mu.",

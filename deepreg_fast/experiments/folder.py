@@ -87,8 +87,8 @@ def agree(folder: Folder, new: Settings) -> Settings:
     old = Settings.from_json(folder.settings.read_text(encoding="utf-8"), str(folder.settings))
     changed = []
     for row in new.rows:
-        if row.name in old and folder.begun(row) and (found := changes(old[row.name], row)):
-            changed.append(f"row {row.name!r} ({'; '.join(found)})")
+        if row.name in old and folder.begun(row) and (differences := changes(old[row.name], row)):
+            changed.append(f"row {row.name!r} ({'; '.join(differences)})")
     if changed:
         raise InputError(
             f"A reproduction must go on with the settings it was begun with, but {', '.join(changed)} changed; restore "

@@ -101,8 +101,8 @@ def _config(method: str, problem: Problem, values: dict[str, Any], where: str) -
                 "before its last, those of the machine on the command line."
             )
     cls = TRAINED[method][1]
-    full = {k: getattr(problem, k) for k in (*_OF_PROBLEM, "split")} | {"validation": problem.tuning} | values
-    config = dataclasses.asdict(_made(cls, full, where))
+    merged = {k: getattr(problem, k) for k in (*_OF_PROBLEM, "split")} | {"validation": problem.tuning} | values
+    config = dataclasses.asdict(_made(cls, merged, where))
     return {k: v for k, v in config.items() if k not in OF_MACHINE}
 
 
@@ -170,12 +170,12 @@ def _chains(
         parsed_stages = []
         for i, stage in enumerate(stages):
             part = str(i + 1) if len(stages) > 1 else ""
-            place = f"{where}, stage {i + 1}" if part else where
-            stage_values = dict(_table(stage, place))
+            stage_name = f"{where}, stage {i + 1}" if part else where
+            stage_values = dict(_table(stage, stage_name))
             # The last stage trains for the row's problem; earlier stages may use easier ones.
             problem_values = {k: stage_values.pop(k) for k in _OF_PROBLEM if k in stage_values and i + 1 < len(stages)}
-            stage_problem = _made(Problem, {**dataclasses.asdict(problem), **problem_values}, place)
-            config = _config(method, stage_problem, {**train, **stage_values, **values}, place)
+            stage_problem = _made(Problem, {**dataclasses.asdict(problem), **problem_values}, stage_name)
+            config = _config(method, stage_problem, {**train, **stage_values, **values}, stage_name)
             parsed_stages.append(Stage("/".join(p for p in (folder, part) if p), config))
         chains.append(Chain(values, tuple(parsed_stages)))
     return tuple(chains)

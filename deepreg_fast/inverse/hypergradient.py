@@ -292,5 +292,5 @@ def unrolled_gradients(  # noqa: PLR0913 - a problem, a start and a schedule
         error = (x - x_true).square()
         loss = (error if weights is None else expand(detached(weights), error) * error).sum()
         grads = torch.autograd.grad(loss, [*params, log_mu], allow_unused=True)
-    full = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, [*params, log_mu], strict=True)]
-    return dict(zip(names, full[:-1], strict=True)), full[-1].sum()
+    gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, [*params, log_mu], strict=True)]
+    return dict(zip(names, gradients[:-1], strict=True)), gradients[-1].sum()

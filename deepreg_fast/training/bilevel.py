@@ -239,9 +239,17 @@ class BilevelTrainer(Trainer):
         """Backpropagate through `adjoint_iterations` further steps of the valid recoveries. Synchronizes for their
         number."""
         steps = self.config.adjoint_iterations
-        good = valid.nonzero()[:, 0]
+        valid_rows = valid.nonzero()[:, 0]
         theta, log_mu = unrolled_gradients(
-            x[good], y[good], self.A, self.reg, mu[good], sol.x[good], sol.tau[good], steps, weights[good]
+            x[valid_rows],
+            y[valid_rows],
+            self.A,
+            self.reg,
+            mu[valid_rows],
+            sol.x[valid_rows],
+            sol.tau[valid_rows],
+            steps,
+            weights[valid_rows],
         )
         return theta, log_mu, {"adjoint_iterations": torch.full_like(sol.iterations, steps)}
 

@@ -93,9 +93,9 @@ class Samples:
     def indices(self, step: int, batch: int) -> np.ndarray:
         """Samples of step `step`, a function of (seed, step), so a resumed run continues unchanged."""
         per_epoch = max(1, len(self) // batch)
-        epoch, place = divmod(step, per_epoch)
+        epoch, position = divmod(step, per_epoch)
         order = np.random.Generator(np.random.PCG64([self.seed, 2, epoch])).permutation(len(self))
-        return order[place * batch : (place + 1) * batch]
+        return order[position * batch : (position + 1) * batch]
 
     def epoch(self, step: int, batch: int) -> float:
         """Number of epochs completed after `step` steps."""

@@ -248,8 +248,8 @@ class Trainer:
         self.after_update()
         epoch = self.samples.epoch(self.step_done + 1, min(c.batch, len(self.samples)))
         seconds = time.perf_counter() - began
-        more = {"grad_norm": norm, "mu": self.mu, "epoch": epoch, "seconds": seconds, "device": str(self.device)}
-        return {**metrics, **more, **self.counters.values}
+        run_metrics = {"grad_norm": norm, "mu": self.mu, "epoch": epoch, "seconds": seconds, "device": str(self.device)}
+        return {**metrics, **run_metrics, **self.counters.values}
 
     def _schedule(self, step: int) -> float:
         """Factor of the learning rate: linear warm-up, then a cosine to `final_lr`."""
@@ -307,8 +307,8 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Write the complete state to `last.safetensors`; the format does not depend on the device."""
         theta = {f"theta.{k}": v for k, v in self.reg.state_dict().items()}
-        more, values = self.extra_state()
-        tensors = {**theta, "log_mu": self.log_mu.reshape(1), **moments(self.optimizer), **more}
+        extra_tensors, values = self.extra_state()
+        tensors = {**theta, "log_mu": self.log_mu.reshape(1), **moments(self.optimizer), **extra_tensors}
         state = {
             "method": self.method,
             "config": json.loads(self.config.to_json()),

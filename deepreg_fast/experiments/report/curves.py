@@ -197,8 +197,8 @@ def _spectra(record: Record, rows: Sequence[Row]) -> list[Panel]:
     kinds = (("lambda_min", "λmin(∇²s)", 1), ("beta_hat", "β̂", 2), ("lambda_max", "λmax(∇²s)", 0))
     strips = {}
     for row in rows:
-        found = [(row.numbers("lipschitz", key), style) for key, _, style in kinds]
-        strips[row.label] = [Strip(v[np.isfinite(v)], style) for v, style in found if np.isfinite(v).any()]
+        series = [(row.numbers("lipschitz", key), style) for key, _, style in kinds]
+        strips[row.label] = [Strip(v[np.isfinite(v)], style) for v, style in series if np.isfinite(v).any()]
     alphas = {record.alpha(r) for r in rows}
     alpha = alphas.pop() if len(alphas) == 1 else None
     mark = None if alpha is None else 1.0 + alpha
