@@ -186,8 +186,8 @@ class PinnedSamples:
 
 
 class FileSamples:
-    """Rows in a file, for data that fits into no memory. The file is created by `open` or the first `put`, because it
-    may belong to another run before. Until then the rows are zeros or the array passed to `fill`."""
+    """Rows in a file, for data that fits into no memory. `open` or the first `put` creates the file; before that, a
+    file at `path` may belong to another run, and the rows are zeros or the array passed to `fill`."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], device: torch.device) -> None:
         self.path, self.shape, self.device = path, shape, device
