@@ -1,8 +1,8 @@
-"""What pyproject.toml cannot say: `kernels/` is installed as `deepreg_fast.kernels`, the CUDA sources of `csrc/cuda` as
-the data of `deepreg_fast.cuda`; the C++ extension of `csrc/cpu`.
+"""Build settings that pyproject.toml cannot express: `kernels/` is installed as `deepreg_fast.kernels`, the CUDA
+sources of `csrc/cuda` as data of `deepreg_fast.cuda`, and the C++ extension is built from `csrc/cpu`.
 
-One source is compiled for several instruction sets, each with flags of its own, and the extension chooses at run time.
-Where it cannot be built (no compiler), the package installs without it and runs on the reference backend.
+The sources are compiled for several instruction sets with separate flags, and the extension selects one at run time. If
+it cannot be built (no compiler), the package installs without it and runs on the reference backend.
 """
 
 import os
@@ -15,7 +15,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-# gcc 12 takes the undefined registers in its own AVX-512 headers for uninitialized ones of ours.
+# gcc 12 warns about uninitialized variables because of undefined registers in its own AVX-512 headers.
 COMMON = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
@@ -26,10 +26,10 @@ COMMON = [
     "-Wno-psabi",
     "-g0",
 ]
-# Everything else takes -O3. The bindings' templates take longer to optimize than they ever run; what ridge spends its
-# time in is unrolled by hand.
+# All other sources use -O3. Optimizing the bindings' templates would take longer than they ever run, and the hot loops
+# of ridge are unrolled by hand.
 OPTIMIZED = {"module": ["-O1"], "ridge": ["-O2"]}
-# libgomp is the one that torch's Linux wheels bring; Apple's clang has none.
+# torch's Linux wheels include libgomp; Apple's clang has no OpenMP.
 OPENMP = ["-fopenmp"] if sys.platform.startswith("linux") else []
 # "address,undefined" for `make sanitize`.
 SANITIZE = os.environ.get("DEEPREG_FAST_SANITIZE", "")
@@ -41,7 +41,7 @@ FLAGS = {
 
 
 class BuildPerInstructionSet(build_ext):
-    """Compiles each source with its own flags, as many at a time as there are processors."""
+    """Compiles each source with its own flags, in parallel on all processors."""
 
     def build_extension(self, ext: Extension) -> None:
         """Compile, then link."""
@@ -79,13 +79,13 @@ class BuildPerInstructionSet(build_ext):
 
 
 def extensions() -> list[Extension]:
-    """The extension, if pybind11 is here (the build system requires it)."""
+    """The extension, if pybind11 is installed (the build system requires it)."""
     try:
         import pybind11
     except ImportError:
         return []
     names = ("conv_chain", "ridge", "srm", "tv", "vectors")
-    # The longest to compile come first, so that no processor waits for a last one.
+    # The slowest to compile come first, so that no processor is idle at the end.
     kinds = ["portable", *(["avx2", "avx512"] if X86 else [])]
     return [
         Extension(

@@ -1,14 +1,13 @@
-"""How trained regularizers hold up on what nobody trained them on (benchmarks/results/generalize).
+"""Generalization of trained regularizers to unseen problems (benchmarks/results/generalize).
 
     python benchmarks/generalize.py --weights bilevel.safetensors --data BSD400 --out generalize.json
 
-Other images and sizes, other seeds of the operator, ratios, transforms, randomizers, and noise. Each case changes one
-thing of the training's problem. The weights keep the mu they were trained with; with noise they are also run with the
-mu of the library's rule (`default_mu`, which `recover` and `evaluate` take too) and with mu tuned. TV is
-tuned anew in each case. All tuning is on crops of BSD400's validation images, and every figure is of other images. One
-row for each weight file, case and mu:
-what, images, size, ratio, operator_seed, transform, randomizer, sigma, mu, how mu was chosen, PSNR and SSIM, TV's and
-the minimum-norm solution's, the worst difference to TV, how many converged.
+The cases vary images and sizes, seeds of the operator, ratios, transforms, randomizers, and noise. Each changes one
+part of the training's problem. The weights keep their trained mu; with noise they are also run with the mu of the
+library's rule (`default_mu`, as in `recover` and `evaluate`) and with a tuned mu. TV is tuned in each case. All tuning
+uses crops of BSD400's validation images, and all results are on other images. The output has one row for each weight
+file, case and mu: what, images, size, ratio, operator_seed, transform, randomizer, sigma, mu, how mu was chosen, PSNR
+and SSIM, those of TV and the minimum-norm solution, the worst difference to TV, and the number of converged images.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ from deepreg_fast.files import write_atomically
 from deepreg_fast.inverse.data_term import add_noise
 
 PHOTOGRAPHS = ("astronaut.png", "camera.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "moon.png")
-"""Pictures of scikit-image of at least 321 x 481 pixels in one of the two orientations."""
+"""Photographs of scikit-image with at least 321 x 481 pixels in one of the two orientations."""
 SIZES = ((96, 96), (128, 160), (180, 180), (256, 256), (321, 481))
 NOISES = (5, 10, 25)
 """Standard deviations in 1/255."""
 VALIDATION = 12
 ACCELERATION = "fista"
-"""Converges where Anderson's method does not: at ratio 0.1 and with noise."""
+"""FISTA, because it converges in cases where Anderson acceleration does not: at ratio 0.1 and with noise."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: `what` differs from the training's, the images, the operator and the noise."""
+    """One problem: `what` differs from the training's problem, the images, the operator and the noise."""
 
     what: str
     images: str = "bsd400"
@@ -58,13 +57,13 @@ class Case:
     sigma: float = 0.0
 
     def operator(self, size: tuple[int, int]) -> dr.SRM:
-        """The case's operator for images of a size."""
-        kind = {"transform": self.transform, "randomizer": self.randomizer, "seed": self.operator_seed}
-        return dr.SRM((1, *size), self.ratio, **kind)  # type: ignore[arg-type]
+        """The case's operator for images of size `size`."""
+        options = {"transform": self.transform, "randomizer": self.randomizer, "seed": self.operator_seed}
+        return dr.SRM((1, *size), self.ratio, **options)  # type: ignore[arg-type]
 
 
 def cases() -> Iterator[Case]:
-    """All of them, the training's own problem first."""
+    """All cases, with the training's problem first."""
     base = Case("as trained")
     yield base
     for ratio in (0.1, 0.3, 0.4, 0.5):
@@ -83,7 +82,7 @@ def cases() -> Iterator[Case]:
 
 
 def photographs(size: tuple[int, int], count: int) -> torch.Tensor:
-    """Centre crops of scikit-image's photographs, halved by averaging 2 x 2 pixels where that leaves enough of them."""
+    """Center crops of scikit-image's photographs, halved by averaging 2 x 2 pixels if they are large enough."""
     crops = []
     for name in PHOTOGRAPHS[:count]:
         image = load_image(Path(str(files("skimage"))) / "data" / name)
@@ -109,14 +108,14 @@ class Images:
 
 
 def methods(name: str, path: str, case: Case, y: torch.Tensor, x: torch.Tensor, A: dr.SRM) -> list[Method]:
-    """The weights with each mu that is asked for; the name tells how it was chosen. `x` are validation images."""
+    """The weights with each mu of the case; the name says how mu was chosen. `x` are validation images."""
     reg, meta = dr.load(path)
     trained = Method(f"{name} trained", reg, float(meta["mu"]), dr.PGDOptions(500, 1e-4, ACCELERATION))
     if case.sigma == 0:
         return [trained]
-    ruled = replace(trained, name=f"{name} rule", mu=default_mu(meta, case.sigma))
+    by_rule = replace(trained, name=f"{name} rule", mu=default_mu(meta, case.sigma))
     tuned = tune_mu(replace(trained, name=f"{name} tuned"), x, y, A, 1e-3, 10.0)
-    return [trained, ruled, tuned]
+    return [trained, by_rule, tuned]
 
 
 def run_case(case: Case, weights: dict[str, str], images: Images) -> list[dict[str, Any]]:
@@ -154,7 +153,7 @@ def run_case(case: Case, weights: dict[str, str], images: Images) -> list[dict[s
 
 
 def told(row: dict[str, Any]) -> str:
-    """One line about a row."""
+    """A row as one line of text."""
     kind = f"{row['size'][0]}x{row['size'][1]} {row['ratio']:g} {row['transform']} {row['randomizer']}"
     return (
         f"{row['weights']:12} {row['what']:14} {kind:28} seed {row['operator_seed']} sigma {255 * row['sigma']:4.1f} "
@@ -164,7 +163,7 @@ def told(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """All cases, or those whose `what` is named, into one JSON file."""
+    """Run all cases, or those selected by `--only`, and write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", required=True, help="weight files, or names of shipped weights")
     parser.add_argument("--data", type=Path, required=True, help="folder of BSD400")

@@ -1,15 +1,15 @@
-"""Two commands for a machine with an NVIDIA GPU, each complete in itself (docs/devices.md).
+"""Two independent commands for a machine with an NVIDIA GPU (docs/devices.md).
 
     python benchmarks/gpu_session.py --call 1 --out OUT
     python benchmarks/gpu_session.py --call 2 --out OUT --before benchmarks/results/gpu/call1/session.json
 
-From a checkout they need torch and Triton and nothing installed. `prebuild.py` makes the compiled kernels beforehand;
-`--cache` names its archive. Stages run one after another, the most important first. Those of one group share a
-process; an item that hangs or that loses the CUDA context ends that process alone, and another goes on behind it.
-`summary.txt` and `session.json` in OUT are complete up to what is running, whenever the command is killed.
+They run from a checkout with torch and Triton, without an installation. `prebuild.py` compiles the kernels in advance;
+`--cache` names its archive. Stages run one after another, the most important first. The stages of a group share a
+process. An item that hangs or loses the CUDA context ends only that process, and another continues with the next item.
+Whenever the command is killed, `summary.txt` and `session.json` in OUT contain everything except the running item.
 
-`--dry-run` runs everything on the host in tiny sizes with Triton's interpreter. `--stand-in` sends the launches of the
-real sizes through the real compilers and launchers of a machine without a GPU. Neither measures anything.
+`--dry-run` runs everything on the host with tiny sizes and Triton's interpreter. `--stand-in` sends launches of the
+real sizes through the real compilers and launchers on a machine without a GPU. Neither measures anything.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path("/tmp/deepreg-fast-gpu-cache")
-"""Where compiled kernels lie, on every machine: Triton's cache holds absolute paths."""
+"""Folder of the compiled kernels, the same on every machine, because Triton's cache contains absolute paths."""
 ARCHIVE = ROOT / ".gpu-cache" / "cache.tar.xz"
 RESERVE = 4.0
-"""Seconds at the end for writing the results."""
+"""Seconds reserved at the end for writing the results."""
 PATIENCE = {"gpu": 1.0, "dry": 60.0, "stand-in": 60.0}
-"""Factor of every limit: a rehearsal is slow, and its machine may be busy."""
+"""Factor of every time limit: a rehearsal is slow, and its machine may be busy."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A name in `gpu_stages.__main__.MODULES`, the seconds that it may take, the process it shares, its purpose."""
+    """A stage: its name in `gpu_stages.__main__.MODULES`, its time limit in seconds, the group that shares a process,
+    and its purpose."""
 
     name: str
     seconds: int
@@ -76,7 +77,7 @@ CALLS = {
 
 
 def site(folder: Path) -> Path:
-    """A copy of the checkout from which `import deepreg_fast` works, `kernels/` and `csrc/cuda` in their places."""
+    """A copy of the checkout, with `kernels/` and `csrc/cuda` in place, from which `import deepreg_fast` works."""
     package = folder / "deepreg_fast"
     skip = shutil.ignore_patterns("__pycache__", "kernels", "cuda")
     shutil.copytree(ROOT / "deepreg_fast", package, ignore=skip)
@@ -89,10 +90,10 @@ def environment(folder: Path, mode: str, cache: Path) -> dict[str, str]:
     """The environment of the workers."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT / "benchmarks")))}
     env |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    # As every version of Triton up to 3.9 does unasked; a part of the cache's keys.
+    # The default of all versions of Triton up to 3.9; part of the cache's keys.
     env["TRITON_DEFAULT_FP_FUSION"] = "1"
-    places = {"TRITON_CACHE_DIR": "triton", "CUPY_CACHE_DIR": "cupy", "XDG_CACHE_HOME": "cache"}
-    env |= {name: str(cache / place) for name, place in places.items()}
+    folders = {"TRITON_CACHE_DIR": "triton", "CUPY_CACHE_DIR": "cupy", "XDG_CACHE_HOME": "cache"}
+    env |= {name: str(cache / subfolder) for name, subfolder in folders.items()}
     env["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     env.pop("TRITON_INTERPRET", None)
     if mode != "gpu":
@@ -103,7 +104,7 @@ def environment(folder: Path, mode: str, cache: Path) -> dict[str, str]:
 
 
 def unpack(archive: Path, cache: Path) -> str:
-    """Put the prebuilt cache into its place; one line on what there was."""
+    """Unpack the prebuilt cache. Returns a line for the summary."""
     cache.mkdir(parents=True, exist_ok=True)
     if not archive.exists():
         return f"no prebuilt cache at {archive}: everything is compiled here"
@@ -119,7 +120,7 @@ def unpack(archive: Path, cache: Path) -> str:
 
 
 class Worker:
-    """A process that runs the stages of one group, in a process group of its own."""
+    """A process that runs the stages of one group, in a separate process group."""
 
     def __init__(self, mode: str, env: dict[str, str], log: IO[bytes]) -> None:
         command = [sys.executable, "-P", "-m", "gpu_stages", mode]
@@ -128,25 +129,25 @@ class Worker:
         )
 
     def start(self, request: dict[str, Any]) -> None:
-        """Hand it a stage."""
+        """Send a stage to the worker."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
 
     def alive(self) -> bool:
-        """Whether it can be handed another."""
+        """Whether the worker can take another stage."""
         return self.process.poll() is None
 
     def kill(self) -> None:
-        """End it and everything that it has started."""
+        """Kill the worker and all processes that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 class Session:
-    """Runs the stages and keeps `summary.txt`, `session.json` and `session.log`."""
+    """Runs the stages and writes `summary.txt`, `session.json` and `session.log`."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path, cache: Path) -> None:
         self.arguments, self.folder, self.began = arguments, folder, time.monotonic()
@@ -162,16 +163,16 @@ class Session:
         self.workers: dict[str, Worker] = {}
 
     def left(self) -> float:
-        """Seconds until the end of the session."""
+        """Seconds left in the session."""
         return float(self.arguments.seconds) * PATIENCE[self.mode] - (time.monotonic() - self.began)
 
     def note(self, line: str) -> None:
-        """A line at the head of the summary."""
+        """Add a line at the top of the summary."""
         self.record["notes"].append(line)
         self.write()
 
     def run(self, stage: Stage) -> None:
-        """One stage: its findings are written as they come, also those of processes that end on the way."""
+        """Run one stage. Results are written immediately, including those of processes that end early."""
         limit, began = min(PATIENCE[self.mode] * stage.seconds, self.left() - RESERVE), time.monotonic()
         if limit < 3.0:
             self.keep(stage.name, {"state": "no time left", "seconds": 0.0})
@@ -186,14 +187,15 @@ class Session:
             if state == "again" and set(record.get("items", {})) > set(skip) and time.monotonic() - began < limit - 2:
                 continue
             state = record.get("state", "cut") if state == "again" else state
-            # Those of processes that a stage has started, too.
+            # Includes entries of processes that the stage started.
             record["new_cache_entries"] = _entries(self.cache) - entries
             self.keep(stage.name, {**record, "state": state, "seconds": round(time.monotonic() - began, 1)})
             print(f"{stage.name}: {state}, {time.monotonic() - began:.0f} s", flush=True)
             return
 
     def _watch(self, stage: Stage, request: dict[str, Any], began: float, limit: float) -> str:
-        """Hand the stage to its worker and wait: "done", "cut" by the stage's limit, or "again" for what is left."""
+        """Send the stage to its worker and wait. Returns "done", "cut" at the stage's limit, or "again" if the process
+        ended and items remain."""
         worker = self.workers.get(stage.group)
         if worker is None or not worker.alive():
             worker = self.workers[stage.group] = Worker(self.mode, self.env, self.log)
@@ -219,31 +221,31 @@ class Session:
                 return "again"
 
     def close(self) -> None:
-        """End the workers."""
+        """Kill the workers."""
         for worker in self.workers.values():
             worker.kill()
 
     def keep(self, name: str, record: dict[str, Any]) -> None:
-        """Put a stage's record into the results, if it is new."""
-        known = self.record["stages"].get(name, {})
-        if {**known, "seconds": 0} == {**record, "seconds": 0}:
+        """Add a stage's record to the results, if it has changed."""
+        previous = self.record["stages"].get(name, {})
+        if {**previous, "seconds": 0} == {**record, "seconds": 0}:
             return
         self.record["stages"][name] = record
         self.write()
 
     def write(self) -> None:
-        """Write the summary and the record, each whole at any time."""
+        """Write the summary and the record atomically."""
         self.record["seconds"] = round(time.monotonic() - self.began, 1)
         for name, text in (("session.json", json.dumps(self.record, indent=1)), ("summary.txt", summary(self.record))):
             scratch = self.folder / f".{name}"
             scratch.write_text(text + "\n", encoding="utf-8")
-            # The folder of the results may be another file system.
+            # The folder of the results may be on another file system.
             shutil.copyfile(scratch, self.out / f".{name}")
             (self.out / f".{name}").replace(self.out / name)
 
 
 def _entries(cache: Path) -> int:
-    """How many compilations Triton's cache holds."""
+    """Number of entries in Triton's cache."""
     return sum(1 for _ in (cache / "triton").glob("*"))
 
 
@@ -255,7 +257,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _mark(path: Path, why: str) -> None:
-    """Say in a stage's record what has become of the item that was running."""
+    """Record in a stage's record why the running item ended."""
     record = _read(path)
     running = record.pop("running", None)
     record.pop("state", None)
@@ -268,7 +270,7 @@ def _mark(path: Path, why: str) -> None:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """What a reader needs first: verdicts, then the lines of every stage in order."""
+    """The summary: for every stage in order, its verdicts and its lines."""
     lines = [f"call {record['call']} ({record['mode']}), {record.get('seconds', 0):.0f} s", *record["notes"]]
     for name, stage in record["stages"].items():
         compile_record = stage.get("compile", {})
@@ -292,7 +294,7 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def compile_ahead(session: Session) -> subprocess.Popen[bytes] | None:
-    """Start torch.compile of the peers in the background, whose results the stage `compiled` finds on disk."""
+    """Start torch.compile of the peers in the background; the stage `compiled` then finds the results on disk."""
     if session.mode != "gpu":
         return None
     partial = session.folder / "compile_ahead.json"
@@ -304,7 +306,7 @@ def compile_ahead(session: Session) -> subprocess.Popen[bytes] | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stages of one call; 0 if every one was done and nothing was wrong."""
+    """Run the stages of one call. Returns 0 if all were completed and nothing was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--call", type=int, choices=sorted(CALLS), default=1, help="which of the two")
     parser.add_argument("--out", required=True, help="folder for summary.txt, session.json, session.log and tables")
@@ -328,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
         session = Session(arguments, folder, cache)
         if not arguments.dry_run:
             session.note(unpack(Path(arguments.cache), cache))
-        # A signal ends the session in order, with its workers.
+        # SIGTERM ends the session cleanly, with its workers.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             if "compiled" in names:

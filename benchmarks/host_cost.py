@@ -1,10 +1,10 @@
-"""Time what the host spends on the GPU's launches, without a GPU.
+"""Measure the host's cost of GPU launches, without a GPU.
 
     python benchmarks/host_cost.py [--against CHECKOUT] [--rounds 7] [--cases gradient hvp ...]
 
-Triton's launcher runs with a stand-in for the driver, nothing is compiled and launches return at once; tensors lie on
-the host, and are small. Times are microseconds of this process' CPU per call, medians over rounds. With `--against` two
-processes take turns, the other with the package of that checkout, and the ratios of each round are given, too.
+Triton's launcher runs with a stand-in for the driver. Nothing is compiled and launches return immediately; tensors are
+small and on the host. Times are microseconds of this process's CPU per call, medians over rounds. With `--against` two
+processes alternate, the second with the package of that checkout, and the ratios within rounds are printed as well.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def site(checkout: Path, folder: Path) -> Path:
-    """A copy of a checkout's package, with its kernels where an installation has them."""
-    nothing = shutil.ignore_patterns("__pycache__", "kernels", "cuda")
-    shutil.copytree(checkout / "deepreg_fast", folder / "deepreg_fast", ignore=nothing)
-    shutil.copytree(checkout / "kernels", folder / "deepreg_fast/kernels", ignore=nothing)
-    shutil.copytree(checkout / "csrc/cuda", folder / "deepreg_fast/cuda", ignore=nothing)
+    """A copy of a checkout's package, with its kernels in the places of an installation."""
+    ignored = shutil.ignore_patterns("__pycache__", "kernels", "cuda")
+    shutil.copytree(checkout / "deepreg_fast", folder / "deepreg_fast", ignore=ignored)
+    shutil.copytree(checkout / "kernels", folder / "deepreg_fast/kernels", ignore=ignored)
+    shutil.copytree(checkout / "csrc/cuda", folder / "deepreg_fast/cuda", ignore=ignored)
     return folder
 
 
@@ -40,14 +40,14 @@ class Idle:
     function, packed_metadata = None, ()
 
     def launch_metadata(self, *_: Any) -> None:
-        """There is none."""
+        """Does nothing."""
 
     def run(self, *_: Any) -> None:
-        """Return at once."""
+        """Return immediately."""
 
 
 def _without_device() -> None:
-    """Let Triton find idle kernels in the place of compiling some."""
+    """Make Triton use idle kernels instead of compiling."""
     from sass_counts import StandIn
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -61,7 +61,7 @@ def _without_device() -> None:
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """Calls by name. What the kernels leave undefined is never looked at."""
+    """Calls by name. Their outputs are undefined and never read."""
     import torch
 
     import deepreg_fast as dr
@@ -92,18 +92,18 @@ def cases() -> dict[str, Callable[[], object]]:
         center = 0.0
 
         def value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            """Numbers."""
+            """Arbitrary numbers."""
             return x[:, 0, 0, 0], x
 
     class Nothing:
         """A proximal map that is the identity."""
 
         def prox_l2(self, z: torch.Tensor, *_: Any) -> torch.Tensor:
-            """The point."""
+            """z."""
             return z
 
         def A(self, x: torch.Tensor) -> torch.Tensor:
-            """The image."""
+            """x, flattened."""
             return x.flatten(1)
 
     operator: Any = Nothing()
@@ -130,7 +130,7 @@ def cases() -> dict[str, Callable[[], object]]:
 
 
 def serve(names: list[str]) -> None:
-    """Answer each line that comes with the microseconds of a call, by name."""
+    """Print the microseconds of the calls, by name, for each line of input."""
     import torch
 
     torch.set_num_threads(1)
@@ -150,7 +150,7 @@ def _microseconds(call: Callable[[], object], calls: int = 100) -> float:
 
 
 def main() -> None:
-    """Measure, or serve another process that does."""
+    """Measure, or serve another process that measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="another checkout, to compare with")
     parser.add_argument("--rounds", type=int, default=7)
@@ -173,17 +173,17 @@ def main() -> None:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in children}
+        measured: dict[str, list[dict[str, float]]] = {name: [] for name in children}
         for _ in range(arguments.rounds):
             for name, child in children.items():
                 assert child.stdin is not None and child.stdout is not None
                 child.stdin.write("\n")
                 child.stdin.flush()
-                found[name].append(json.loads(child.stdout.readline()))
+                measured[name].append(json.loads(child.stdout.readline()))
         for child in children.values():
             child.communicate()
-    for case in found["here"][0]:
-        times = {name: [r[case] for r in rounds] for name, rounds in found.items()}
+    for case in measured["here"][0]:
+        times = {name: [r[case] for r in rounds] for name, rounds in measured.items()}
         line = "  ".join(f"{name} {median(values):7.1f} us" for name, values in times.items())
         if "there" in times:
             ratios = [a / b for a, b in zip(times["there"], times["here"], strict=True)]

@@ -1,11 +1,10 @@
-"""The priors that LearnedRegularizers ships, on the compressive sensing of BSD400 (benchmarks/results/peer_weights).
+"""The priors of LearnedRegularizers on compressive sensing of BSD400 (benchmarks/results/peer_weights).
 
     python benchmarks/peer_weights.py --checkout LearnedRegularizers --prior WCRR --data BSD400 --out wcrr.json
 
-The checkout is the user's (`git clone https://github.com/johertrich/LearnedRegularizers`); nothing of it is part of
-this repository. Its weights were trained bi-level for denoising. The prior's own gradient is compared with differences
-of its own energy before it is used, and its weight mu is tuned on validation images, as TV's is. `--scales` also tunes
-s in `r(s x)/s^2`.
+The checkout is the user's (`git clone https://github.com/johertrich/LearnedRegularizers`); none of it is part of this
+repository. Its weights were trained bi-level for denoising. The prior's gradient is first checked against differences
+of its energy. Its weight mu is tuned on validation images, like TV's. `--scales` also tunes s in `r(s x)/s^2`.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ from deepreg_fast.solvers import ACCELERATIONS, PGDOptions
 
 WEIGHTS = "weights/bilevel_Denoising/{}_bilevel_{}_for_Denoising.pt"
 TRAINED = {"CRR": "IFT", "WCRR": "IFT", "TDV": "JFB"}
-"""Prior -> which of their bi-level trainings."""
+"""Prior -> the variant of their bi-level training."""
 VALIDATION = 12
-"""Training images set apart, the same ones as in the trainings of benchmarks/results/bsd400_cs5."""
+"""Number of validation images, the same images as in the trainings of benchmarks/results/bsd400_cs5."""
 
 
 class Foreign(Regularizer):
-    """`r(x) = prior.g(s x) / s^2` of a prior of theirs, with the gradient that it computes itself."""
+    """`r(x) = prior.g(s x) / s^2` for one of their priors, with the prior's own gradient."""
 
     def __init__(self, prior: nn.Module, scale: float = 1.0) -> None:
         super().__init__()
@@ -62,12 +61,12 @@ class Foreign(Regularizer):
 
 
 def load_prior(checkout: Path, name: str) -> nn.Module:
-    """Their prior with their weights, in float32; its modules are loaded by themselves, without their packages."""
+    """Their prior with their weights, in float32. Its modules are loaded directly, without their packages."""
     source, weights = checkout / "priors", checkout / WEIGHTS.format(name, TRAINED[name])
     file = source / ("tdv/__init__.py" if name == "TDV" else "wcrr.py")
-    for needed in (file, source / "parameter_learning_wrapper.py", weights):
-        if not needed.is_file():
-            sys.exit(f"--checkout must be a clone of LearnedRegularizers, but has no {needed.relative_to(checkout)}.")
+    for required in (file, source / "parameter_learning_wrapper.py", weights):
+        if not required.is_file():
+            sys.exit(f"--checkout must be a clone of LearnedRegularizers, but has no {required.relative_to(checkout)}.")
     _base_class()
     module = _module(file)
     if name == "TDV":
@@ -80,7 +79,8 @@ def load_prior(checkout: Path, name: str) -> nn.Module:
 
 
 def _base_class() -> None:
-    """Their priors inherit from deepinv's `Prior` and use nothing of it: without deepinv, a plain module serves."""
+    """Provide a plain module as deepinv's `Prior` if deepinv is not installed. Their priors inherit from it, but use
+    nothing of it."""
     if "deepinv" not in sys.modules and importlib.util.find_spec("deepinv") is None:
         optim = types.ModuleType("deepinv.optim")
         optim.Prior = nn.Module  # type: ignore[attr-defined]
@@ -98,7 +98,7 @@ def _module(file: Path) -> Any:
 
 
 def keep_normalization(prior: nn.Module) -> None:
-    """CRR and WCRR compute the norm of their filters anew in every call; the weights stay, so it is computed once."""
+    """Compute the filters' norm of CRR and WCRR once instead of in every call; the weights do not change."""
     ridge: Any = prior.regularizer
     if hasattr(ridge, "get_conv_lip"):
         norm = ridge.get_conv_lip().detach()
@@ -106,8 +106,8 @@ def keep_normalization(prior: nn.Module) -> None:
 
 
 def gradient_error(prior: nn.Module, x: torch.Tensor) -> float:
-    """Largest relative difference of `<grad r(x), v>` and central differences of r, in float64, over three v: two
-    random ones and the gradient's own direction."""
+    """Largest relative difference between `<grad r(x), v>` and central differences of r, in float64, over three v: two
+    random directions and the gradient's."""
     reg = Foreign(prior)
     g = reg.value_and_grad(x)[1]
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +122,7 @@ def gradient_error(prior: nn.Module, x: torch.Tensor) -> float:
 
 
 def checked_prior(checkout: Path, name: str, x: torch.Tensor) -> tuple[nn.Module, float]:
-    """The prior and the error of its gradient at an image `x`; the program ends where that exceeds 1e-4."""
+    """The prior and the error of its gradient at an image `x`. Exits if the error exceeds 1e-4."""
     prior = load_prior(checkout, name).double()
     noisy = x.double() + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     error = gradient_error(prior, noisy)
@@ -134,7 +134,7 @@ def checked_prior(checkout: Path, name: str, x: torch.Tensor) -> tuple[nn.Module
 
 
 def tuned(name: str, prior: nn.Module, options: argparse.Namespace, x: torch.Tensor) -> tuple[Method, float]:
-    """The method with the mu and s of the best mean PSNR on the images `x`, and that PSNR."""
+    """The method with the mu and s that give the best mean PSNR on the images `x`, and that PSNR."""
     A = SRM((1, *x.shape[-2:]), 0.2)
     y = A.A(x)
     solver = PGDOptions(options.max_iterations, 1e-4, options.acceleration)
@@ -149,8 +149,8 @@ def tuned(name: str, prior: nn.Module, options: argparse.Namespace, x: torch.Ten
 
 
 def images(options: argparse.Namespace) -> tuple[ImageSet, torch.Tensor]:
-    """The test images whole, every fifth of them first, so that what is there early is of all kinds; and crops of the
-    first `--tune-on` validation images."""
+    """The full test images, every fifth of them first, so that early results cover all kinds; and crops of the first
+    `--tune-on` validation images."""
     split = load_split("bsd400")
     validation = carve_validation(split.train, VALIDATION, 0)[1][: options.tune_on]
     order = [name for k in range(5) for name in split.test[k::5]][: options.limit]
@@ -158,21 +158,21 @@ def images(options: argparse.Namespace) -> tuple[ImageSet, torch.Tensor]:
 
 
 def timed(method: Method, x: torch.Tensor, A: SRM) -> dict[str, Any]:
-    """What `evaluate` answers, with `cpu_seconds`: the process's own time, whatever else the machine does."""
+    """Results of `evaluate`, with `cpu_seconds`, the process's CPU time, which is independent of the machine's load."""
     began = time.process_time()
-    out = evaluate([method], x, A.A(x), A)
-    out[method.name]["cpu_seconds"] = time.process_time() - began
-    return out
+    results = evaluate([method], x, A.A(x), A)
+    results[method.name]["cpu_seconds"] = time.process_time() - began
+    return results
 
 
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One answer of `evaluate` for all images from those for a few images each."""
-    out: dict[str, Any] = {}
+    """Combine results of `evaluate` on parts of the images."""
+    results: dict[str, Any] = {}
     for name in parts[0]:
         rows = [p[name] for p in parts]
         figures = {k: [v for r in rows for v in r[k]] for k in ("psnr", "ssim", "iterations", "gradients")}
         status = sum((Counter(r["status"]) for r in rows), Counter())
-        out[name] = {
+        results[name] = {
             "psnr_mean": float(np.mean(figures["psnr"])),
             "psnr_median": float(np.median(figures["psnr"])),
             "ssim_mean": float(np.mean(figures["ssim"])),
@@ -182,14 +182,14 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
             "seconds": sum(r["seconds"] for r in rows),
             "cpu_seconds": sum(r["cpu_seconds"] for r in rows),
         }
-        out[name]["seconds_per_image"] = out[name]["cpu_seconds"] / len(figures["psnr"])
+        results[name]["seconds_per_image"] = results[name]["cpu_seconds"] / len(figures["psnr"])
         if name != "tv":
-            out[name]["vs_tv"] = paired(np.array(figures["psnr"]), np.array(out["tv"]["psnr"]))
-    return out
+            results[name]["vs_tv"] = paired(np.array(figures["psnr"]), np.array(results["tv"]["psnr"]))
+    return results
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkout", type=Path, required=True, help="clone of johertrich/LearnedRegularizers")
     parser.add_argument("--prior", choices=[*TRAINED], default="WCRR")
@@ -214,7 +214,7 @@ def main() -> None:
     assert isinstance(method.reg, Foreign)
     A_tuning, A = SRM((1, *tuning.shape[-2:]), 0.2), SRM((1, *test.x.shape[-2:]), 0.2)
     tv = tuned_tv(tuning, A_tuning.A(tuning), A_tuning)
-    about = {
+    details = {
         "scale": method.reg.scale,
         "validation_psnr": score,
         "gradient_error": error,
@@ -227,7 +227,7 @@ def main() -> None:
         x = test.x[i : i + 2]
         parts.append({**timed(tv, x, A), **timed(method, x, A)})
         result = joined(parts)
-        result[method.name] |= about
+        result[method.name] |= details
         done = list(test.names[: i + 2])
         result["settings"] = {**settings, "images": done, "operator": A.describe()}
         result["machine"] = describe(options.checkout)
@@ -236,11 +236,11 @@ def main() -> None:
 
 
 def told(name: str, f: dict[str, Any]) -> str:
-    """One line about what there is so far."""
-    against = f["vs_tv"]
+    """The results so far as one line of text."""
+    vs_tv = f["vs_tv"]
     return (
-        f"{name}, {against['images']} images: {f['psnr_mean']:.2f} dB, {against['mean']:+.2f} dB against TV, "
-        f"{against['wins']} wins, {f['status']}, {f['seconds_per_image']:.1f} s of CPU per image"
+        f"{name}, {vs_tv['images']} images: {f['psnr_mean']:.2f} dB, {vs_tv['mean']:+.2f} dB against TV, "
+        f"{vs_tv['wins']} wins, {f['status']}, {f['seconds_per_image']:.1f} s of CPU per image"
     )
 
 

@@ -1,12 +1,12 @@
-"""Compile, on a machine without a GPU, all that the two calls of `gpu_session.py` launch, and pack it to travel.
+"""Compile everything that the two calls of `gpu_session.py` launch, on a machine without a GPU, into an archive.
 
     python3.12 -m venv device && device/bin/pip install torch==2.11.0 triton==3.6.0 cupy-cuda13x==14.2.0 \
         pytest hypothesis scipy scikit-image pillow safetensors typer rich tensorboard matplotlib filelock
     device/bin/python benchmarks/prebuild.py
 
-The keys of Triton's and NVRTC's caches hold the versions of the compilers, so the environment must have those of the
-machine with the GPU (`--expect`). What is compiled is what the stages launch when they run with the stand-in driver;
-a second run of the same stages must then find everything, which is checked unless `--no-check`.
+The keys of Triton's and NVRTC's caches contain the versions of the compilers, so the environment must match that of the
+machine with the GPU (`--expect`). The stages run with the stand-in driver, which compiles everything that they launch.
+A second run of the same stages must then find everything in the cache; this is checked unless `--no-check`.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ import gpu_session
 
 EXPECTED = "torch=2.11.0,triton=3.6.0,cupy-cuda13x=14.2.0,python=3.12"
 NEEDED = (".cubin", ".json", ".so")
-"""Of Triton's entries what a launch reads; intermediate code stays behind."""
+"""Suffixes of the files of Triton's entries that a launch reads; intermediate code is not packed."""
 
 
 def mismatches(expected: str) -> list[str]:
-    """The packages whose version is another than expected, each with both."""
+    """Packages whose version differs from the expected one, each with both versions."""
     wrong = []
     for pair in filter(None, expected.split(",")):
-        name, _, wanted = pair.partition("=")
+        name, _, expected_version = pair.partition("=")
         try:
             installed = sys.version.split()[0] if name == "python" else version(name)
         except PackageNotFoundError:
             installed = "missing"
-        if not installed.startswith(wanted):
-            wrong.append(f"{name} must be {wanted}, but is {installed}")
+        if not installed.startswith(expected_version):
+            wrong.append(f"{name} must be {expected_version}, but is {installed}")
     return wrong
 
 
 def rehearse(call: int, stages: str = "") -> dict[str, object]:
-    """Run a call with the stand-in on the cache as it is; what was compiled anew, and the stages' states."""
+    """Run a call with the stand-in and the current cache. Returns what was compiled and the stages' states."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, str(Path(gpu_session.__file__)), "--stand-in", "--call", str(call), "--out", out]
         command += ["--cache", "none", "--data", "embedded", *(["--stages", stages] if stages else [])]
         subprocess.run(command, stdout=sys.stderr, check=False)
         record = json.loads((Path(out) / "session.json").read_text(encoding="utf-8"))
-    # The cache's new entries are those of pytest and the profilers, too.
+    # The cache's new entries include those of pytest and the profilers.
     compiled = {
         n: s.get("compile", {}).get("compiled") or s.get("new_cache_entries", 0) for n, s in record["stages"].items()
     }
@@ -65,7 +65,7 @@ def rehearse(call: int, stages: str = "") -> dict[str, object]:
 
 
 def pack(cache: Path, archive: Path) -> int:
-    """The cache without intermediate code, as a tar.xz; its number of files."""
+    """Pack the cache without intermediate code as a tar.xz. Returns the number of files."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     partial = archive.with_suffix(".part")

@@ -1,4 +1,4 @@
-"""The README's figure: mean PSNR of the headline rows against the gradients that their recovery takes.
+"""Figure of the README: mean PSNR of the headline rows against the number of gradients of their recovery.
 
 python benchmarks/reproduction_figure.py --results benchmarks/results/reproduction/results.json --out docs/psnr.svg
 """
@@ -26,17 +26,17 @@ ROWS = {
 
 
 def main() -> None:
-    """Draw the rows that the results have."""
+    """Draw the rows that are in the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     rows = {r["name"]: r for r in json.loads(options.results.read_text(encoding="utf-8"))["rows"]}
-    ways = {label: rows[name]["converged"] for name, label in ROWS.items() if name in rows}
+    curves = {label: rows[name]["converged"] for name, label in ROWS.items() if name in rows}
     lines = [
-        Line(label, way["gradients"], way["psnr_mean"], None if label == "TV" else i)
-        for i, (label, way) in enumerate(ways.items())
-        if way
+        Line(label, curve["gradients"], curve["psnr_mean"], None if label == "TV" else i)
+        for i, (label, curve) in enumerate(curves.items())
+        if curve
     ]
     svg = lines_figure(lines, "gradients of r (log scale)", "mean PSNR (dB)", "x", opaque=True)
     write_atomically(options.out, svg.encode())

@@ -2,10 +2,10 @@
 
     python benchmarks/sass_counts.py [--json counts.json] [--sm 90] [--norms pixel none] [--channels 16] ...
 
-The package's own launches go through Triton's launcher and compiler with a stand-in for the driver; nothing runs.
-Instructions are those of the SASS, a loop's body weighted by its trips, both sides of a branch counted, what is only
-called left out (slow paths). A number is warp instructions per pixel of an image: those of all programs of a launch,
-the pixels of tiles beyond the image's edge among them, divided by the pixels of the batch.
+The package's launches go through Triton's launcher and compiler with a stand-in for the driver; nothing runs.
+Instructions are counted in the SASS: loop bodies are weighted by their trip counts, both sides of a branch count, and
+called functions (slow paths) do not. Numbers are warp instructions per pixel: those of all programs of a launch,
+including pixels of tiles beyond the image's edge, divided by the pixels of the batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-# Before triton is imported. Multiplications and additions are fused, as every version up to 3.9 does unasked.
+# Set before triton is imported. Multiplications and additions are fused, the default of all versions up to 3.9.
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
 
@@ -47,21 +47,21 @@ CLASSES = {
     "barrier": r"BAR|MEMBAR|WARPSYNC|WARPGROUP|DEPBAR|FENCE|ERRBAR|CCTL",
     "control": r"BRA|EXIT|CALL|RET|NOP|BSSY|BSYNC|S2R|S2UR|CS2R|LDC|ULDC|BREAK",
 }
-"""Of instructions, by the first word of their name; all others are "alu"."""
+"""Classes of instructions by the first word of their name; all others are "alu"."""
 
 
 class StandIn:
-    """What Triton asks of a GPU's driver before it launches."""
+    """Stand-in for the methods of a GPU's driver that Triton calls before a launch."""
 
     def __init__(self, architecture: int) -> None:
         self._target = GPUTarget("cuda", architecture, 32)
 
     def get_current_device(self) -> int:
-        """The first."""
+        """The first device."""
         return 0
 
     def get_current_stream(self, device: int = 0) -> int:
-        """The default one."""
+        """The default stream."""
         return device * 0
 
     def get_current_target(self) -> GPUTarget:
@@ -71,7 +71,7 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel, its programs along each axis, its arguments by name, and what was compiled for it."""
+    """One launch: the kernel, its grid, its arguments by name, and the compiled kernel."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -81,7 +81,7 @@ class Launch:
 
 @contextmanager
 def recorded(architecture: int) -> Iterator[list[Launch]]:
-    """The launches made inside, compiled and not run."""
+    """Context that records launches; they are compiled but not run."""
     launches: list[Launch] = []
     run = JITFunction.run
 
@@ -100,11 +100,11 @@ def recorded(architecture: int) -> Iterator[list[Launch]]:
 
 
 Instruction = tuple[int, str, str, bool]
-"""Address, name, operands, whether it has a predicate."""
+"""Address, name, operands, and whether it has a predicate."""
 
 
 def disassembled(cubin: bytes) -> list[Instruction]:
-    """The instructions of a cubin's only kernel."""
+    """The instructions of a cubin with one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -115,65 +115,65 @@ def disassembled(cubin: bytes) -> list[Instruction]:
 
 
 def _flow(code: list[Instruction]) -> list[list[int]]:
-    """Of each instruction, by number, those that may come next. A call comes back to the next one."""
-    number = {at: i for i, (at, *_) in enumerate(code)}
+    """Control-flow graph: the possible successors of each instruction, by number. A call returns to the next one."""
+    index = {at: i for i, (at, *_) in enumerate(code)}
     following = []
     for i, (_, name, operands, predicated) in enumerate(code):
-        after = [i + 1] if i + 1 < len(code) else []
+        successors = [i + 1] if i + 1 < len(code) else []
         word = name.split(".")[0]
         if word == "BRA":
-            target = number[int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16)]
+            target = index[int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16)]
             conditional = predicated or bool(re.match(r"!?U?P\d", operands.strip()))
-            after = [target, *(after if conditional else [])]
+            successors = [target, *(successors if conditional else [])]
         elif word in ("EXIT", "RET") and not predicated:
-            after = []
-        following.append(after)
+            successors = []
+        following.append(successors)
     return following
 
 
 def weights(code: list[Instruction], trips: float, inner: float = 1.0) -> dict[int, float]:
-    """How often each instruction that is reached runs, by number, if every loop makes `trips` turns, and those within
-    another one `inner` turns at each of its."""
+    """Number of executions of each reachable instruction, by number. Outer loops make `trips` iterations; nested loops
+    make `inner` iterations in each."""
     following = _flow(code)
-    reached, open_ = set(), [0]
-    while open_:
-        i = open_.pop()
+    reached, pending = set(), [0]
+    while pending:
+        i = pending.pop()
         if i not in reached:
             reached.add(i)
-            open_ += following[i]
-    before: dict[int, list[int]] = {i: [] for i in reached}
+            pending += following[i]
+    predecessors: dict[int, list[int]] = {i: [] for i in reached}
     for i in reached:
         for j in following[i]:
-            before[j].append(i)
+            predecessors[j].append(i)
     loops: dict[int, set[int]] = {}
     for tail in sorted(reached):
         for first in following[tail]:
             if first > tail or not _dominates(first, tail, following):
                 continue
-            body, open_ = loops.setdefault(first, {first}), [tail]
-            while open_:
-                i = open_.pop()
+            body, pending = loops.setdefault(first, {first}), [tail]
+            while pending:
+                i = pending.pop()
                 if i not in body:
                     body.add(i)
-                    open_ += before[i]
-    found = dict.fromkeys(sorted(reached), 1.0)
+                    pending += predecessors[i]
+    count = dict.fromkeys(sorted(reached), 1.0)
     for first, body in loops.items():
         nested = any(first in other for start, other in loops.items() if start != first)
         for i in body:
-            found[i] *= inner if nested else trips
-    return found
+            count[i] *= inner if nested else trips
+    return count
 
 
 def _dominates(first: int, tail: int, following: list[list[int]]) -> bool:
-    """Whether every way from the beginning to `tail` leads over `first`."""
-    seen, open_ = {first}, [0] if first else []
-    while open_:
-        i = open_.pop()
+    """Whether every path from the entry to `tail` passes through `first`."""
+    seen, pending = {first}, [0] if first else []
+    while pending:
+        i = pending.pop()
         if i == tail:
             return False
         if i not in seen:
             seen.add(i)
-            open_ += following[i]
+            pending += following[i]
     return True
 
 
@@ -184,7 +184,7 @@ def class_of(name: str) -> str:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory of the one kernel in a cubin, as its own tables say."""
+    """Registers, stack and local memory of the kernel in a cubin, from its resource tables."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -194,25 +194,25 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def trips_of(launch: Launch) -> float:
-    """The turns of a kernel's loop: a convolution's over rows of taps and groups of channels, or over pieces."""
-    given = launch.arguments
+    """Trip count of a kernel's loop: over rows of taps and groups of channels in a convolution, else over pieces."""
+    arguments = launch.arguments
     if launch.kernel == "outer_sums":
-        return given["pieces"] / launch.grid[1]
+        return arguments["pieces"] / launch.grid[1]
     if launch.kernel in ("merge", "add_tiles"):
-        return -(-given["tiles"] // given["BLOCK"])
+        return -(-arguments["tiles"] // arguments["BLOCK"])
     if launch.kernel == "total":
-        return given["BLOCKS"]
-    cp = given.get("CP", 16)
+        return arguments["BLOCKS"]
+    cp = arguments.get("CP", 16)
     return 3 if cp == 16 else 9 * cp // 32
 
 
 def counted(launch: Launch, pixels: int) -> dict[str, Any]:
-    """One line of the table."""
+    """One row of the table."""
     cubin, warps = launch.compiled.asm["cubin"], launch.compiled.metadata.num_warps
     code = disassembled(cubin)
     count: Counter[str] = Counter()
     for i, weight in weights(code, trips_of(launch)).items():
-        count[class_of(code[i][1])] += weight  # type: ignore[assignment] - an average number of turns
+        count[class_of(code[i][1])] += weight  # type: ignore[assignment] - an average number of iterations
     per_pixel = prod(launch.grid) * warps / pixels
     split = {key: round(count[key] * per_pixel, 2) for key in ("alu", *CLASSES)}
     total = sum(count.values())
@@ -230,7 +230,7 @@ def counted(launch: Launch, pixels: int) -> dict[str, Any]:
 
 
 def _ways(launch: Launch) -> str:
-    """Which layer, and which way."""
+    """The layer and the direction of a launch."""
     words = [n.lower() for n in ("FIRST", "LAST", "FORWARD", "BACKWARD", "ONE") if launch.arguments.get(n)]
     return " ".join(words) or "-"
 
@@ -239,7 +239,7 @@ SWEEPS = ("gradient", "linearize", "hvp", "param_vjp")
 
 
 def sweeps(arguments: argparse.Namespace, norm: str) -> dict[str, Callable[[], object]]:
-    """Those asked for, by name."""
+    """The selected sweeps, by name."""
     reg = dr.RED(arguments.channels, arguments.depth, norm, head="red")
     x = torch.zeros(arguments.images, 1, arguments.side, arguments.side)
     form, options = reg.conv_chain_form(), ChainOptions(arguments.precision)
@@ -258,7 +258,7 @@ COLUMNS = ("reg", "stack", "local", "shared_bytes", "warps", "per_warp", "per_pi
 
 
 def main() -> None:
-    """Count, print, and write the numbers to a file."""
+    """Count, print, and save the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sm", type=int, default=90, help="architecture")
     parser.add_argument("--norms", nargs="+", default=["pixel", "none"])
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--json", help="file for the numbers")
     arguments = parser.parse_args()
     pixels = arguments.images * arguments.side**2
-    found: dict[str, Any] = {"triton": triton.__version__, **vars(arguments)}
+    results: dict[str, Any] = {"triton": triton.__version__, **vars(arguments)}
     print(f"Triton {triton.__version__}, sm_{arguments.sm}; warp instructions per pixel", *COLUMNS, sep="\t")
     for norm in arguments.norms:
         with recorded(arguments.sm) as launches:
@@ -283,9 +283,9 @@ def main() -> None:
                     print(f"{norm} {name}: {line['kernel']} {line['ways']}", *(line[c] for c in COLUMNS), sep="\t")
                 total = {c: round(sum(line[c] for line in lines), 1) for c in COLUMNS[6:]}
                 print(f"{norm} {name}: all {len(lines)}", *[""] * 6, *total.values(), sep="\t", flush=True)
-                found[f"{norm} {name}"] = {"launches": lines, "total": total}
+                results[f"{norm} {name}"] = {"launches": lines, "total": total}
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
+        Path(arguments.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Put the weights of a reproduction's row into the package, with a model card.
+"""Add the weights of a reproduction's row to the package, with a model card.
 
     python benchmarks/ship_weights.py reproduction/rows/cs5-beta10 --title "bi-level, 3 x 16, beta = 10"
 
-The row's folder holds `weights.safetensors` and `result.json`; the entries of `generalization.json`, there or at
-`--generalization`, become the card's `expectations`. The fields are those of `deepreg_fast.weights`; of paths only
-the last part is kept.
+The row's folder contains `weights.safetensors` and `result.json`. The entries of `generalization.json`, there or at
+`--generalization`, become the card's `expectations`. The fields are those of `deepreg_fast.weights.cards`. Paths are
+reduced to their last part.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from deepreg_fast.weights import cards
 
 LICENCE = "MIT; trained on images of the Berkeley Segmentation Dataset, which are for research use"
 CITATION = "Nair & Schniter, Deep Regularization via Bi-Level Optimization (Asilomar 2022); trained by deepreg-fast"
-# Settings that name a place on the machine that trained.
+# Settings that contain a path on the machine of the training.
 PLACES = ("out", "data", "split", "init")
 
 
 def ship(row: Path, name: str, title: str, lam: float | None = None, generalization: Path | None = None) -> Path:
-    """Write the shipped file of a row; its path.
+    """Write the shipped file of a row; return its path.
 
     Raises
     ------
     InputError
-        If a file is missing or lacks a field, the row's regularizer was rescaled, or something would name a machine.
+        If a file is missing or lacks a field, the name is invalid, or the row's regularizer was rescaled.
     """
     if re.fullmatch(r"[a-z0-9-]+", name) is None:
         raise InputError(f"A name must be made of a-z, 0-9 and '-', but is {name!r}.")
@@ -59,7 +59,7 @@ def ship(row: Path, name: str, title: str, lam: float | None = None, generalizat
 
 
 def _card(result: dict[str, Any], parameters: int) -> dict[str, Any]:
-    """The fields that a row's result tells."""
+    """The fields that come from a row's result."""
     stages = [_settings(s["config"]) for s in result["training"]["stages"]]
     last, raw = stages[-1], result["training"]["stages"][-1]["config"]
     split = load_split(raw["split"])
@@ -121,7 +121,7 @@ def _expectations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _rounded(value: Any) -> Any:
-    """Four significant decimals of every number that has more."""
+    """The value with every float rounded to four decimals, or to four significant digits below 1."""
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -143,7 +143,7 @@ def without_folders(value: Any) -> Any:
 
 
 def _commit() -> str:
-    """The commit of the sources that ship."""
+    """The commit of the sources."""
     done = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )

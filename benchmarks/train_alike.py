@@ -1,10 +1,10 @@
-"""Do trainings on the reference and on the cpu backend end alike? (benchmarks/results/alike)
+"""Compare trainings on the reference backend and on the cpu backend (benchmarks/results/alike).
 
     python benchmarks/train_alike.py --out alike.json --setting convex --seeds 5
 
-For every seed: one training on each backend, and as a control a third on the reference whose initial weights are moved
-by 1e-7 of themselves. Where the backends part no further than the control does, rounding parts them and no gradient is
-wrong. The images are small crops of those that scikit-image carries.
+For every seed there is one training on each backend, and as a control a third on the reference with a relative change
+of the initial weights by 1e-7. If the backends differ no more than the control does, rounding explains the difference
+and no gradient is wrong. The images are small crops of scikit-image's photographs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TIGHT: dict[str, Any] = {
 }
 WHOLE: dict[str, Any] = {"augment": False, "batch": 8, "lr": 5e-4, "final_lr": 0.0, "warmup": 50}
 CONVEX: dict[str, Any] = {"beta": 0.9, "xi": 10.0, "delta_steps": 3}
-# "convex" is the recipe; the others leave out one part of it, or all.
+# "convex" is the recipe; the others omit one part of it, or all.
 SETTINGS: dict[str, dict[str, Any]] = {
     "convex": {"steps": 140, "validate_every": 35, **WHOLE, **TIGHT, **CONVEX},
     "convex-loose": {"steps": 140, "validate_every": 35, **WHOLE, **CONVEX},
@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def natural_crops(folder: Path, count: int) -> None:
-    """Write `count` centre crops of the embedded training images to `folder`, evenly over all of them."""
+    """Write center crops of `count` evenly spaced embedded training images to `folder`."""
     images = embedded_images(96).train.x
     top = (images.shape[-1] - SIDE) // 2
     for k, i in enumerate(np.linspace(0, len(images) - 1, count).round().astype(int)):
@@ -52,7 +52,7 @@ def natural_crops(folder: Path, count: int) -> None:
 
 
 def train(backend: str, setting: dict[str, Any], moved: float = 0.0) -> dict[str, Any]:
-    """One training: its losses, validation scores and guards; `moved` is the relative change of the initial weights."""
+    """Losses, validation scores and guards of one training; `moved` is the relative change of the initial weights."""
     with tempfile.TemporaryDirectory() as out:
         trainer = dr.BilevelTrainer(dr.BilevelConfig(out=out, **setting), progress=False)
         generator = torch.Generator().manual_seed(1)
@@ -71,7 +71,7 @@ def train(backend: str, setting: dict[str, Any], moved: float = 0.0) -> dict[str
 
 
 def gaps(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """How far `b` ended from `a`: in dB at every validation, and relatively in the losses."""
+    """Differences of `b` from `a`: in dB at the validations, and relative in the losses."""
     loss = np.abs(np.array(b["loss"]) / np.array(a["loss"]) - 1.0)
     decibel = {k: b["val_psnr"][k] - v for k, v in a["val_psnr"].items()}
     return {
@@ -84,7 +84,7 @@ def gaps(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(name: str, seeds: int, images: int) -> dict[str, Any]:
-    """All trainings of one setting."""
+    """Run all trainings of one setting."""
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         natural_crops(Path(folder), images)
@@ -111,7 +111,7 @@ def compare(name: str, seeds: int, images: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run one setting and add it to the file."""
+    """Run one setting and add its results to the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("alike.json"), help="JSON file; other settings in it are kept")
     parser.add_argument("--setting", choices=[*SETTINGS], default="convex")
@@ -119,12 +119,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16, help="crops in all; 8 of them validate")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    answer = json.loads(options.out.read_text()) if options.out.exists() else {}
-    answer["machine"] = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
-    answer[options.setting] = compare(options.setting, options.seeds, options.images)
-    print(options.setting, answer[options.setting]["largest_end_db"])
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    results["machine"] = {
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    results[options.setting] = compare(options.setting, options.seeds, options.images)
+    print(options.setting, results[options.setting]["largest_end_db"])
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(answer, indent=1) + "\n")
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """deepreg-fast: learned regularizers, trained bi-level.
 
 `xhat = argmin_x 1/(2 sigma^2) ||y - A x||^2 + lam r_theta(x)`, with `theta` and `lam` trained through `xhat`.
-Importing this package computes and builds nothing; names are loaded when they are first used.
+Importing this package computes and builds nothing; names are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a program can switch in torch for all that follows, kept out of this package's arithmetic.
+"""Protection of this package's arithmetic from torch's global settings.
 
-Buffers name their dtype and device, so that the defaults of `torch.set_default_dtype` and `torch.set_default_device`
-reach none of them (a test reads the sources for it). Autocast, inference mode and the mode of autograd are left by
-these decorators. `torch.set_flush_denormal` is a bit of the processor, which the C++ kernels clear while they run.
+Every buffer names its dtype and device, so `torch.set_default_dtype` and `torch.set_default_device` have no effect (a
+test checks the sources). The decorators below leave autocast, inference mode and autograd's mode.
+`torch.set_flush_denormal` sets a flag of the processor, which the C++ kernels clear while they run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def full_precision(function: F) -> F:
-    """The function without autocast, which would round the operands of products to half precision."""
+    """Run the function without autocast, which would round operands to half precision."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -32,8 +32,8 @@ def full_precision(function: F) -> F:
 
 
 def outside_inference(function: F) -> F:
-    """The function outside `torch.inference_mode`, whose tensors autograd never takes: for what is kept after the call,
-    and for what needs a graph. Autograd stays off, as it is in that mode."""
+    """Run the function outside `torch.inference_mode`, because autograd rejects inference tensors. Use it if tensors
+    outlive the call or need a graph. Autograd stays off, as in inference mode."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -46,17 +46,17 @@ def outside_inference(function: F) -> F:
 
 
 def detached(t: torch.Tensor) -> torch.Tensor:
-    """`t` without a graph, as a tensor that autograd takes (which those of inference mode are not)."""
+    """`t` without a graph, as a tensor that autograd accepts (it rejects inference tensors)."""
     return t.detach().clone() if t.is_inference() else t.detach()
 
 
 def eager() -> AbstractContextManager[object]:
-    """Inside, modules that `torch.compile` made run as they were written, for compiled code has no second derivative.
-    Where nothing was compiled in this process it costs nothing."""
+    """Context in which modules compiled by `torch.compile` run eagerly, because compiled code has no second derivative.
+    It costs nothing if this process has compiled nothing."""
     loaded = "torch._dynamo" in sys.modules and not torch.compiler.is_compiling()
     return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def on_cpu() -> AbstractContextManager[object]:
-    """Inside, other packages' buffers are on the CPU, whatever `torch.set_default_device` says."""
+    """Context in which other packages create buffers on the CPU, whatever `torch.set_default_device` says."""
     return torch.device("cpu")

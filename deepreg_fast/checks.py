@@ -1,6 +1,6 @@
-"""Checks of what comes in, each with a sentence that says what was expected and what came.
+"""Input validation. Each error message states what was expected and what was received.
 
-torch is imported by the checks of tensors and devices alone: the command line's help does without it.
+Only the checks of tensors and devices import torch, so that the command-line help does not need it.
 """
 
 from __future__ import annotations
@@ -87,17 +87,17 @@ def finite(x: torch.Tensor, name: str) -> torch.Tensor:
     import torch
 
     if not bool(torch.isfinite(x).all()):
-        bad = int((~torch.isfinite(x)).sum())
+        count = int((~torch.isfinite(x)).sum())
         raise InputError(
-            f"{name} must be finite, but {bad} of its {x.numel()} entries are NaN or infinite; "
+            f"{name} must be finite, but {count} of its {x.numel()} entries are NaN or infinite; "
             "clean the data first (torch.nan_to_num, or drop that image)."
         )
     return x
 
 
 def plain(value: Any) -> Any:
-    """A scalar of numpy, or an array or tensor without dimensions, as the Python number that it is; else `value`."""
-    # Values of packages that nobody has imported cannot come.
+    """Convert a numpy scalar or a 0-d array or tensor to a Python number; return any other value unchanged."""
+    # If a package has not been imported, the value cannot be one of its objects.
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     if numpy is not None and isinstance(value, (numpy.generic, numpy.ndarray)) and value.ndim == 0:
         return value.item()
@@ -107,7 +107,7 @@ def plain(value: Any) -> Any:
 
 
 def plain_fields(settings: Any) -> None:
-    """Make numpy's scalars among a dataclass's fields Python's numbers, which JSON and every kernel take."""
+    """Convert scalar fields of a dataclass to Python numbers, which JSON and every kernel accept."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if (number := plain(value)) is not value:
@@ -116,29 +116,29 @@ def plain_fields(settings: Any) -> None:
 
 def number(value: object, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
     """Check that `value` is a finite number in `[low, high]` (or `(low, high]`); return it as float."""
-    found = plain(value)
-    ok = isinstance(found, (int, float)) and not isinstance(found, bool) and math.isfinite(found)
-    if not ok or found < low or found > high or (open_low and found <= low):
-        left = "(" if open_low else "["
-        raise InputError(f"{name} must be a number in {left}{low:g}, {high:g}], but is {value!r}.")
-    return float(found)
+    result = plain(value)
+    is_number = isinstance(result, (int, float)) and not isinstance(result, bool) and math.isfinite(result)
+    if not is_number or result < low or result > high or (open_low and result <= low):
+        bracket = "(" if open_low else "["
+        raise InputError(f"{name} must be a number in {bracket}{low:g}, {high:g}], but is {value!r}.")
+    return float(result)
 
 
 def integer(value: object, name: str, low: int, high: int | None = None) -> int:
     """Check that `value` is an integer in `[low, high]`; return it."""
-    found = plain(value)
-    if isinstance(found, bool) or not isinstance(found, int) or found < low or (high is not None and found > high):
+    result = plain(value)
+    if isinstance(result, bool) or not isinstance(result, int) or result < low or (high is not None and result > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
         raise InputError(f"{name} must be an integer, {bound}, but is {value!r}.")
-    return found
+    return result
 
 
 def boolean(value: object, name: str) -> bool:
     """Check that `value` is True or False; return it."""
-    found = plain(value)
-    if not isinstance(found, bool):
+    result = plain(value)
+    if not isinstance(result, bool):
         raise InputError(f"{name} must be True or False, but is {value!r}.")
-    return found
+    return result
 
 
 def odd(value: object, name: str) -> int:
@@ -157,13 +157,13 @@ def choice(value: object, name: str, options: tuple[str, ...]) -> str:
 
 
 def fields_typed(settings: object) -> None:
-    """Check that each field of a dataclass of settings is of the type that it is declared with: `bool`, `int`,
-    `float` (finite; whole numbers are taken too), `str`, or one of these or None. Others are passed over.
+    """Check the type of each field of a settings dataclass against its declaration: `bool`, `int`, `float` (finite;
+    integers are accepted), `str`, or one of these or None. Fields of other types are skipped.
 
     Raises
     ------
     InputError
-        If a field is not; the sentence names it.
+        If a field has another type; the message names it.
     """
     hints = get_type_hints(type(settings))
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
@@ -173,8 +173,8 @@ def fields_typed(settings: object) -> None:
         if not known or (value is None and type(None) in kinds):
             continue
         if not any(_is_kind(value, k) for k in known):
-            wish = " or ".join([_KINDS[k] for k in known] + ["none"] * (type(None) in kinds))
-            raise InputError(f"{field.name} must be {wish}, but is {describe(value)}.")
+            expected = " or ".join([_KINDS[k] for k in known] + ["none"] * (type(None) in kinds))
+            raise InputError(f"{field.name} must be {expected}, but is {describe(value)}.")
 
 
 _KINDS: dict[object, str] = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
@@ -191,30 +191,30 @@ def _is_kind(value: object, kind: object) -> bool:
 
 
 def device_name(value: object, name: str = "device") -> str:
-    """Check that `value` is "cpu", "cuda", "cuda:1" (any index) or "auto", whether it is here or not; return it."""
+    """Check that `value` is "cpu", "cuda", "cuda:1" (any index) or "auto"; return it. The device need not exist."""
     if not isinstance(value, str) or re.fullmatch(r"cpu|auto|cuda(:\d+)?", value) is None:
         raise InputError(f"{name} must be 'cpu', 'cuda', 'cuda:1' (any index) or 'auto', but is {value!r}.")
     return value
 
 
 def device(value: object, name: str = "device") -> torch.device:
-    """The device that `value` means here: "cpu"; "cuda", the current one; "cuda:1"; or "auto", which is "cuda" where
-    torch sees such a device and "cpu" elsewhere.
+    """The device named by `value`: "cpu", "cuda" (the current one), "cuda:1" (any index), or "auto", which is "cuda" if
+    available and "cpu" otherwise.
 
     Raises
     ------
     InputError
-        If it is none of these, or torch does not see that device.
+        If the name is invalid, or torch does not see the device.
     """
     import torch
 
     text = device_name(value, name)
-    here = torch.cuda.is_available()
-    if text == "cpu" or (text == "auto" and not here):
+    has_cuda = torch.cuda.is_available()
+    if text == "cpu" or (text == "auto" and not has_cuda):
         return torch.device("cpu")
-    if not here:
-        why = "is built without CUDA" if torch.version.cuda is None else "finds no NVIDIA driver or GPU"
-        raise InputError(f"{name} is {text!r}, but torch sees no CUDA device (it {why}); use 'cpu' or 'auto'.")
+    if not has_cuda:
+        reason = "is built without CUDA" if torch.version.cuda is None else "finds no NVIDIA driver or GPU"
+        raise InputError(f"{name} is {text!r}, but torch sees no CUDA device (it {reason}); use 'cpu' or 'auto'.")
     index = int(text.partition(":")[2]) if ":" in text else torch.cuda.current_device()
     if index >= torch.cuda.device_count():
         raise InputError(

@@ -1,7 +1,7 @@
-"""Every error that deepreg-fast raises on purpose.
+"""The exceptions that deepreg-fast raises deliberately.
 
-A message is one sentence (or a few) that says what was expected, what came, and what to do.
-The command line prints that message alone and exits with code 2.
+A message states what was expected, what was received, and how to fix it. The command line prints only the message and
+exits with code 2.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 
 
 class DeepRegError(Exception):
-    """Base class of all errors raised on purpose by this package."""
+    """Base class of all errors that this package raises deliberately."""
 
 
 class InputError(DeepRegError, ValueError):
-    """An argument, a tensor or an option is not what the function takes."""
+    """An argument, a tensor or an option is invalid."""
 
 
 class DataError(InputError):
@@ -22,7 +22,7 @@ class DataError(InputError):
 
 
 class CheckpointError(InputError):
-    """A weight or checkpoint file is truncated, foreign, or does not fit."""
+    """A weight or checkpoint file is truncated, of another format, or does not match."""
 
 
 class OperatorMismatch(InputError):
@@ -30,14 +30,14 @@ class OperatorMismatch(InputError):
 
 
 class BackendUnavailable(DeepRegError, RuntimeError):
-    """A backend that was named cannot run here, with the reason and the way out."""
+    """A named backend cannot run here; the message gives the reason and the remedy."""
 
 
 class OutOfMemory(DeepRegError, RuntimeError):
-    """A device has less free memory than a call needs, with both numbers.
+    """A device has less free memory than a call needs; the message gives both numbers.
 
-    `partial` holds what a solve had computed until then, or None: a `Solution` with the last accepted iterates, where
-    the status of an image still at work is `MAX_ITERATIONS`.
+    `partial` is the partial result of a solve, or None: a `Solution` with the last accepted iterates, in which images
+    that were still active have status `MAX_ITERATIONS`.
     """
 
     def __init__(self, message: str, partial: Any = None) -> None:
@@ -46,4 +46,4 @@ class OutOfMemory(DeepRegError, RuntimeError):
 
 
 class TrainingDiverged(DeepRegError, RuntimeError):
-    """Training met a value that is not finite; the last good checkpoint is named."""
+    """A loss or gradient of a training is not finite, or no image could be recovered for many steps."""

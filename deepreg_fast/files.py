@@ -1,4 +1,4 @@
-"""Files that are never half written, never written by two at once, and never written over what was read."""
+"""Atomic writes, lock files, and checks that outputs never replace inputs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pathlib import Path
 
 from .errors import InputError
 
-# What file systems say that cannot sync or lock at all; any other error is one of the disk.
+# Errors of file systems that do not support sync or locks; any other error is a real one.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}
 
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write to a temporary file beside `path`, fsync, rename: at no moment is `path` half written.
+    """Write to a temporary file beside `path`, fsync and rename, so that `path` is never partially written.
 
-    `data` may come in pieces, so that a file larger than memory can be written. Of two writers of one path the last one
-    wins with all that it wrote. A link is followed; a pipe or a device is written as it is.
+    `data` may be an iterable of pieces, so that a file larger than memory can be written. If two processes write to one
+    path, the file is completely that of the last. Links are followed; pipes and devices are written directly.
 
     Raises
     ------
     InputError
-        If the folder cannot be written or the disk is full; what was at `path` stays.
+        If the folder cannot be written or the disk is full; an existing file stays unchanged.
     """
     make_folder(path.parent)
     try:
@@ -39,7 +39,7 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def replace_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """What `write_atomically` does in a folder that exists, with the system's own `OSError`."""
+    """Like `write_atomically`, but the folder must exist and errors are the system's `OSError`."""
     pieces = [data] if isinstance(data, bytes) else data
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -57,7 +57,7 @@ def replace_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
             os.chmod(temporary, path.stat().st_mode & 0o7777)
         os.replace(temporary, path)
     except BaseException:
-        # An interruption, too, must not leave gigabytes behind.
+        # An interruption must not leave gigabytes behind either.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
@@ -65,12 +65,12 @@ def replace_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it. Only who has the folder's lock may ask for this."""
+    """Remove temporary files of killed writers of `path`. The caller must hold the folder's lock."""
     start = f".{path.name[:40]}."
     with contextlib.suppress(OSError):
-        for left in path.parent.iterdir():
-            if left.name.startswith(start) and left.name.endswith(".tmp"):
-                left.unlink(missing_ok=True)
+        for file in path.parent.iterdir():
+            if file.name.startswith(start) and file.name.endswith(".tmp"):
+                file.unlink(missing_ok=True)
 
 
 def _sync(number: int) -> None:
@@ -82,7 +82,7 @@ def _sync(number: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename outlast a power cut where the system can. The file is in place, so no error here matters."""
+    """Make the rename survive a power failure, if the system can. The file is in place, so errors are ignored."""
     with contextlib.suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -92,12 +92,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents.
+    """Create a folder and its parents.
 
     Raises
     ------
     InputError
-        If the system refuses.
+        If the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -110,15 +110,15 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
-    """Hold the lock file `path` inside the `with` block, waiting for it up to `seconds`.
+    """Hold the lock file `path` inside the `with` block; wait for it at most `seconds`.
 
-    The system takes a lock from a process that ends, however it ends; the file stays. Where the file system has no
+    The system releases the lock of a process that ends in any way; the file stays. If the file system does not support
     locks, nothing is locked.
 
     Raises
     ------
     InputError
-        If another process has it.
+        If another process holds the lock.
     """
     from filelock import FileLock, Timeout
 
@@ -143,13 +143,12 @@ def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
 
 
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path], way_out: str) -> None:
-    """Check that no output is one of the inputs and that no two outputs are one file, also where the file system does
-    not tell upper from lower case or one Unicode form from another.
+    """Check that no output is an input and that outputs differ, even on file systems that ignore case or Unicode forms.
 
     Raises
     ------
     InputError
-        If there is such a pair; the sentence ends with `way_out`.
+        If there is such a pair; the message ends with `way_out`.
     """
     sources = [Path(p) for p in inputs]
     names: dict[str, Path] = {}
@@ -157,13 +156,13 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[str | Path], way_out
         for source in sources:
             if same_file(output, source):
                 raise InputError(f"Outputs must not replace inputs, but {source} would be written over; {way_out}.")
-        other = names.setdefault(_folded(output), output)
-        if other is not output:
-            raise InputError(f"Outputs must have different names, but {other} and {output} are one file; {way_out}.")
+        previous = names.setdefault(_folded(output), output)
+        if previous is not output:
+            raise InputError(f"Outputs must have different names, but {previous} and {output} are one file; {way_out}.")
 
 
 def same_file(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one file or folder; of a path that does not exist yet, whether its name does."""
+    """Whether two paths lead to the same file or folder. If one does not exist, their normalized names are compared."""
     try:
         return os.path.samefile(a, b)
     except (OSError, ValueError):
@@ -175,10 +174,10 @@ def _folded(path: Path) -> str:
 
 
 def portable(name: str) -> str:
-    """A file name in the one Unicode form (NFC) that names are compared and sorted by: systems store either form."""
+    """A file name in Unicode's NFC form, for comparing and sorting. File systems store either form."""
     return unicodedata.normalize("NFC", name)
 
 
 def name_bytes(name: str) -> bytes:
-    """The bytes of a file name's portable form, whatever bytes the name has."""
+    """The bytes of a file name's portable form, even if the name is not valid Unicode."""
     return portable(name).encode("utf-8", "surrogatepass")

@@ -1,5 +1,4 @@
-"""What is built for this machine and what it has, as far as can be said without torch: `deepreg-fast info` answers
-before torch could be imported."""
+"""The C++ extension and the hardware of this machine, without importing torch, so that `deepreg-fast info` is fast."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ NO_CUDA = "torch sees no CUDA device; install a CUDA build of torch on a machine
 
 @lru_cache(maxsize=1)
 def extension() -> tuple[ModuleType | None, str]:
-    """The compiled module, or None and the reason why it is not here."""
+    """`(module, "")` for the compiled module, or None and the reason why it is unavailable."""
     try:
         from . import _cpu
     except ImportError as error:
@@ -30,7 +29,7 @@ def extension() -> tuple[ModuleType | None, str]:
 
 
 def instruction_set() -> str:
-    """The instruction set in force: that of `DEEPREG_FAST_ISA` if set, else the best of this machine."""
+    """The instruction set in use: `DEEPREG_FAST_ISA` if set, otherwise the best of this machine."""
     return _instruction_set(os.environ.get("DEEPREG_FAST_ISA", ""))
 
 
@@ -39,26 +38,26 @@ def _instruction_set(asked: str) -> str:
     module, reason = extension()
     if module is None:
         raise BackendUnavailable(reason)
-    found = module.instruction_sets()
-    wanted = asked or found[0]
-    if wanted not in found:
+    available = module.instruction_sets()
+    name = asked or available[0]
+    if name not in available:
         raise BackendUnavailable(
-            f"DEEPREG_FAST_ISA must be one of {found}, what this machine has, but is {wanted!r}; unset or change it."
+            f"DEEPREG_FAST_ISA must be one of {available}, what this machine has, but is {name!r}; unset or change it."
         )
-    return wanted
+    return name
 
 
 def may_have_cuda() -> bool:
-    """Whether torch has to be asked for CUDA devices: where Linux has no NVIDIA driver, there are none."""
+    """Whether torch may find CUDA devices. On Linux without an NVIDIA driver it finds none."""
     if sys.platform == "darwin":
         return False
-    # /dev/dxg: Windows' driver, as its Linux subsystem shows it.
+    # /dev/dxg: the Windows driver in WSL.
     traces = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg")
     return not sys.platform.startswith("linux") or any(Path(p).exists() for p in traces)
 
 
 def torch_build() -> dict[str, str | None]:
-    """The release of torch that is installed and the CUDA version that it is built with, from its file of versions."""
+    """The installed release of torch and the CUDA version of its build, from torch's `version.py`."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return {"version": None, "cuda": None}

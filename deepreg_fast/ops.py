@@ -1,4 +1,4 @@
-"""Public name of `deepreg_fast.autograd`: energies and gradients for use inside other torch code."""
+"""Public name of `deepreg_fast.autograd`: differentiable energies and gradients for use in other torch code."""
 
 from .autograd import energy, grad, value_and_grad
 

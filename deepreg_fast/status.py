@@ -1,4 +1,4 @@
-"""How an iterative solve ended, per image: a value, not an exception."""
+"""Result of an iterative solve per image, as a value instead of an exception."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def statuses(status: torch.Tensor | Iterable[int]) -> tuple[Status, ...]:
 
 
 def counts(status: torch.Tensor | Iterable[int]) -> dict[str, int]:
-    """How many images ended in each status: `{"converged": 7, "max_iterations": 1}`."""
+    """Number of images with each status, such as `{"converged": 7, "max_iterations": 1}`."""
     out: dict[str, int] = {}
     for s in statuses(status):
         out[s.name.lower()] = out.get(s.name.lower(), 0) + 1

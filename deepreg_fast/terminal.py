@@ -1,4 +1,4 @@
-"""What the commands print: on terminals of any width and encoding, in pipes, and where there is none at all."""
+"""Printing for the commands: on terminals of any width and encoding, in pipes, and without any stream."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 ERRORS = "deepreg-plain"
-"""The error handler that replaces what an encoding lacks."""
+"""Name of the error handler that replaces characters that an encoding lacks."""
 INTERVAL = 30.0
 """Seconds between two lines of `Pulse`."""
 
@@ -29,7 +29,7 @@ _CONTROL = {i: f"\\x{i:02x}" for i in (*range(32), *range(127, 160)) if chr(i) n
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
-    """ASCII for the characters that an encoding lacks; bytes of file names that are no text as `\\udcfc`."""
+    """ASCII for characters that an encoding lacks; undecodable bytes of file names become `\\udcfc`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
@@ -41,8 +41,8 @@ codecs.register_error(ERRORS, _replace)
 
 
 def prepare() -> None:
-    """Let stdout and stderr take every text: what they cannot encode is replaced, and where there is none (as under
-    pythonw) the text is dropped."""
+    """Make stdout and stderr accept any text: characters that they cannot encode are replaced. If there is no stream
+    (as under pythonw), text is dropped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -53,20 +53,20 @@ def prepare() -> None:
 
 
 def drop() -> None:
-    """Send what is still to be printed nowhere: the reader of a pipe has gone."""
+    """Discard all further output, after the reader of a pipe has closed it."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError, AttributeError):
-            # The stream itself stays, and with it what Python flushes when it ends.
+            # The stream stays open, and Python flushes it at exit.
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a person may watch the stream."""
+    """Whether the stream is a terminal."""
     try:
         return stream is not None and stream.isatty()
     except (OSError, ValueError):
@@ -74,17 +74,17 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def width(stream: TextIO | None) -> int | None:
-    """Columns of a terminal; None for anything else, which takes lines of any length."""
+    """Columns of a terminal; None for any other stream, whose lines may have any length."""
     return max(1, shutil.get_terminal_size().columns) if is_terminal(stream) else None
 
 
 def visible(text: str) -> str:
-    """The text with its control characters written out, so that no file name can move the cursor."""
+    """The text with escaped control characters, so that no file name can move the cursor."""
     return text.translate(_CONTROL)
 
 
 def say(text: str) -> None:
-    """A line on stderr, if there is one: what is only told must not end what is done."""
+    """Print a line on stderr, if there is one. Errors are ignored, because a message must not stop the work."""
     stream = sys.stderr
     if stream is None:
         return
@@ -98,32 +98,32 @@ def say(text: str) -> None:
 
 
 def cells(text: str) -> int:
-    """Columns that a text takes."""
+    """Number of columns that a text occupies."""
     return sum(
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in visible(text)
     )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", columns: int | None = None) -> str:
-    """Rows in columns that are as wide as their texts; where these do not fit `columns`, each row as lines of
-    `head: text`. No text is ever cut off.
+    """A table whose columns are as wide as their texts. If it does not fit `columns`, each row becomes lines of
+    `head: text`. Text is never truncated.
 
-    A row with fewer texts than `head` has a last text that runs on over the other columns.
+    In a row with fewer texts than `head`, the last text extends over the remaining columns.
     """
-    found = [[visible(str(t)) for t in row] for row in rows]
-    first = [title] if title else []
-    whole = [r for r in found if len(r) == len(head)]
-    wide = [max(cells(t) for t in column) for column in zip(head, *whole, strict=True)]
-    right = [bool(whole) and all(_number(r[i]) for r in whole if r[i]) for i in range(len(head))]
-    lines = [_line(head, wide, right), "  ".join("─" * n for n in wide)]
-    lines += [_line(r, wide, right) for r in found]
-    if columns is None or max(map(cells, lines[:1] + [_line(r, wide, right) for r in whole])) <= columns:
-        return "\n".join([*first, *lines])
+    visible_rows = [[visible(str(t)) for t in row] for row in rows]
+    title_lines = [title] if title else []
+    full_rows = [r for r in visible_rows if len(r) == len(head)]
+    widths = [max(cells(t) for t in column) for column in zip(head, *full_rows, strict=True)]
+    align_right = [bool(full_rows) and all(_number(r[i]) for r in full_rows if r[i]) for i in range(len(head))]
+    lines = [_line(head, widths, align_right), "  ".join("─" * n for n in widths)]
+    lines += [_line(r, widths, align_right) for r in visible_rows]
+    if columns is None or max(map(cells, lines[:1] + [_line(r, widths, align_right) for r in full_rows])) <= columns:
+        return "\n".join([*title_lines, *lines])
     blocks = []
-    for row in found:
+    for row in visible_rows:
         named = [(h, t) for h, t in zip(head, row, strict=False) if t]
         blocks.append("\n".join(f"{'' if i == 0 else '  '}{h}: {t}" for i, (h, t) in enumerate(named)))
-    return "\n".join([*first, *blocks])
+    return "\n".join([*title_lines, *blocks])
 
 
 def _number(text: str) -> bool:
@@ -140,11 +140,11 @@ def _line(texts: Sequence[str], wide: Sequence[int], right: Sequence[bool]) -> s
 
 
 def facts(pairs: Iterable[tuple[str, str]], columns: int | None = None) -> str:
-    """Names and texts in two columns; long texts go on under their beginning."""
-    found = [(visible(k), visible(v)) for k, v in pairs]
-    indent = max((cells(k) for k, _ in found), default=0) + 2
+    """Names and texts in two columns; long texts are wrapped within their column."""
+    visible_pairs = [(visible(k), visible(v)) for k, v in pairs]
+    indent = max((cells(k) for k, _ in visible_pairs), default=0) + 2
     lines = []
-    for name, text in found:
+    for name, text in visible_pairs:
         if columns is not None and columns < indent + 20:
             lines.append(f"{name}: {text}")
             continue
@@ -158,7 +158,7 @@ def facts(pairs: Iterable[tuple[str, str]], columns: int | None = None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, to two figures or so."""
+    """A duration in seconds, minutes or hours, to about two digits."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -166,7 +166,7 @@ def duration(seconds: float) -> str:
 
 
 class Pulse:
-    """A line on stderr every half minute while a long command runs: what is done, what is left, when it may end.
+    """Prints a line on stderr every half minute during a long command: parts done, parts left, estimated end.
 
         with Pulse("evaluate", len(methods), "methods") as pulse:
             for m in methods:
@@ -174,15 +174,15 @@ class Pulse:
                 ...
                 pulse.done()
 
-    A thread of its own prints, so that a step of minutes is seen, too.
+    A separate thread prints, so lines also appear during steps of minutes.
 
     Parameters
     ----------
-    what, total, unit : the command, and how many parts of which kind it has
-    start : parts that were done before
+    what, total, unit : the command, its number of parts and their name
+    start : parts done before
     interval : seconds between two lines; by default `INTERVAL`
-    clock, wall : seconds, of a clock that never jumps and of the day
-    say : what prints a line
+    clock, wall : monotonic clock and wall clock, in seconds
+    say : prints a line
     """
 
     def __init__(  # noqa: PLR0913 - the last four for tests
@@ -206,25 +206,25 @@ class Pulse:
         self._thread: threading.Thread | None = None
 
     def begin(self, text: str) -> None:
-        """What is being done now."""
+        """Set the text for the current part."""
         self.text = text
 
     def done(self, count: int | None = None, text: str | None = None) -> None:
-        """One part more is done, or `count` of them in all."""
+        """Record that one more part is done, or `count` in total."""
         self.count = self.count + 1 if count is None else count
         self.text = self.text if text is None else text
 
     def line(self) -> str:
-        """The line of this moment."""
+        """The current line."""
         passed, new = self._clock() - self._began, self.count - self.start
-        left = max(0, self.total - self.count)
-        out = f"{self.what}: {self.count} of {self.total} {self.unit} done, {left} left"
+        remaining = max(0, self.total - self.count)
+        out = f"{self.what}: {self.count} of {self.total} {self.unit} done, {remaining} left"
         out += f" ({self.text})" if self.text else ""
         if new <= 0:
             return f"{out}; {duration(passed)} so far"
-        rest = passed / new * left
-        end = time.strftime("%H:%M", time.localtime(self._wall() + rest))
-        return f"{out}; {duration(passed)} so far, about {duration(rest)} left, until {end}"
+        remaining_seconds = passed / new * remaining
+        end = time.strftime("%H:%M", time.localtime(self._wall() + remaining_seconds))
+        return f"{out}; {duration(passed)} so far, about {duration(remaining_seconds)} left, until {end}"
 
     def beat(self) -> None:
         """Print the line now."""
@@ -241,7 +241,7 @@ class Pulse:
         self.close()
 
     def close(self) -> None:
-        """Print no more."""
+        """Stop printing and end the thread."""
         self._end.set()
         if self._thread is not None:
             self._thread.join()
@@ -252,7 +252,7 @@ class Pulse:
 
 
 def console(stream: TextIO | None) -> Any:
-    """A rich console on a stream, for bars: texts are taken as they are, not as markup."""
+    """A rich console on a stream, for progress bars, without markup."""
     from rich.console import Console
 
     return Console(file=stream or open(os.devnull, "w", encoding="utf-8"), markup=False, highlight=False)

@@ -1,1 +1,1 @@
-"""The stages of `gpu_session.py`."""
+"""Stages of `gpu_session.py`."""

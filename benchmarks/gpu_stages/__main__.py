@@ -1,4 +1,4 @@
-"""A worker of `gpu_session.py`: runs the stages that it reads from its standard input, one JSON object a line."""
+"""Worker of `gpu_session.py`: reads stages from standard input, one JSON object per line, and runs them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _run(request: dict[str, Any], log: Any, mode: str) -> None:
         log=log,
     )  # fmt: skip
     if stage.path.exists():
-        # A process before this one has begun the stage.
+        # An earlier process started the stage.
         stage.record = json.loads(stage.path.read_text(encoding="utf-8"))
     lost = False
     try:
@@ -66,7 +66,7 @@ def main() -> None:
     if mode == "gpu":
         import torch
 
-        # The context, which the first stage need not wait for twice.
+        # Create the CUDA context in advance, so that the first stage does not wait for it.
         torch.zeros(1, device="cuda")
     print(f"worker ready after {time.monotonic() - began:.1f} s", flush=True)
     for line in sys.stdin:

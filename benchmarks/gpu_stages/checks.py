@@ -1,4 +1,4 @@
-"""What the machine is, and whether the answers are right."""
+"""Description of the machine, and checks of the results."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; why there is nothing, where there is none."""
+    """Output of a command, or the reason why there is none."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        return (done.stdout or done.stderr).strip()
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        return (result.stdout or result.stderr).strip()
     except (OSError, subprocess.TimeoutExpired) as error:
         return one_line(error)
 
 
 def machine(stage: Stage) -> None:
-    """Versions, backends, ceilings."""
+    """Record versions, backends and ceilings."""
     stage.item("versions", lambda: _versions(stage), 10.0)
     stage.item("ceilings", lambda: _ceilings(stage), 10.0)
 
@@ -89,18 +89,18 @@ def _ceilings(stage: Stage) -> None:
 
 
 def tests(stage: Stage) -> None:
-    """Those that are marked gpu, or with the results of a call before those that failed there."""
+    """Run the tests marked gpu, or only those that failed in a previous call if its results are given."""
     stage.item("pytest", lambda: _tests(stage), seconds=max(5.0, stage.left() - 0.5))
 
 
 def _tests(stage: Stage) -> None:
-    lacking = [p for p in ("pytest", "hypothesis") if importlib.util.find_spec(p) is None]
-    if lacking:
-        stage.say(f"not run, as {' and '.join(lacking)} is missing here; the stage smoke checks the answers")
+    missing = [p for p in ("pytest", "hypothesis") if importlib.util.find_spec(p) is None]
+    if missing:
+        stage.say(f"not run, as {' and '.join(missing)} is missing here; the stage smoke checks the answers")
         return
     marked = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text("utf-8")]
-    again = _failed_before()
-    if again is not None and not again:
+    failed_before = _failed_before()
+    if failed_before is not None and not failed_before:
         stage.say("nothing failed in the first call")
         return
     command = [sys.executable, "-P", "-m", "pytest", "-v", "-rfE", "-p", "no:cacheprovider"]
@@ -109,40 +109,40 @@ def _tests(stage: Stage) -> None:
     if stage.mode == "dry":
         command += ["tests/test_metrics.py"]
     elif stage.mode == "stand-in":
-        # Nothing is computed, so nothing is asserted: what counts is that every launch is reached.
+        # Nothing is computed, so assertions are disabled; every launch must be reached.
         env["PYTHONOPTIMIZE"] = "1"
-        command += ["--assert=plain", "-p", "gpu_stages.stand_in_tests", "-m", "gpu", *(again or marked)]
+        command += ["--assert=plain", "-p", "gpu_stages.stand_in_tests", "-m", "gpu", *(failed_before or marked)]
     else:
-        command += ["-m", "gpu", *(again or marked)]
+        command += ["-m", "gpu", *(failed_before or marked)]
     if importlib.util.find_spec("xdist") is not None and stage.mode != "dry":
-        # Files share their fixtures, and a worker's launches are those that it has loaded.
+        # Tests of one file share fixtures, and a worker launches the kernels that it has loaded.
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadfile" if stage.on_gpu else "load"]
-    done = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.stdout is not None
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
     lines: list[str] = []
     counts: dict[str, int] = {}
     last = len(stage.record["summary"])
-    for line in done.stdout:
+    for line in process.stdout:
         print(line, end="", flush=True)
         lines.append(line.rstrip())
-        # "tests/x.py::name PASSED", or of several workers "[gw0] [ 10%] PASSED tests/x.py::name".
+        # "tests/x.py::name PASSED", or with several workers "[gw0] [ 10%] PASSED tests/x.py::name".
         outcome = re.search(r"^(?:tests/\S+::.*|\[gw.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", line)
         if outcome:
             counts[outcome[1]] = counts.get(outcome[1], 0) + 1
-            # Should the stage be cut, this line is what it leaves.
+            # This line remains if the stage is cut off.
             stage.record["summary"][last:] = [f"so far {counts}"]
             stage.save(counts=counts)
-    done.wait()
+    process.wait()
     failed = [re.split(r" - ", line.split(" ", 1)[1])[0] for line in lines if re.match(r"(FAILED|ERROR) tests/", line)]
     stage.record["summary"][last:] = []
-    stage.save(returncode=done.returncode, tail=lines[-200:], failed=failed)
+    stage.save(returncode=process.returncode, tail=lines[-200:], failed=failed)
     stage.say(lines[-1] if lines else "pytest printed nothing")
     if stage.mode == "stand-in":
         return
     for line in [t for t in lines if t.startswith(("FAILED", "ERROR"))][:20]:
         stage.say(line[:200])
-    if done.returncode not in (0, 5):
-        raise RuntimeError(f"pytest ended with code {done.returncode}")
+    if process.returncode not in (0, 5):
+        raise RuntimeError(f"pytest ended with code {process.returncode}")
 
 
 def _failed_before() -> list[str] | None:
@@ -153,7 +153,7 @@ def _failed_before() -> list[str] | None:
 
 
 def precision(stage: Stage) -> None:
-    """What CG makes of each precision, then the errors against float64 of ours and of torch."""
+    """Measure CG in each precision, then the errors of our kernels and of torch against float64."""
     p = replace(problem(stage, 16), size=12) if stage.mode == "dry" else problem(stage, 16)
     for name in PRECISIONS[:1] if stage.mode == "dry" else PRECISIONS:
         stage.item(f"CG {name}", lambda n=name: _solved(stage, p, n), 12.0)
@@ -220,12 +220,12 @@ def _solved(stage: Stage, p: Any, name: str) -> None:
 
 
 def memcheck(stage: Stage) -> None:
-    """Accesses beyond a tensor's memory."""
+    """Check for out-of-bounds accesses."""
     stage.item("memcheck", lambda: _sanitized(stage, "memcheck"), seconds=max(5.0, stage.left() - 0.5))
 
 
 def racecheck(stage: Stage) -> None:
-    """Unordered accesses to shared memory."""
+    """Check for races in shared memory."""
     stage.item("racecheck", lambda: _sanitized(stage, "racecheck"), seconds=max(5.0, stage.left() - 0.5))
 
 
@@ -235,7 +235,7 @@ def _sanitized(stage: Stage, name: str) -> None:
         stage.say("compute-sanitizer is not installed")
         return
     driver = [sys.executable, "-P", "-m", "gpu_stages.sanitized", stage.mode]
-    # Kernels of torch are not ours to watch; where a version lacks the option, all are watched.
+    # Exclude torch's kernels; if this version lacks the option, check all kernels.
     choices = (["--kernel-name-exclude", "kns=at::"], []) if stage.on_gpu else ([],)
     for options in choices:
         tooled = [tool, "--tool", name, "--error-exitcode", "9", *options] if stage.on_gpu else []
@@ -243,15 +243,15 @@ def _sanitized(stage: Stage, name: str) -> None:
         if not any("unrecognised option" in t or "unrecognized option" in t for t in output):
             break
     stage.save(**{name: {"state": state, "output": output[-60:]}})
-    last = [t for t in output if "ERROR SUMMARY" in t or "RACECHECK SUMMARY" in t] or output[-1:]
+    summary = [t for t in output if "ERROR SUMMARY" in t or "RACECHECK SUMMARY" in t] or output[-1:]
     reached = sum(t.startswith("ran ") for t in output)
-    stage.say(f"{name}: {state}; {reached} groups of kernels ran; {' '.join(last)[:160]}")
+    stage.say(f"{name}: {state}; {reached} groups of kernels ran; {' '.join(summary)[:160]}")
     if state == "status 9":
         raise RuntimeError(f"{name} found errors: see the record")
 
 
 def _limited(command: list[str], seconds: float) -> tuple[list[str], str]:
-    """The lines that a command printed, and how it ended."""
+    """The output lines of a command, and how it ended."""
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     try:
         text, _ = child.communicate(timeout=seconds)

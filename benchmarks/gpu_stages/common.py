@@ -1,4 +1,4 @@
-"""What the stages share: the record that is written as it grows, items with limits, sizes, the device, the kernels."""
+"""Shared code of the stages: the incremental record, items with time limits, sizes, the device, the kernels."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from gpu_stages.compile_log import CompileLog
 EPS = 2.0**-23
 PRECISIONS = ("tf32x3", "ieee", "tf32")
 STICKY = 70
-"""Exit status of a worker whose CUDA context is lost: the parent starts another for what is left."""
+"""Exit status of a worker whose CUDA context is lost; the parent starts another for the remaining items."""
 
 
 class DeviceLost(Exception):
-    """The CUDA context answers every call with an error."""
+    """The CUDA context returns an error for every call."""
 
 
 @dataclass
 class Stage:
-    """One stage. `record` is written to `path` at every change, so that a process that is killed loses nothing.
+    """One stage. `record` is written to `path` at every change, so that a killed process loses nothing.
 
-    `mode`: `"gpu"`; `"dry"`, Triton's interpreter on small CPU tensors, whose answers are right; `"stand-in"`, the
+    `mode` is `"gpu"`; `"dry"`, Triton's interpreter on small CPU tensors, with correct results; or `"stand-in"`, the
     launches of the real sizes without a device, whose outputs are never written (`stand_in.py`).
-    `skip`: items that an earlier process of this stage has begun.
+    `skip` contains items that an earlier process of this stage started.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Stage:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether times and answers mean something."""
+        """Whether times are meaningful."""
         return self.mode == "gpu"
 
     def save(self, **entries: Any) -> None:
@@ -65,9 +65,10 @@ class Stage:
         self.save()
 
     def item(self, name: str, f: Callable[[], object], seconds: float = 10.0) -> None:
-        """Run `f`, at most `seconds` long: the parent kills the process after that, and another goes on behind it.
+        """Run `f` for at most `seconds`. After that the parent kills the process, and another continues with the next
+        item.
 
-        An exception becomes one line of the summary. Where it has cost the CUDA context, the process ends.
+        An exception becomes one line of the summary. If it has lost the CUDA context, the process ends.
         """
         if name in self.skip:
             return
@@ -84,7 +85,7 @@ class Stage:
                 f()
                 self.synchronize()
             except Exception as error:
-                # Whatever fails, the rest of the session is worth having.
+                # A failure must not stop the rest of the session.
                 traceback.print_exc()
                 state = one_line(error)
                 self.say(f"{name}: FAILED: {state}")
@@ -98,24 +99,24 @@ class Stage:
             self.check_context()
 
     def note_compiled(self) -> None:
-        """Add what has been compiled since the last call."""
+        """Add the compilations since the last call to the record."""
         if self.log is None:
             return
-        before = self.record.get("compile", {"cached": 0, "compiled": {}, "seconds": 0.0})
-        now = self.log.take()
+        previous = self.record.get("compile", {"cached": 0, "compiled": {}, "seconds": 0.0})
+        latest = self.log.take()
         self.record["compile"] = {
-            "cached": before["cached"] + now["cached"],
-            "compiled": {**before["compiled"], **now["compiled"]},
-            "seconds": round(before["seconds"] + now["seconds"], 2),
+            "cached": previous["cached"] + latest["cached"],
+            "compiled": {**previous["compiled"], **latest["compiled"]},
+            "seconds": round(previous["seconds"] + latest["seconds"], 2),
         }
 
     def synchronize(self) -> None:
-        """Wait for the device, so that an error of a kernel belongs to the item that launched it."""
+        """Wait for the device, so that a kernel's error is attributed to the item that launched it."""
         if self.on_gpu:
             torch.cuda.synchronize()
 
     def check_context(self) -> None:
-        """Raises DeviceLost where the device no longer computes."""
+        """Raise DeviceLost if the device no longer works."""
         if self.on_gpu:
             try:
                 torch.zeros(1, device="cuda").add_(1).item()
@@ -123,24 +124,24 @@ class Stage:
                 raise DeviceLost(one_line(error)) from error
 
     def left(self) -> float:
-        """Seconds until the stage's end."""
+        """Seconds until the end of the stage."""
         return self.seconds - (time.monotonic() - self.began)
 
     @property
     def device(self) -> torch.device:
-        """The CUDA device; the host without one."""
+        """The CUDA device, or the CPU without one."""
         return torch.device("cuda", torch.cuda.current_device()) if self.on_gpu else torch.device("cpu")
 
     def batch(self, images: int) -> int:
-        """Images of a batch; two where nothing is measured, as no compiled kernel depends on their number."""
+        """Images of a batch. At most two if nothing is measured, as no compiled kernel depends on their number."""
         return images if self.on_gpu else min(images, 2)
 
     def side(self, pixels: int) -> int:
-        """Pixels of a side; few for the interpreter."""
+        """Pixels per side; few for the interpreter."""
         return min(pixels, 24) if self.mode == "dry" else pixels
 
     def rounds(self, count: int) -> int:
-        """Repetitions of a measurement."""
+        """Number of repetitions of a measurement."""
         return count if self.on_gpu else min(count, 3)
 
 
@@ -150,7 +151,7 @@ def one_line(error: BaseException) -> str:
 
 
 def target(stage: Stage) -> Any:
-    """The benchmark's target: the CUDA device, whose clock is calibrated once, or the host."""
+    """The benchmark's target: the CUDA device, with a clock that is calibrated once, or the host."""
     return _target(stage.mode)
 
 
@@ -174,14 +175,14 @@ def problem(stage: Stage, batch: int = 256, side: int = 180, norm: str = "pixel"
 
 
 class Kernels:
-    """The conv chain's kernels with launch options: fields of `ChainOptions`, such as `precision` and `tile`.
+    """The conv chain's kernels with launch options, which are fields of `ChainOptions` such as `precision` and `tile`.
 
-    Without options what the package's backend chooses. In a dry run the interpreter, with one program per image.
+    Without options the package's backend chooses. A dry run uses the interpreter with one program per image.
     """
 
     def __init__(self, stage: Stage, **options: Any) -> None:
-        few = {"tile": (16, 16, 4)} if stage.mode == "dry" else {}
-        self.backend, self.options = target(stage).ours, {**few, **options}
+        dry_options = {"tile": (16, 16, 4)} if stage.mode == "dry" else {}
+        self.backend, self.options = target(stage).ours, {**dry_options, **options}
         self.direct = bool(self.options) and importlib.util.find_spec("triton") is not None
 
     def _chain(self, reg: Any) -> tuple[Any, Any, Any]:
@@ -217,7 +218,7 @@ def chain_products(lin: Any, v: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def poison(stage: Stage, pixels: int, channels: int = 16) -> None:
-    """Fill the memory that the next outputs will take with NaN, so that what a kernel does not write is seen."""
+    """Fill the memory of the next outputs with NaN, so that values that a kernel fails to write are detected."""
     blocks = [torch.full((n,), torch.nan, device=stage.device) for n in (pixels, channels * pixels) for _ in range(8)]
     blocks += [torch.full((n,), torch.nan, device=stage.device) for n in (64, 1024, 16384) for _ in range(16)]
     stage.synchronize()
@@ -225,7 +226,7 @@ def poison(stage: Stage, pixels: int, channels: int = 16) -> None:
 
 
 def relative(a: torch.Tensor, exact: torch.Tensor) -> float:
-    """`||a - exact|| / ||exact||` in float64; infinite where a is not finite."""
+    """`||a - exact|| / ||exact||` in float64; infinite if it is NaN."""
     exact = exact.double()
     e = float((a.double() - exact).norm() / exact.norm().clamp_min(1e-300))
     return e if e == e else float("inf")
@@ -237,11 +238,11 @@ Answers = Mapping[str, torch.Tensor]
 def compare(
     stage: Stage, name: str, ours: Answers, torchs: Callable[[], Answers], exact: Callable[[], Answers]
 ) -> None:
-    """One line: each answer's error against float64 beside torch's.
+    """Report each result's error against float64 next to torch's, in one line.
 
-    "ok" up to twice torch's error (or 4 eps), "loose" up to four times (or 8 eps), as hardware approximations of exp
-    and division may cost a few bits, WRONG beyond, "not written" where poison is left. Without a device the launches
-    are all that there is.
+    The verdict is "ok" up to twice torch's error (or 4 eps), "loose" up to four times (or 8 eps), because hardware
+    approximations of exp and division may cost a few bits, WRONG beyond that, and "not written" if NaN remains. Without
+    a device only the launches are reported.
     """
     if stage.mode == "stand-in":
         stage.say(f"{name}: launched")
@@ -264,7 +265,7 @@ def compare(
 
 
 def verdict(stage: Stage, name: str, good: bool, text: str) -> None:
-    """One line of a check that is either right or wrong."""
+    """Report a check that is either right or wrong, in one line."""
     if stage.mode == "stand-in":
         stage.say(f"{name}: launched")
         return

@@ -1,4 +1,4 @@
-"""Counts and names what a process compiles anew: Triton's kernels, its launcher stubs, NVRTC's sources."""
+"""Log of a process's compilations: Triton's kernels, its launcher stubs, NVRTC's sources."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 @dataclass
 class CompileLog:
-    """What has been compiled since `start`, and how often a cache answered instead."""
+    """The compilations since `start`, and the number of cache hits."""
 
     hits: int = 0
     misses: dict[str, float] = field(default_factory=dict)
-    """Seconds, by what was compiled."""
+    """Seconds of each compilation, by name."""
 
     def record(self, name: str, seconds: float) -> None:
-        """Note a compilation."""
+        """Record a compilation."""
         key, n = name, 1
         while key in self.misses:
             n += 1
@@ -26,13 +26,13 @@ class CompileLog:
         self.misses[key] = round(seconds, 3)
 
     def take(self) -> dict[str, Any]:
-        """The record of one stage; the next begins empty."""
+        """Return the record and clear it for the next stage."""
         taken = {"cached": self.hits, "compiled": dict(self.misses), "seconds": round(sum(self.misses.values()), 2)}
         self.hits, self.misses = 0, {}
         return taken
 
     def start(self) -> CompileLog:
-        """Listen to this process's compilers."""
+        """Hook into this process's compilers."""
         if importlib.util.find_spec("triton") is not None:
             self._listen_to_triton()
         self._listen_to_nvrtc()

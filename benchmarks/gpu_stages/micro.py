@@ -1,4 +1,4 @@
-"""Rates of the instructions on which the design of a fused kernel rests, a multiprocessor and a clock."""
+"""Rates, per multiprocessor and clock, of the instructions on which the design of a fused kernel depends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from gpu_stages.common import Stage
 
 TURNS, EACH = 512, 8
-"""Turns of a kernel's loop, instructions in one."""
+"""Iterations of a kernel's loop, instructions per iteration."""
 WORK = {
     "ffma": (32, "multiply-adds"),
     "mufu_ex2": (32, "exponentials"),
@@ -22,11 +22,11 @@ WORK = {
     "wgmma_tf32_m64n16k8_rs": (2 * 64 * 16 * 8 // 4, "flops"),
     "wgmma_f16_m64n48k16_ss": (2 * 64 * 48 * 16 // 4, "flops"),
 }
-"""What one instruction of one warp does; a warpgroup's product counts as a quarter for each of its warps."""
+"""Work of one instruction of one warp; a warpgroup's product counts as a quarter for each of its warps."""
 
 
 def micro(stage: Stage) -> None:
-    """Compile (or find compiled) and measure with 4, 8 and 12 warps a multiprocessor."""
+    """Compile (or load from the cache) and measure with 4, 8 and 12 warps per multiprocessor."""
     from deepreg_fast.backend.gpu import nvrtc
 
     source = {"micro.cu": Path(__file__).with_name("micro.cu").read_text(encoding="utf-8")}
@@ -50,7 +50,7 @@ def micro(stage: Stage) -> None:
 
 
 def _cubin(nvrtc: Any, source: dict[str, str]) -> bytes:
-    """From the cache of the package's own sources; warpgroup products need the architecture's own features."""
+    """Compile through the cache of the package's sources; warpgroup products need the architecture-specific target."""
     sources = nvrtc.sources
     nvrtc.sources = lambda _: source
     try:

@@ -1,4 +1,4 @@
-"""Hardware counters of one gradient, one product of each kind and one proximal step, by Nsight Compute."""
+"""Hardware counters of a gradient, of both products and of a proximal step, by Nsight Compute."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SHOWN = {
 
 
 def ncu(stage: Stage) -> None:
-    """Run this file under ncu; its table goes beside the results, one line a kernel into the summary."""
+    """Run this file under ncu. Its table is saved with the results, and the summary gets one line per kernel."""
     stage.item("ncu", lambda: _profile(stage), seconds=max(5.0, stage.left() - 1.0))
 
 
 def _profile(stage: Stage) -> None:
-    # The program under ncu has no time to compile: its kernels are those of the other stages.
+    # The program under ncu has no time to compile, so it uses kernels of the other stages.
     command = [sys.executable, "-P", "-m", "gpu_stages.ncu", stage.mode]
     if stage.on_gpu:
         tool = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
@@ -42,14 +42,14 @@ def _profile(stage: Stage) -> None:
         options = ["--clock-control", "none", "--profile-from-start", "off", "--launch-count", "16", "--csv"]
         options += [word for section in SECTIONS for word in ("--section", section)]
         command = [tool, *options, *command]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=max(5.0, stage.left() - 2.0), check=False)
-    print(done.stderr[-4000:])
-    table = "\n".join(line for line in done.stdout.splitlines() if line.startswith('"'))
+    result = subprocess.run(command, capture_output=True, text=True, timeout=max(5.0, stage.left() - 2.0), check=False)
+    print(result.stderr[-4000:])
+    table = "\n".join(line for line in result.stdout.splitlines() if line.startswith('"'))
     folder = Path(os.environ["DEEPREG_FAST_GPU_OUT"])
-    (folder / "ncu.csv").write_text(table or done.stdout[-100_000:], encoding="utf-8")
+    (folder / "ncu.csv").write_text(table or result.stdout[-100_000:], encoding="utf-8")
     if not table:
-        said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
-        stage.say(f"no counters (status {done.returncode}): {said[-1][:160]}")
+        output = (result.stdout + result.stderr).strip().splitlines() or ["nothing"]
+        stage.say(f"no counters (status {result.returncode}): {output[-1][:160]}")
         return
     for kernel, metrics in _kernels(table).items():
         stage.say(f"{kernel}: " + ", ".join(f"{label} {metrics[m]}" for m, label in SHOWN.items() if m in metrics))
@@ -58,7 +58,7 @@ def _profile(stage: Stage) -> None:
 
 
 def _kernels(table: str) -> dict[str, dict[str, str]]:
-    """The metrics of each launch, from ncu's long format."""
+    """Metrics of each launch, from ncu's long format."""
     launches: dict[str, dict[str, str]] = {}
     for row in csv.DictReader(io.StringIO(table)):
         key = f"{row.get('ID', '?')} {row.get('Kernel Name', '?')[:32]}"
@@ -68,7 +68,7 @@ def _kernels(table: str) -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
-    """The launches, after one call of each that loads what was compiled."""
+    """Make the launches, after one call of each that loads the compiled kernels."""
     mode = sys.argv[1]
     if mode == "stand-in":
         from gpu_stages import stand_in

@@ -1,4 +1,4 @@
-"""What the kernels and the solvers cost beside their peers; answers are checked at 16 images and timed at more."""
+"""Times of the kernels and the solvers compared with their peers. Results are checked at 16 images, timed at more."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from gpu_stages.common import Stage, problem
 
 CHECKED = 16
-"""Images at which the answers are compared with float64."""
+"""Number of images for which the results are compared with float64."""
 
 
 def peers(stage: Stage) -> None:
-    """The conv chain and an iteration of CG at the size of the targets."""
+    """The conv chain and an iteration of CG at the sizes of the performance targets."""
     with _without_compilers():
         _cases(stage, ("hvp", "gradient", "cg iteration", "theta"), 256, 5, 14.0)
         _cases(stage, ("hvp", "gradient"), 256, 5, 14.0, norm="none")
@@ -26,7 +26,7 @@ def peers(stage: Stage) -> None:
 
 
 def loops(stage: Stage) -> None:
-    """Whole solves: an adjoint system, a step of a training, a recovery."""
+    """Complete solves: an adjoint system, a training step, a recovery."""
     with _without_compilers():
         _cases(stage, ("cg", "step", "recover"), 32, 5, 15.0)
 
@@ -34,13 +34,13 @@ def loops(stage: Stage) -> None:
 def compiled(stage: Stage) -> None:
     """Hessian-vector product and gradient with torch.compile and JAX among the peers."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")
-    # Inductor compiles for the device that is here: a rehearsal without one has nothing to compile.
+    # Inductor compiles for the current device; a rehearsal without one has nothing to compile.
     with contextlib.nullcontext() if stage.on_gpu else _without_compilers():
         _cases(stage, ("hvp", "gradient"), 256, 5, 30.0)
 
 
 def compile_ahead(stage: Stage) -> None:
-    """Compile what `compiled` times, into the cache on disk that both use; one call of each on the device."""
+    """Compile the candidates of `compiled` into the shared cache on disk, with one call of each on the device."""
     from deepreg_fast.bench import peers as known
     from deepreg_fast.bench import peers_cuda
 
@@ -52,7 +52,7 @@ def compile_ahead(stage: Stage) -> None:
 
 
 def _cases(stage: Stage, names: Iterable[str], batch: int, rounds: int, seconds: float, norm: str = "pixel") -> None:
-    """Each case: check it at few images, time it at `batch`, keep its rows as soon as they are there."""
+    """Run each case: check it with few images, time it with `batch` images, and save its rows immediately."""
     for name in names:
         label = f"{name}, {norm}" if norm != "pixel" else name
         stage.item(label, lambda n=name: _case(stage, n, batch, rounds, norm), seconds)
@@ -68,29 +68,29 @@ def _case(stage: Stage, name: str, batch: int, rounds: int, norm: str) -> None:
     if stage.mode == "stand-in":
         _launch_ours(stage, name, norm)
         return
-    # Triton's interpreter has time for little.
+    # Triton's interpreter is slow.
     side = 8 if stage.mode == "dry" else 180
-    few, many = (problem(stage, n, side, norm) for n in (min(CHECKED, batch), batch))
-    with many.target.fair():
+    small_problem, large_problem = (problem(stage, n, side, norm) for n in (min(CHECKED, batch), batch))
+    with large_problem.target.fair():
         errors: dict[str, dict[str, float]] = {}
-        for case in CUDA_CASES[name](few):
+        for case in CUDA_CASES[name](small_problem):
             result, errors[case.name] = runner.check(case)
             case.release()
             if result.wrong:
                 stage.record.setdefault("verdicts", {})[case.name] = "WRONG"
                 stage.say(f"{case.name}: WRONG: {result.wrong}")
                 errors.pop(case.name)
-        for case in CUDA_CASES[name](_unchecked(many)):
+        for case in CUDA_CASES[name](_unchecked(large_problem)):
             if case.name in errors:
                 runner._drop_broken(case)
                 result = runner.Result(case)
-                runner.time_candidates(result, many.target, stage.rounds(rounds), errors[case.name])
-                _keep(stage, many, result)
+                runner.time_candidates(result, large_problem.target, stage.rounds(rounds), errors[case.name])
+                _keep(stage, large_problem, result)
             case.release()
 
 
 def _launch_ours(stage: Stage, name: str, norm: str) -> None:
-    """What the case launches of ours; its peers need no kernel of ours."""
+    """Launch our kernels of the case; its peers use none of them."""
     p = problem(stage, 2, norm=norm)
     reg, x, v, A = p.regularizer(), p.images(1)[0], p.images(2)[0], p.operator()
     reg.value_and_grad(x)
@@ -111,14 +111,14 @@ def _launch_ours(stage: Stage, name: str, norm: str) -> None:
 
 
 def _unchecked(p: Any) -> Any:
-    """The problem without its float64 answers."""
+    """The problem without its float64 results."""
     from deepreg_fast.bench import Problem
 
     class Unchecked(Problem):
-        """Computes none of them."""
+        """A problem that computes no float64 results."""
 
         def exactly(self, f: Any, *tensors: torch.Tensor) -> torch.Tensor:
-            """Nothing."""
+            """An empty tensor."""
             return torch.empty(0)
 
     return Unchecked(**{f.name: getattr(p, f.name) for f in fields(p)})
@@ -146,23 +146,23 @@ def _bounds(stage: Stage, p: Any) -> Any:
     from deepreg_fast.bench import ceilings
 
     if "ceilings" not in stage.record:
-        small = {"rounds": 3} if stage.on_gpu else {"side": 64, "megabytes": 1, "rounds": 1}
-        stage.save(ceilings=vars(ceilings.measure(stage.device, p.target.clock, **small)))
+        sizes = {"rounds": 3} if stage.on_gpu else {"side": 64, "megabytes": 1, "rounds": 1}
+        stage.save(ceilings=vars(ceilings.measure(stage.device, p.target.clock, **sizes)))
     return ceilings.Ceilings(**stage.record["ceilings"])
 
 
 @contextlib.contextmanager
 def _without_compilers() -> Iterator[None]:
-    """Leave torch.compile and JAX to the stage `compiled`: they take a minute, and memory of their own."""
+    """Disable torch.compile and JAX, which take a minute and separate memory; the stage `compiled` measures them."""
     from deepreg_fast.bench import peers as known
 
     def later(*_: object, **__: object) -> Any:
         raise RuntimeError("measured in the stage 'compiled'")
 
     module: Any = known
-    usual = module.torch.compile, module.why_no_jax
+    originals = module.torch.compile, module.why_no_jax
     module.torch.compile, module.why_no_jax = later, lambda _: "measured in the stage 'compiled'"
     try:
         yield
     finally:
-        module.torch.compile, module.why_no_jax = usual
+        module.torch.compile, module.why_no_jax = originals

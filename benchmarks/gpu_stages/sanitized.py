@@ -1,4 +1,4 @@
-"""What compute-sanitizer watches: every kernel of the conv chain, of the solvers and of the SRM, on small images."""
+"""Program for compute-sanitizer: runs every kernel of the conv chain, the solvers and the SRM on small images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def main() -> None:
-    """Run them once each and wait."""
+    """Run each group once and wait for the device."""
     mode = sys.argv[1]
     if mode == "stand-in":
         from gpu_stages import stand_in
@@ -38,7 +38,7 @@ def _network(device: str, norm: str) -> Any:
 
 
 def _chain(device: str, norm: str) -> None:
-    """Even and odd sides, some images inactive."""
+    """Run the conv chain with even and odd sides, and with inactive images."""
     from deepreg_fast.backend import active_images
 
     for rows, columns in ((16, 24), (17, 35)):

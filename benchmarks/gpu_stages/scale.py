@@ -1,4 +1,4 @@
-"""Large batches and images, memory, and whether the same bits come back."""
+"""Large batches and images, memory, and reproducibility to the bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_stages.common import Stage, problem
 
 
 def scale(stage: Stage) -> None:
-    """Sizes, then determinism, then the end of the memory."""
+    """Measure sizes, then determinism, then the behavior when memory is exhausted."""
     sizes = ((4096, 180), (4, 2048)) if stage.mode != "dry" else ((2, 24), (1, 32))
     for batch, side in sizes:
         _freed(stage)
@@ -35,7 +35,7 @@ def _freed(stage: Stage) -> None:
 
 
 def _work(stage: Stage, batch: int, side: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """The kernels on `batch` images, each giving one tensor."""
+    """Calls of the kernels on `batch` images, each returning one tensor."""
     from deepreg_fast.bench.problem import under
 
     p = problem(stage, batch, side)
@@ -53,18 +53,18 @@ def _work(stage: Stage, batch: int, side: int) -> dict[str, Callable[[], torch.T
 
 def _sizes(stage: Stage, batch: int, side: int) -> None:
     p = problem(stage, batch, side)
-    what = f"{p.batch} of {p.size}x{p.size}"
+    label = f"{p.batch} of {p.size}x{p.size}"
     for name, f in _work(stage, batch, side).items():
         f()
         seconds = p.target.clock.measure(lambda _, f=f: f(), 0, 3)
         peak = p.target.peak(lambda _, f=f: f())
-        told = f"{1e3 * seconds:.3g} ms" + ("" if peak is None else f", peak {peak / 2**30:.2f} GiB")
-        stage.record.setdefault("sizes", {})[f"{name}, {what}"] = {"seconds": seconds, "peak_bytes": peak}
-        stage.say(f"{name}, {what}: {told}")
+        text = f"{1e3 * seconds:.3g} ms" + ("" if peak is None else f", peak {peak / 2**30:.2f} GiB")
+        stage.record.setdefault("sizes", {})[f"{name}, {label}"] = {"seconds": seconds, "peak_bytes": peak}
+        stage.say(f"{name}, {label}: {text}")
 
 
 def _repeats(stage: Stage, times: int = 100) -> None:
-    """The same bits every time, at the largest batch for which a hundred calls are quick."""
+    """Check for the same bits in every call, at the largest batch for which a hundred calls are quick."""
     for name, f in _work(stage, 1024, 180).items():
         first, changed, done = f().clone(), 0, 0
         while done < stage.rounds(times) and stage.left() > 8:
@@ -75,7 +75,7 @@ def _repeats(stage: Stage, times: int = 100) -> None:
 
 
 def _side_by_side(stage: Stage) -> None:
-    """Two threads, on a device each with a stream of its own: every answer as alone."""
+    """Check that two threads (on a device each with a separate stream) get the same results as one."""
     jobs = [_work(stage, 64, 180), _work(stage, 48, 96)]
     alone = [{n: f().clone() for n, f in job.items()} for job in jobs]
     wrong: list[str] = []
@@ -105,22 +105,22 @@ def _side_by_side(stage: Stage) -> None:
 
 
 def _out_of_memory(stage: Stage) -> None:
-    """A linearization that cannot fit: what is told, and whether the device is usable after it."""
-    # A plane of 16 channels alone is larger than what is free, and two are kept.
+    """Try a linearization that does not fit; record the error and whether the device is usable afterwards."""
+    # One plane of 16 channels exceeds the free memory, and two are saved.
     free, _ = torch.cuda.mem_get_info()
     p = problem(stage, 1, 180)
     batch, reg = int(free / (4 * 16 * 180**2)) + 1, p.regularizer()
     x = torch.rand(1, 1, 180, 180, device="cuda").expand(batch, -1, -1, -1)
     try:
         reg.linearize(x)
-        told = "it did fit"
-    except Exception as error:  # what is raised is the finding
-        told = f"{type(error).__name__}: {str(error)[:300]}"
+        message = "it did fit"
+    except Exception as error:  # the raised error is the result
+        message = f"{type(error).__name__}: {str(error)[:300]}"
     torch.cuda.empty_cache()
-    again = replace(p, batch=2).images(1)[0]
-    usable = bool(torch.isfinite(reg.value_and_grad(again)[1]).all())
-    stage.save(out_of_memory={"told": told, "usable": usable})
-    stage.say(f"{batch} images: {told} ({'usable' if usable else 'NOT usable'} afterwards)")
+    small_x = replace(p, batch=2).images(1)[0]
+    usable = bool(torch.isfinite(reg.value_and_grad(small_x)[1]).all())
+    stage.save(out_of_memory={"told": message, "usable": usable})
+    stage.say(f"{batch} images: {message} ({'usable' if usable else 'NOT usable'} afterwards)")
 
 
 EPOCH = 1480
@@ -128,7 +128,7 @@ EPOCH = 1480
 
 
 def training(stage: Stage) -> None:
-    """Bi-level training on the device: an epoch in batches of 64, and of 8, where the host counts."""
+    """Bi-level training on the device: an epoch in batches of 64, and in batches of 8, for which the host matters."""
     data = stage.data or ("" if stage.on_gpu else "embedded")
     if not data:
         stage.say("not run: no --data")

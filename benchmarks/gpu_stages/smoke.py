@@ -1,4 +1,4 @@
-"""Does it run, and is it right? Every kernel family by itself, its outputs poisoned, against float64."""
+"""Smoke test: every kernel family separately, with outputs pre-filled with NaN, against float64."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gpu_stages.common import EPS, Kernels, Stage, chain_products, compare, pois
 
 Family = Callable[[Stage, str], None]
 SIZES = ((3, 180, 180), (2, 33, 47))
-"""Images, rows and columns: those of the measurements, and odd ones."""
+"""Images, rows and columns: the sizes of the benchmarks, and odd ones."""
 
 
 def smoke(stage: Stage) -> None:
-    """All families, or with the results of a call before those that were not right there."""
-    again = _failed_before()
+    """Run all families, or only those that failed in a previous call if its results are given."""
+    selected = _failed_before()
     families = {**_chains(), **_solver_kernels(), **_operators(), **_solves()}
     for name, f in families.items():
-        if again is None or name in again:
+        if selected is None or name in selected:
             stage.item(name, lambda f=f, name=name: f(stage, name), seconds=12.0)
 
 
@@ -43,14 +43,14 @@ def _chains() -> dict[str, Family]:
         def run(stage: Stage, name: str) -> None:
             sizes = SIZES if channels == 16 and not options else SIZES[1:]
             for images, rows, columns in sizes if stage.mode != "dry" else ((2, 12, 17),):
-                # Two lines of one name would hide the first.
+                # Unique names, so that no line hides another.
                 label = name if (rows, columns) == (sizes[-1][1:]) or stage.mode == "dry" else f"{name} {rows}"
                 _chain(stage, label, (channels, depth, norm, head), (images, rows, columns), active, options)
 
         return run
 
-    found = {f"chain {n} {h}": family(norm=n, head=h) for n in ("pixel", "none", "image") for h in _HEADS}
-    found |= {
+    families = {f"chain {n} {h}": family(norm=n, head=h) for n in ("pixel", "none", "image") for h in _HEADS}
+    families |= {
         "chain inactive images": family(active=True),
         "chain image inactive images": family(active=True, norm="image"),
         "chain 5 channels, 2 layers": family(5, 2),
@@ -59,7 +59,7 @@ def _chains() -> dict[str, Family]:
         "chain image 64 channels": family(64, norm="image"),
         "chain ieee": family(precision="ieee"),
     }
-    return found
+    return families
 
 
 _HEADS = ("red", "residual", "norm")
@@ -101,11 +101,11 @@ def _chain(
 
     with active_images(mask if active else None):
         answers = ours()
-    # Without the inactive images the definition gives what is left, the parameters' product included.
-    few = [t[mask] for t in (x, v)]
+    # Applied to the active images only, the definition gives the same results, including the parameter product.
+    active_inputs = [t[mask] for t in (x, v)]
     answers = {k: t[mask] if len(t) == images and k != "theta" else t for k, t in answers.items()}
-    wide, exact = copy.deepcopy(reg).double(), [t.double() for t in few]
-    compare(stage, name, answers, lambda: torchs(reg, *few), lambda: torchs(wide, *exact))
+    reg64, exact = copy.deepcopy(reg).double(), [t.double() for t in active_inputs]
+    compare(stage, name, answers, lambda: torchs(reg, *active_inputs), lambda: torchs(reg64, *exact))
 
 
 def _network(channels: int, depth: int, norm: str, head: str) -> Any:
@@ -136,7 +136,7 @@ Inputs = Callable[..., torch.Tensor]
 
 
 def _vectors(stage: Stage, name: str, f: Callable[[Inputs, Inputs], dict[str, Any]]) -> None:
-    """What `f` computes of random images and numbers by the kernels, by torch and in float64."""
+    """Compare `f` of random images and numbers, computed by the kernels, with torch and float64."""
     from deepreg_fast.bench.problem import under
 
     images, rows, columns = (3, 9, 11) if stage.mode == "dry" else SIZES[0]
@@ -215,13 +215,13 @@ def _anderson(image: Inputs, number: Inputs) -> dict[str, Any]:
     for k in range(5):
         proposed = accelerator.propose(x, f, idx)
         out[f"step {k}"] = proposed
-        # The same points for every precision.
+        # The points do not depend on the precision.
         x, f = x + 0.5 * f, 0.5 * f + 0.3 * image()
     return out
 
 
 def _decisions(stage: Stage, name: str) -> None:
-    """The per-image decisions of CG and PGD: the same bits as torch's."""
+    """The per-image decisions of CG and PGD must have the same bits as torch's."""
     from importlib import import_module
 
     from deepreg_fast.backend.gpu.vectors import GpuVectors
@@ -247,17 +247,17 @@ def _decisions(stage: Stage, name: str) -> None:
     options, sums, scale, limit = PGDOptions(3, 1e-4, "anderson"), numbers(5), numbers(), numbers()
     settings = (options.tolerance, options.tau, options.grow, options.shrink, options.max_iterations)
     value = numbers().float()
-    wanted = convergence_test(n, sums[:3], scale, options, EPS)
+    expected = convergence_test(n, sums[:3], scale, options, EPS)
     pairs = list(
         zip(
             kernels.pgd_residual(n, sums[:3].contiguous(), scale, settings, EPS),
-            (wanted.residual, wanted.status, wanted.running),
+            (expected.residual, expected.status, expected.running),
             strict=True,
         )
     )
-    candidate, good, _ = acceptance_test(n, sums, value, limit, options, EPS)
+    candidate, expected_accepted, _ = acceptance_test(n, sums, value, limit, options, EPS)
     ours, accepted, _ = kernels.pgd_candidate(n, sums, value, limit, settings, EPS, False)
-    pairs += list(zip((*ours, accepted), (*candidate, good), strict=True))
+    pairs += list(zip((*ours, accepted), (*candidate, expected_accepted), strict=True))
     rz, old, fresh, active = numbers(), numbers(), flags(), flags()
     factor, _ = cg.cg_beta(rz, old, fresh)
     pairs.append((kernels.cg_beta(rz, old, fresh, status, active)[0], factor))
@@ -304,22 +304,22 @@ def _operator(stage: Stage, name: str, transform: str, shape: tuple[int, int, in
 
     poison(stage, x.numel())
     ours = under(_kernel_backend(stage), lambda: products(A, x, y, gamma))
-    wide, exact = copy.deepcopy(A).double(), [t.double() for t in (x, y, gamma)]
+    A64, exact = copy.deepcopy(A).double(), [t.double() for t in (x, y, gamma)]
     single = lambda: under("reference", lambda: products(A, x, y, gamma))  # noqa: E731
-    compare(stage, name, ours, single, lambda: under("reference", lambda: products(wide, *exact)))
+    compare(stage, name, ours, single, lambda: under("reference", lambda: products(A64, *exact)))
 
 
-# Whole solves, long enough for their CUDA graphs.
+# Complete solves, long enough to use their CUDA graphs.
 
 
 def _solves() -> dict[str, Family]:
-    found: dict[str, Family] = {
+    families: dict[str, Family] = {
         f"solve {n}": lambda stage, name, n=n: _solve(stage, name, n)
         for n in ("cg", "minres", "pgd none", "pgd fista", "pgd anderson")
     }
-    found["hypergradient"] = lambda stage, name: _hypergradient(stage, name)
-    found["custom operators"] = lambda stage, name: _custom_operators(stage, name)
-    return found
+    families["hypergradient"] = lambda stage, name: _hypergradient(stage, name)
+    families["custom operators"] = lambda stage, name: _custom_operators(stage, name)
+    return families
 
 
 def _problem(stage: Stage) -> tuple[Any, Any, torch.Tensor]:
@@ -337,20 +337,20 @@ def _problem(stage: Stage) -> tuple[Any, Any, torch.Tensor]:
 
 
 def _solve(stage: Stage, name: str, method: str) -> None:
-    """The end point against the same solve in float64, within what the tolerance allows."""
+    """Compare the solution with that of the same solve in float64, within the tolerance."""
     import deepreg_fast as dr
     from deepreg_fast.bench.problem import under
     from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
 
     reg, A, x = _problem(stage)
-    few = 3 if stage.mode == "stand-in" else 400
+    max_iterations = 3 if stage.mode == "stand-in" else 400
 
     def run(reg: Any, A: Any, x: torch.Tensor, tolerance: float) -> Any:
         if method in ("cg", "minres"):
-            options = AdjointOptions(method, few, tolerance)
+            options = AdjointOptions(method, max_iterations, tolerance)
             return solve_adjoint(reg.linearize(x), A, x.new_full((len(x),), 0.1), torch.sin(9 * x), options)
         acceleration = method.split()[1]
-        return dr.recover(A.A(x), A, reg, 0.1, options=dr.PGDOptions(few, tolerance, acceleration))
+        return dr.recover(A.A(x), A, reg, 0.1, options=dr.PGDOptions(max_iterations, tolerance, acceleration))
 
     ours = under(_kernel_backend(stage), lambda: run(reg, A, x, 1e-4))
     if stage.mode == "stand-in":
@@ -369,11 +369,11 @@ def _hypergradient(stage: Stage, name: str) -> None:
     from deepreg_fast.bench.problem import under
 
     reg, A, x = _problem(stage)
-    few = 3 if stage.mode == "stand-in" else 400
+    max_iterations = 3 if stage.mode == "stand-in" else 400
 
     def run(reg: Any, A: Any, x: torch.Tensor, tolerance: float) -> torch.Tensor:
-        options = dr.PGDOptions(few, tolerance, "anderson")
-        adjoint = dr.AdjointOptions("cg", few, tolerance)
+        options = dr.PGDOptions(max_iterations, tolerance, "anderson")
+        adjoint = dr.AdjointOptions("cg", max_iterations, tolerance)
         gradients = dr.hypergradient(x, A.A(x), A, reg, 0.1, options=options, adjoint=adjoint).theta.values()
         return torch.cat([t.flatten().double() for t in gradients])
 
@@ -402,11 +402,11 @@ def _custom_operators(stage: Stage, name: str) -> None:
         return {"gradient": grad.detach(), "product": product}
 
     ours = under(_kernel_backend(stage), lambda: run(reg, A, x))
-    wide = copy.deepcopy(reg).double(), copy.deepcopy(A).double()
+    modules64 = copy.deepcopy(reg).double(), copy.deepcopy(A).double()
     single = lambda: under("reference", lambda: run(reg, A, x))  # noqa: E731
-    compare(stage, name, ours, single, lambda: under("reference", lambda: run(*wide, x.double())))
+    compare(stage, name, ours, single, lambda: under("reference", lambda: run(*modules64, x.double())))
 
 
 def families() -> Iterator[str]:
-    """The names, in order."""
+    """The names of all families, in order."""
     yield from {**_chains(), **_solver_kernels(), **_operators(), **_solves()}

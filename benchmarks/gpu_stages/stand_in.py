@@ -1,8 +1,8 @@
-"""A stand-in for a CUDA driver and for torch's CUDA device, on a machine without a GPU.
+"""Stand-in for a CUDA driver and for torch's CUDA device, on a machine without a GPU.
 
-`install()` makes the package's GPU backend serve CPU tensors and sends every launch through Triton's and NVRTC's real
-compilers, caches and launcher stubs, down to a `libcuda.so.1` whose functions do nothing. Kernels therefore write
-nothing, but everything that a GPU would need compiled is compiled. `prebuild.py` fills the caches this way, and
+`install()` makes the package's GPU backend accept CPU tensors and sends every launch through the real compilers, caches
+and launcher stubs of Triton and NVRTC, down to a `libcuda.so.1` whose functions do nothing. Kernels therefore write
+nothing, but everything that a GPU needs is compiled. `prebuild.py` fills the caches this way, and
 `gpu_session.py --stand-in` rehearses a session.
 """
 
@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 ARCHITECTURE = "sm_90"
 CAPABILITY = 90
 SHARED_LIMIT = 227 * 1024
-"""Bytes of shared memory that a block of an H100 or H200 can have."""
+"""Maximum bytes of shared memory per block on an H100 or H200."""
 
 _LIBCUDA = r"""
 #include <stdint.h>
@@ -58,31 +58,31 @@ unsigned long long stand_in_launches(void) { return launches; }
 
 
 def libcuda() -> Path:
-    """The folder of the stand-in `libcuda.so.1`, compiled once for each content of its source."""
+    """The folder of the stand-in `libcuda.so.1`, which is compiled once per version of its source."""
     folder = Path(tempfile.gettempdir()) / f"deepreg-fast-stand-in-{os.getuid()}"
-    place = folder / hashlib.sha256(_LIBCUDA.encode()).hexdigest()[:16]
-    library = place / "libcuda.so.1"
+    library_folder = folder / hashlib.sha256(_LIBCUDA.encode()).hexdigest()[:16]
+    library = library_folder / "libcuda.so.1"
     if not library.exists():
-        place.mkdir(parents=True, exist_ok=True)
+        library_folder.mkdir(parents=True, exist_ok=True)
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
         if compiler is None:
             raise RuntimeError("The stand-in needs a C compiler, but there is none; install gcc.")
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            source, out = Path(work) / "libcuda.c", Path(work) / "libcuda.so.1"
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            source, out = Path(scratch) / "libcuda.c", Path(scratch) / "libcuda.so.1"
             source.write_text(_LIBCUDA)
             flags = ["-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1"]
             subprocess.run([compiler, *flags, str(source), "-o", str(out)], check=True)
             out.replace(library)
-    return place
+    return library_folder
 
 
 class Driver:
-    """What Triton asks of a GPU, answered without one; modules and launches go through Triton's own C code."""
+    """Stand-in for Triton's driver. Modules and launches go through Triton's own C code."""
 
     def __init__(self) -> None:
         place = libcuda()
         os.environ["TRITON_LIBCUDA_PATH"] = str(place)
-        # Launcher stubs name libcuda.so.1, which the loader then finds by this name.
+        # Launcher stubs are linked to libcuda.so.1; once it is loaded, the loader finds it by this name.
         self.library = ctypes.CDLL(str(place / "libcuda.so.1"))
         self.library.stand_in_launches.restype = ctypes.c_ulonglong
         from triton.backends.nvidia import driver
@@ -92,53 +92,53 @@ class Driver:
         self.launcher_cls = driver.CudaLauncher
 
     def launches(self) -> int:
-        """Kernels launched so far."""
+        """Number of kernels launched so far."""
         return int(self.library.stand_in_launches())
 
     def get_current_device(self) -> int:
-        """The only one."""
+        """The only device."""
         return 0
 
     def set_current_device(self, device: int) -> None:
-        """There is no other."""
+        """Does nothing, because there is only one device."""
 
     def get_current_stream(self, device: int = 0) -> int:
         """The default stream."""
         return 0
 
     def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        """Of an H100 or H200."""
+        """Compute capability of an H100 or H200."""
         return divmod(CAPABILITY, 10)
 
     def get_current_target(self) -> Any:
-        """What the kernels are compiled for."""
+        """The target that kernels are compiled for."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", CAPABILITY, 32)
 
     def get_active_torch_device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return torch.device("cpu")
 
     def map_python_to_cpp_type(self, ty: str) -> str:
-        """As Triton's own driver has it."""
+        """The mapping of Triton's driver."""
         from triton.backends.nvidia import driver
 
         return driver.ty_to_cpp(ty)
 
 
 def _mirror_stubs(driver: Any) -> None:
-    """Keep each launcher stub under the key of a machine without the command `file`, too: Triton's key holds what
-    `platform.architecture()` gives, which is another there."""
+    """Also save each launcher stub under the key of a machine without the command `file`: Triton's key contains
+    `platform.architecture()`, which differs there."""
     from triton.runtime import build, cache
 
     original, machine = driver.compile_module_from_src, build.platform_key()
-    others = {",".join([*machine.split(",")[:2], "64bit", linkage]) for linkage in ("ELF", "")} - {machine}
+    other_keys = {",".join([*machine.split(",")[:2], "64bit", linkage]) for linkage in ("ELF", "")} - {machine}
 
     def compile_module(src: str, name: str, **options: Any) -> Any:
         module = original(src=src, name=name, **options)
         built = Path(module.__file__)
-        for key in others:
+        for key in other_keys:
             manager = cache.get_cache_manager(hashlib.sha256((src + key).encode()).hexdigest())
             if manager.get_file(built.name) is None:
                 manager.put(built.read_bytes(), built.name, binary=True)
@@ -148,7 +148,7 @@ def _mirror_stubs(driver: Any) -> None:
 
 
 class _CudaSources:
-    """Compiles a source of csrc/cuda through the disk cache, and launches nothing."""
+    """Compiles a source of csrc/cuda through the disk cache; launches nothing."""
 
     def __init__(self, name: str, options: Sequence[str]) -> None:
         from deepreg_fast.backend.gpu import nvrtc
@@ -163,8 +163,8 @@ _ZEROS = {"empty": torch.zeros, "empty_like": torch.zeros_like, "new_empty": tor
 
 
 class Devices(TorchFunctionMode):
-    """Takes every CUDA device in torch's calls for the CPU, and gives zeros for memory that no kernel will write: flags
-    read as false end every loop after its first round."""
+    """Replaces CUDA devices in torch's calls by the CPU, and uninitialized memory, which no kernel will write, by
+    zeros: flags that are false end every loop after its first round."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {k: _device(v) for k, v in (kwargs or {}).items()}
@@ -183,7 +183,7 @@ def _device(value: Any) -> Any:
 
 
 class _Event:
-    """As `torch.cuda.Event`; nothing takes time."""
+    """Stand-in for `torch.cuda.Event`, with constant times."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -199,7 +199,7 @@ class _Event:
 
 
 class _Stream:
-    """As `torch.cuda.Stream`."""
+    """Stand-in for `torch.cuda.Stream`."""
 
     cuda_stream = 0
 
@@ -211,7 +211,7 @@ class _Stream:
 
 
 class _Graph:
-    """As `torch.cuda.CUDAGraph`: what is captured runs once, and its replays do nothing."""
+    """Stand-in for `torch.cuda.CUDAGraph`: captured code runs once, and replays do nothing."""
 
     def capture_begin(self, *_: Any, **__: Any) -> None: ...
 
@@ -232,7 +232,7 @@ def _nothing(*_: Any, **__: Any) -> Iterator[None]:
 
 def _patch_torch() -> None:
     cuda: Any = torch.cuda
-    replaced: dict[str, Any] = {
+    replacements: dict[str, Any] = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "synchronize": _ignore,
         "empty_cache": _ignore, "memory_allocated": lambda *_: 0, "max_memory_allocated": lambda *_: 0,
         "memory_reserved": lambda *_: 0, "reset_peak_memory_stats": _ignore,
@@ -242,9 +242,9 @@ def _patch_torch() -> None:
         "device": _nothing, "current_stream": _Stream, "graph_pool_handle": _ignore, "_sleep": _ignore,
         "is_current_stream_capturing": lambda: False, "set_sync_debug_mode": _ignore, "_lazy_init": _ignore,
     }  # fmt: skip
-    for name, value in replaced.items():
+    for name, value in replacements.items():
         setattr(cuda, name, value)
-    # Modules move their parameters without torch's function modes.
+    # Modules move their parameters outside torch's function modes.
     module: Any = torch.nn.Module
     module.cuda = lambda self, *_: self
     to = module.to
@@ -260,7 +260,7 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 
 def _patch_loops() -> None:
-    """Record rounds as on a GPU. A replay writes nothing, so the flag that keeps a loop going falls here."""
+    """Capture rounds as on a GPU. A replay writes nothing, so the flag that continues a loop is cleared here."""
     from deepreg_fast.batched import graphs, loop
     from deepreg_fast.inverse import hypergradient
     from deepreg_fast.solvers import linear_system
@@ -269,10 +269,10 @@ def _patch_loops() -> None:
     modules: list[Any] = [hypergradient, linear_system, import_module("deepreg_fast.solvers.pgd")]
     for module in modules:
         module.records = lambda t: True
-    usual = graphs.GraphedLoop.__call__
+    original = graphs.GraphedLoop.__call__
 
     def call(self: graphs.GraphedLoop) -> None:
-        usual(self)
+        original(self)
         if self._loop is not None:
             self._loop.state[0, "running"].zero_()
 
@@ -280,13 +280,13 @@ def _patch_loops() -> None:
 
 
 def install() -> Driver:
-    """Put the stand-in in the place of Triton's driver, of NVRTC's loader and of torch's CUDA device, for good."""
+    """Replace Triton's driver, NVRTC's loader and torch's CUDA device by the stand-in, permanently."""
     from triton.runtime import driver as triton_driver
 
     from deepreg_fast.backend.gpu import backend as gpu
     from deepreg_fast.backend.gpu import nvrtc, srm
 
-    # NVRTC looks for the real libcuda at its first use, and crashes on the stand-in.
+    # NVRTC loads the real libcuda at its first use, and crashes with the stand-in.
     nvrtc.compile_sources({"empty.cu": "__global__ void empty() {}"}, [], ARCHITECTURE)
     driver = Driver()
     _patch_torch()

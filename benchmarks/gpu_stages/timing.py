@@ -1,4 +1,4 @@
-"""What our kernels cost, alone: no peers, no float64, so that the numbers are there before anything else can fail."""
+"""Times of our kernels alone, without peers and float64, so that the numbers are saved before anything can fail."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from gpu_stages.common import Kernels, Stage, problem
 
 MAXNREG = ((None, None), (168, 168), (128, 128))
-"""Limits on a thread's registers, of `primal` and of `tangent`; the kernels' own are measured first."""
+"""Register limits of `primal` and `tangent`; the kernels' defaults are measured first."""
 
 
 def timing(stage: Stage) -> None:
-    """Kernels captured, loops with and without graphs, the host's cost, a table of single kernels."""
+    """Time captured kernels, loops with and without graphs, the host's cost, and single kernels."""
     with clocks(stage):
         for norm in ("pixel", "none"):
             stage.item(f"chain {norm}", lambda n=norm: _chain(stage, n, {}), 12.0)
@@ -34,7 +34,7 @@ def timing(stage: Stage) -> None:
 
 @contextlib.contextmanager
 def clocks(stage: Stage) -> Iterator[None]:
-    """Read the multiprocessors' clock and the power meanwhile; one line at the end."""
+    """Context that records the multiprocessors' clock and the power, and reports them in one line at the end."""
     if not stage.on_gpu:
         yield
         return
@@ -80,7 +80,7 @@ def _seconds(stage: Stage, f: Callable[[int], object], rounds: int = 5) -> float
 
 
 def _captured(stage: Stage, f: Callable[[int], object]) -> Callable[[int], object]:
-    """`f(0)` as a CUDA graph, so that the host takes no part in the time."""
+    """`f(0)` as a CUDA graph, so that the time does not include the host."""
     if not stage.on_gpu:
         return f
     from deepreg_fast.bench.peers_cuda import replayed
@@ -89,7 +89,7 @@ def _captured(stage: Stage, f: Callable[[int], object]) -> Callable[[int], objec
 
 
 def _chain(stage: Stage, norm: str, options: dict[str, Any]) -> None:
-    """Gradient, linearization and both products; achieved bytes per second by the counts of docs/device_loops.md."""
+    """Time gradient, linearization and both products; bytes per second use the counts of docs/device_loops.md."""
     from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
     from deepreg_fast.bench import counts
 
@@ -122,7 +122,7 @@ def _chain(stage: Stage, norm: str, options: dict[str, Any]) -> None:
 
 
 def _operator(stage: Stage, transform: str) -> None:
-    """Each product of the SRM and a copy of the same image."""
+    """Time each product of the SRM and a copy of the same images."""
     p = problem(stage, 256)
     A, x = p.operator(transform), p.images(3)[0]
     y, out = A.A(x), torch.empty_like(x)
@@ -139,7 +139,7 @@ def _operator(stage: Stage, transform: str) -> None:
 
 
 def _loops(stage: Stage, images: int) -> None:
-    """One iteration of CG and one round of PGD, from the difference of two lengths, with graphs and without."""
+    """Time one iteration of CG and one round of PGD, as the difference of two lengths, with and without graphs."""
     import deepreg_fast as dr
     from deepreg_fast.batched import graphs
     from deepreg_fast.bench.problem import under
@@ -164,18 +164,18 @@ def _loops(stage: Stage, images: int) -> None:
         row = []
         for label, switched in (("graphs", contextlib.nullcontext()), ("no graphs", graphs.without_graphs())):
             with switched:
-                # A second solve records, a third replays from its first round.
+                # The second solve captures; the third replays from its first round.
                 for n in lengths if stage.mode != "dry" else ():
                     f(n), f(n)
                 short, long = (_seconds(stage, lambda _, f=f, n=n: f(n), 3) for n in lengths)
-            each = 1e6 * (long - short) / (lengths[1] - lengths[0])
-            stage.record.setdefault("loop_microseconds", {})[f"{name}, {images}, {label}"] = each
-            row.append(f"{each:.4g} us with {label}")
+            microseconds = 1e6 * (long - short) / (lengths[1] - lengths[0])
+            stage.record.setdefault("loop_microseconds", {})[f"{name}, {images}, {label}"] = microseconds
+            row.append(f"{microseconds:.4g} us with {label}")
         stage.say(f"{name}, {images} images: " + ", ".join(row))
 
 
 def _host(stage: Stage) -> None:
-    """Microseconds of the host for a call that is queued and not waited for, at 8 images."""
+    """Measure the host's microseconds to queue a call without waiting for it, with 8 images."""
     p = problem(stage, 8)
     kernels, reg, x, v = Kernels(stage), p.regularizer(), p.images(1)[0], p.images(2)[0]
     lin = kernels.linearize(reg, x)
@@ -192,20 +192,20 @@ def _host(stage: Stage) -> None:
         f()
         stage.synchronize()
         count = 20 if stage.on_gpu else 2
-        took = []
+        seconds = []
         for _ in range(5):
             began = time.perf_counter()
             for _ in range(count):
                 f()
-            took.append((time.perf_counter() - began) / count)
+            seconds.append((time.perf_counter() - began) / count)
             stage.synchronize()
-        stage.record.setdefault("host_microseconds", {})[name] = 1e6 * sorted(took)[2]
-        row.append(f"{name} {1e6 * sorted(took)[2]:.0f}")
+        stage.record.setdefault("host_microseconds", {})[name] = 1e6 * sorted(seconds)[2]
+        row.append(f"{name} {1e6 * sorted(seconds)[2]:.0f}")
     stage.say("host microseconds a call, 8 images: " + ", ".join(row))
 
 
 def _table(stage: Stage) -> None:
-    """The single kernels of one product of each kind, by torch's profiler."""
+    """Time the single kernels of each product with torch's profiler."""
     if not stage.on_gpu:
         stage.say("no kernel table without a device")
         return
@@ -216,13 +216,13 @@ def _table(stage: Stage) -> None:
         reg, x, v, A = p.regularizer(), p.images(1)[0], p.images(2)[0], p.operator()
         lin = reg.linearize(x)
         y = A.A(x)
-        work: dict[str, Callable[[], Any]] = {
+        calls: dict[str, Callable[[], Any]] = {
             "gradient": lambda reg=reg, x=x: reg.value_and_grad(x),
             "hvp": lambda lin=lin, v=v: lin.hvp(v),
             "theta": lambda lin=lin, v=v: lin.param_vjp(v),
             "prox": lambda A=A, x=x, y=y: A.prox_l2(x, y, 2.0),
         }
-        for name, f in work.items():
+        for name, f in calls.items():
             f()
             with profile(activities=[ProfilerActivity.CUDA]) as record:
                 f()

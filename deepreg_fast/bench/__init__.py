@@ -1,4 +1,4 @@
-"""What the kernels cost beside their peers and the machine's own bounds (`deepreg-fast bench`)."""
+"""Benchmarks of the kernels against other implementations and the machine's bounds (`deepreg-fast bench`)."""
 
 from __future__ import annotations
 

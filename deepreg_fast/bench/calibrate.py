@@ -1,4 +1,4 @@
-"""How a peer is set so that it answers as accurately as ours, and no more accurately than it must."""
+"""Calibration of a peer's tolerance, so that it is as accurate as our solver, but not more accurate than necessary."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Error = Callable[[float], float]
-"""The error of a peer's answer at a tolerance of its own."""
+"""The error of a peer's result as a function of its tolerance."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A peer's tolerance and the error that it gives."""
+    """A peer's tolerance and the resulting error."""
 
     tolerance: float
     error: float
 
 
 def loosest(error: Error, target: float, start: float = 1e-2, last: float = 1e-7) -> Setting:
-    """The largest tolerance of `start`, `start / 10`, ... `last` whose error is at most `target`, then refined by
-    thirds of a decade; where none is, the one with the least error.
+    """The largest tolerance among `start`, `start / 10`, ... `last` whose error is at most `target`, refined by thirds
+    of a decade. If there is none, the tolerance with the smallest error.
 
-    A peer's stopping rule is not ours (size of a step, decision for the whole batch), so that equal tolerances would
-    compare answers of different quality.
+    A peer's stopping rule differs from ours (step size, one decision for the whole batch), so equal tolerances would
+    compare results of different accuracy.
     """
     best = Setting(start, float("inf"))
     t = start
     while t >= 0.99 * last:
-        found = Setting(t, error(t))
-        if found.error <= target:
-            return _loosened(error, target, found) if t < start else found
-        if found.error < best.error:
-            best = found
+        setting = Setting(t, error(t))
+        if setting.error <= target:
+            return _loosened(error, target, setting) if t < start else setting
+        if setting.error < best.error:
+            best = setting
         t /= 10
     return best
 

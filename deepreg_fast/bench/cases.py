@@ -1,4 +1,4 @@
-"""The table of cases: what is timed, against whom, and the float64 answer that all of them must give."""
+"""The table of benchmark cases: candidates and the float64 result that each must reproduce."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gradient(p: Problem) -> Case:
     """`grad r(x)`."""
     reg, xs = p.regularizer(), p.images(1)
     best, func = peers.BestTorch(reg), peers.func_grad(reg)
-    found: dict[str, Timed] = {
+    candidates: dict[str, Timed] = {
         "ours": timed_under(p.target.ours, p.turns(lambda x: reg.value_and_grad(x)[1], xs)),
         "torch, reference": timed_under("reference", p.turns(lambda x: reg.value_and_grad(x)[1], xs)),
         "torch, best": p.turns(best.grad, xs),
@@ -35,20 +35,20 @@ def gradient(p: Problem) -> Case:
     jax, missing = _jax(reg)
     if jax is not None:
         runs = [jax.grad(x) for x in xs]
-        found["jax"] = p.turns(lambda run: run(), runs)
+        candidates["jax"] = p.turns(lambda run: run(), runs)
     try:
         compiled = peers.compiled_grad(reg)
         compiled(xs[0])
-        found["torch.compile"] = p.turns(compiled, xs)
-    except Exception as error:  # whatever a compiler lacks here is reported, not raised
+        candidates["torch.compile"] = p.turns(compiled, xs)
+    except Exception as error:  # a failing compiler is reported, not raised
         missing["torch.compile"] = told(error)
-    wide = double(reg)
-    exact = [p.exactly(lambda x: wide.value_and_grad(x)[1], x) for x in xs]
-    return Case("gradient", found, exact, counts.sweep_flops(p), counts.image_bytes(p, 2), missing=missing)
+    reg64 = double(reg)
+    exact = [p.exactly(lambda x: reg64.value_and_grad(x)[1], x) for x in xs]
+    return Case("gradient", candidates, exact, counts.sweep_flops(p), counts.image_bytes(p, 2), missing=missing)
 
 
 def told(error: Exception) -> str:
-    """An error in a line of a table."""
+    """An error as one line of a table."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
 
 
@@ -57,7 +57,7 @@ def hvp(p: Problem) -> Case:
     reg, x, vs = p.regularizer(), p.images(1)[0], p.images(2)
     ours, reference = (under(b, lambda: reg.linearize(x)) for b in (p.target.ours, "reference"))
     best, func = peers.BestTorch(reg).products(x)[0], peers.func_hvp(reg, x)
-    found: dict[str, Timed] = {
+    candidates: dict[str, Timed] = {
         "ours": p.turns(ours.hvp, vs),
         "torch, reference": p.turns(reference.hvp, vs),
         "torch, best": p.turns(best, vs),
@@ -65,11 +65,11 @@ def hvp(p: Problem) -> Case:
     }
     jax, missing = _jax(reg)
     if jax is not None:
-        found["jax"] = jax.hvp(x, vs)
-    wide = double(reg)
-    exact = [p.exactly(lambda x, v: wide.linearize(x).hvp(v), x, v) for v in vs]
+        candidates["jax"] = jax.hvp(x, vs)
+    reg64 = double(reg)
+    exact = [p.exactly(lambda x, v: reg64.linearize(x).hvp(v), x, v) for v in vs]
     moved = counts.image_bytes(p, 3) + counts.kept_bytes_cpu(p)
-    return Case("hvp", found, exact, counts.sweep_flops(p), moved, missing=missing)
+    return Case("hvp", candidates, exact, counts.sweep_flops(p), moved, missing=missing)
 
 
 def theta(p: Problem) -> Case:
@@ -77,18 +77,18 @@ def theta(p: Problem) -> Case:
     reg, x, vs = p.regularizer(), p.images(1)[0], p.images(2)
     ours, reference = (under(b, lambda: reg.linearize(x)) for b in (p.target.ours, "reference"))
     best = peers.BestTorch(reg).products(x)[1]
-    found: dict[str, Timed] = {
+    candidates: dict[str, Timed] = {
         "ours": p.turns(lambda v: list(ours.param_vjp(v).values()), vs),
         "torch, reference": p.turns(lambda v: list(reference.param_vjp(v).values()), vs),
         "torch, best": p.turns(best, vs),
     }
-    wide = double(reg)
+    reg64 = double(reg)
 
     def parameters(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return torch.cat([t.flatten() for t in wide.linearize(x).param_vjp(v).values()])[None]
+        return torch.cat([t.flatten() for t in reg64.linearize(x).param_vjp(v).values()])[None]
 
     exact = [p.exactly(parameters, x, v).sum(0) for v in vs]
-    return Case("theta", found, exact, 2 * counts.sweep_flops(p), counts.image_bytes(p, 2))
+    return Case("theta", candidates, exact, 2 * counts.sweep_flops(p), counts.image_bytes(p, 2))
 
 
 Product = Callable[[SRM, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -97,23 +97,23 @@ PRODUCTS: dict[str, tuple[Product, int]] = {
     "adjoint": (lambda op, x, y: op.A_adjoint(y), 1),
     "prox": (lambda op, x, y: op.prox_l2(x, y, 2.0), 2),
 }
-"""What is timed of an SRM, and the transforms in it."""
+"""The timed products of an SRM, and their numbers of transforms."""
 
 
 def srm_case(p: Problem, transform: str, name: str, product: Product) -> Case:
-    """One product of an SRM beside torch's and a copy of the image."""
+    """One product of an SRM, compared with torch's and with a copy of the image."""
     A, xs = p.operator(transform), p.images(3)
     A64 = copy.deepcopy(A).double()
     ys = [A.A(x) for x in p.images(4)]
-    found: dict[str, Timed] = {
+    candidates: dict[str, Timed] = {
         b: timed_under(n, p.turns(lambda x, y: product(A, x, y), xs, ys))
         for b, n in (("ours", p.target.ours), ("torch, reference", "reference"))
     }
     target = torch.empty_like(xs[0])
-    found["a copy of the image"] = p.turns(target.copy_, xs)
+    candidates["a copy of the image"] = p.turns(target.copy_, xs)
     exact = [product(A64, x.double(), y.double()) for x, y in zip(xs, ys, strict=True)]
     others = {"a copy of the image": [x.double() for x in xs]}
-    return Case(f"{transform} {name}", found, exact, 0.0, counts.image_bytes(p, 2), others=others)
+    return Case(f"{transform} {name}", candidates, exact, 0.0, counts.image_bytes(p, 2), others=others)
 
 
 def _srm(transform: str) -> Callable[[Problem], Iterator[Case]]:
@@ -138,14 +138,14 @@ def _add_scipy(case: Case, xs: list[torch.Tensor], transforms: int) -> None:
             z = (scipy.fft.dctn, scipy.fft.idctn)[i](z, axes=(2, 3), norm="ortho")
         return torch.from_numpy(z)
 
-    whole = [x.double() for x in xs]
+    exact = [x.double() for x in xs]
     if transforms == 1:
-        whole = [torch.from_numpy(scipy.fft.dctn(x.numpy(), axes=(2, 3), norm="ortho")) for x in whole]
-    case.candidates[name], case.others[name] = dctn, whole
+        exact = [torch.from_numpy(scipy.fft.dctn(x.numpy(), axes=(2, 3), norm="ortho")) for x in exact]
+    case.candidates[name], case.others[name] = dctn, exact
 
 
 def one(f: Callable[[Problem], Case]) -> Callable[[Problem], Iterator[Case]]:
-    """A table's entry of a single case."""
+    """A table entry with a single case."""
 
     def cases(p: Problem) -> Iterator[Case]:
         yield f(p)

@@ -1,4 +1,4 @@
-"""A CUDA device's own bounds, measured in the same run as what is compared with them."""
+"""Performance bounds of a CUDA device, measured in the same run as the kernels."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
     from .timing import Clock
 
-# What one float32 multiply-add costs in products of the tensor cores' TF32.
+# Number of TF32 tensor-core products per float32 multiply-add.
 TF32_PRODUCTS = {"tf32x3": 3, "tf32": 1}
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates of torch's largest matrix products on random numbers, and of a copy; `special` of exponentials."""
+    """Rates of torch's matrix products on random numbers, of a copy, and (`special`) of exponentials."""
 
     fp32: float
-    """GFLOP/s in float32 proper."""
+    """GFLOP/s in true float32."""
     tf32: float
     """GFLOP/s with factors rounded to TF32."""
     bf16: float
@@ -32,9 +32,9 @@ class Ceilings:
     copy: float
     """GB/s read plus GB/s written, of a copy on the device."""
     special: float | None = None
-    """1e9 exponentials a second; None without Triton."""
+    """1e9 exponentials per second; None without Triton."""
     precision: str = "ieee"
-    """Of our kernels' products: "ieee", "tf32x3" (three products of TF32 for each) or "tf32"."""
+    """Precision of our kernels' products: "ieee", "tf32x3" (three TF32 products for each) or "tf32"."""
 
     def __str__(self) -> str:
         special = "" if self.special is None else f", {self.special:.0f} e9 exponentials/s"
@@ -50,7 +50,7 @@ class Ceilings:
         return self.fp32 if products is None else self.tf32 / products
 
     def share(self, flops: float, moved: float, milliseconds: float) -> str:
-        """Which part of the roofline a kernel reaches, and which side of it is the higher."""
+        """The fraction of the roofline that a kernel reaches, and whether arithmetic or bytes limit it, as text."""
         part = self.roofline(flops, moved, milliseconds)
         if part is None:
             return ""
@@ -58,7 +58,7 @@ class Ceilings:
         return f"{part:.0%} of the roofline ({side})"
 
     def roofline(self, flops: float, moved: float, milliseconds: float) -> float | None:
-        """`max(flops / rate, bytes / bandwidth) / time`; None where nothing was counted."""
+        """`max(flops / rate, bytes / bandwidth) / time`; None if nothing was counted."""
         floor = 1e-6 * max(flops / self.rate, moved / self.copy)
         return floor / milliseconds or None
 
@@ -66,27 +66,27 @@ class Ceilings:
 def measure(
     device: torch.device, clock: Clock, side: int = 8192, megabytes: int = 2048, rounds: int = 7, precision: str = ""
 ) -> Ceilings:
-    """Measure them: the best of `rounds`, on random numbers."""
+    """Measure the bounds on random numbers: the best of `rounds`."""
 
     def best(f: Callable[[], object]) -> float:
         f()
         return min(clock.measure(lambda _: f(), 0, 1) for _ in range(rounds))
 
     a, b = (torch.randn(side, side, dtype=torch.float32, device=device) for _ in range(2))
-    flops, found = 2 * side**3, {}
+    flops, rates = 2 * side**3, {}
     for name, allow in (("fp32", False), ("tf32", True)):
         with tf32(allow):
-            found[name] = flops / best(lambda: a @ b) / 1e9
+            rates[name] = flops / best(lambda: a @ b) / 1e9
     a16, b16 = a.bfloat16(), b.bfloat16()
-    found["bf16"] = flops / best(lambda: a16 @ b16) / 1e9
+    rates["bf16"] = flops / best(lambda: a16 @ b16) / 1e9
     source = torch.rand(megabytes << 18, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
-    return Ceilings(**found, copy=copy, special=_special(device, best), precision=precision or in_force())
+    return Ceilings(**rates, copy=copy, special=_special(device, best), precision=precision or in_force())
 
 
 def in_force() -> str:
-    """The precision of our kernels' products."""
+    """The current precision of our kernels' products."""
     from ..backend.gpu.pixel_norm import DEFAULT
 
     return DEFAULT.precision
@@ -94,13 +94,13 @@ def in_force() -> str:
 
 @contextmanager
 def tf32(allow: bool) -> Iterator[None]:
-    """Whether torch's matrix products and convolutions may round their factors to TF32."""
-    was = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    """Context in which torch's matrix products and convolutions may (or may not) round their factors to TF32."""
+    previous = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = was
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = previous
 
 
 def _special(device: torch.device, best: Callable[[Callable[[], object]], float]) -> float | None:
@@ -114,7 +114,7 @@ def _special(device: torch.device, best: Callable[[Callable[[], object]], float]
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """The device and what its kernels are compiled by."""
+    """Properties of the device and versions of its compilers."""
     p = torch.cuda.get_device_properties(device)
     return {
         "gpu": p.name,

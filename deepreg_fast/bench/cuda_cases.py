@@ -1,4 +1,4 @@
-"""What is timed on a CUDA device: the cases of the CPU with a GPU's peers and counts, and some more."""
+"""Benchmark cases of a CUDA device: those of the CPU with a GPU's peers and counts, and some more."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def gradient(p: Problem) -> Case:
 
 
 def linearize(p: Problem) -> Case:
-    """`grad r(x)` and what later products need of it."""
+    """`grad r(x)` and the saved activations for later products."""
     reg, xs = p.regularizer(), p.images(1)
-    best, wide = peers.BestTorch(reg), double(reg)
-    found: dict[str, Timed] = {
+    best, reg64 = peers.BestTorch(reg), double(reg)
+    candidates: dict[str, Timed] = {
         n: timed_under(b, p.turns(lambda x: reg.linearize(x).grad, xs))
         for n, b in (("ours", p.target.ours), ("torch, reference", "reference"))
     }
-    found["torch, best"] = p.turns(lambda x: best.graph(x)[1].detach(), xs)
-    exact = [p.exactly(lambda x: wide.value_and_grad(x)[1], x) for x in xs]
-    return _finished(p, Case("linearize", found, exact), counts.linearize(p))
+    candidates["torch, best"] = p.turns(lambda x: best.graph(x)[1].detach(), xs)
+    exact = [p.exactly(lambda x: reg64.value_and_grad(x)[1], x) for x in xs]
+    return _finished(p, Case("linearize", candidates, exact), counts.linearize(p))
 
 
 def hvp(p: Problem) -> Case:
     """`hess r(x) v` at a fixed point."""
     case, reg, x, vs = cases.hvp(p), p.regularizer(), p.images(1)[0], p.images(2)
     _in_tf32(case)
-    compiled, told = peers_cuda.fastest(
+    compiled, note = peers_cuda.fastest(
         peers_cuda.compiled_products(reg, x), vs[0], lambda f: p.target.clock.measure(lambda _: f(vs[0]), 0, 5)
     )
     if compiled is None:
-        case.missing["torch.compile"] = told
+        case.missing["torch.compile"] = note
     else:
-        case.candidates["torch.compile"], case.notes["torch.compile"] = p.turns(compiled, vs), told
+        case.candidates["torch.compile"], case.notes["torch.compile"] = p.turns(compiled, vs), note
     return _finished(p, case, counts.hvp(p))
 
 
@@ -93,7 +93,7 @@ def _fast_walsh(case: Case, p: Problem, block: int, times: int) -> None:
 
 
 def _alone(case: Case, p: Problem, name: str, transform: Transform, exact: Transform, times: int) -> None:
-    """A peer that has the transform and nothing else of the product; it is applied once or twice."""
+    """Add a peer that computes only the product's transform, applied once or twice."""
     xs = p.images(3)
 
     def repeated(x: torch.Tensor, f: Transform = transform) -> torch.Tensor:
@@ -106,9 +106,9 @@ def _alone(case: Case, p: Problem, name: str, transform: Transform, exact: Trans
 
 
 def cg_iteration(p: Problem, steps: int = 16) -> Case:
-    """CG for a fixed number of iterations, beside its products and the operator's alone: what the rest costs.
+    """CG with a fixed number of iterations, compared with its Hessian and operator products alone, to show the rest.
 
-    In float32 no image has stagnated by then, so that all of them are at work to the end.
+    In float32 no image stagnates within these iterations, so all images are active to the end.
     """
     xs, bs = p.images(1), [0.1 * b for b in p.images(2)]
     reg, x, A = p.solvable(xs, 0.9), xs[0], p.operator()
@@ -129,13 +129,13 @@ def cg_iteration(p: Problem, steps: int = 16) -> Case:
         return solve_adjoint(lin, A, mu, b, options).x
 
     name = f"{products} products and operators alone"
-    found: dict[str, Timed] = {
+    candidates: dict[str, Timed] = {
         n: timed_under(p.target.ours, p.turns(f, bs)) for n, f in (("ours", solved), (name, alone))
     }
-    wide, A64 = double(reg), copy.deepcopy(A).double()
-    exact = [p.exactly(lambda x, v: A64.normal(v) + MU * wide.linearize(x).hvp(v), x, b) for b in bs]
-    # The residual needs no exact answer, only its shape; what so many iterations reach is far below the tolerance.
-    case = Case("cg iteration", found, bs, others={name: exact}, tolerance=1e-2)
+    reg64, A64 = double(reg), copy.deepcopy(A).double()
+    exact = [p.exactly(lambda x, v: A64.normal(v) + MU * reg64.linearize(x).hvp(v), x, b) for b in bs]
+    # The residual needs no exact result, only its shape. These iterations reach far less than the tolerance.
+    case = Case("cg iteration", candidates, bs, others={name: exact}, tolerance=1e-2)
     case.measure = true_residual(p, reg, A, x, bs)
     case.notes[name] = f"{steps} iterations of CG took {products} products; the target is 1.15 times these"
     return case
@@ -148,13 +148,13 @@ class _Counted:
         self.lin, self.products = lin, 0
 
     def hvp(self, v: torch.Tensor) -> torch.Tensor:
-        """Counted."""
+        """The product; increments the counter."""
         self.products += 1
         return self.lin.hvp(v)
 
 
 def _in_tf32(case: Case) -> None:
-    """The best formulation as torch's convolutions compute it unless told not to."""
+    """Add the best formulation with TF32, the default of torch's convolutions."""
     f = case.candidates["torch, best"]
 
     def timed(k: int) -> object:
@@ -166,11 +166,11 @@ def _in_tf32(case: Case) -> None:
 
 
 def _finished(p: Problem, case: Case, count: counts.Count) -> Case:
-    """With the counts and with graphs of ours."""
+    """Add the counts, and our kernel as a replayed graph."""
     case.flops, case.bytes, case.least = count.flops, count.moved, count.least
     try:
         case.candidates[GRAPH] = peers_cuda.replayed(case.candidates["ours"], p.inputs)
-    except Exception as error:  # what cannot be captured is reported, not raised
+    except Exception as error:  # a failing capture is reported, not raised
         case.missing[GRAPH] = cases.told(error)
     return case
 
@@ -188,4 +188,4 @@ CUDA_CASES: dict[str, Callable[[Problem], Iterator[Case]]] = {
     "recover": cases.one(recovery),
     "step": cases.one(step),
 }
-"""The table of `--device cuda`."""
+"""The cases of `--device cuda`."""

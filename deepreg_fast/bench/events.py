@@ -1,4 +1,4 @@
-"""A CUDA device's clock: events around the calls, a planted wait on the device, and a flush of its L2 cache."""
+"""Clock of a CUDA device: events around the calls, an injected delay on the device, and a flush of its L2 cache."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ import torch
 from .timing import Timed
 
 _CYCLES = 2_000_000
-"""Of one calibrating sleep: about a millisecond."""
+"""Cycles of one calibrating sleep, about a millisecond."""
 
 
 class EventClock:
-    """Times what is queued on the current stream between two events.
+    """Times the work that is queued on the current stream between two events.
 
-    `cuda` is `torch.cuda`, or what a test puts in its place; `flush` is a buffer several times the L2 cache, which a
+    `cuda` is `torch.cuda` or a test's substitute. `flush` is a buffer several times as large as the L2 cache, which a
     cold measurement overwrites before each call.
     """
 
     def __init__(self, flush: torch.Tensor | None = None, cuda: Any = torch.cuda) -> None:
         self.cuda, self.flush = cuda, flush
-        # An idle device's clock is slow, and takes a while to rise.
+        # An idle device's clock rate is low and takes a while to rise.
         self.measure(lambda _: self.cuda._sleep(_CYCLES), 0, 200)
-        # Of two lengths the difference, without the cost of the launch; the clock of the multiprocessors moves, so the
-        # median of several.
-        took = sorted(self._sleep(_CYCLES, 3 * _CYCLES) for _ in range(5))[2]
-        self.rate = 2 * _CYCLES / max(took, 1e-9)
+        # The difference of two lengths excludes the cost of the launch. The clock rate varies, so take a median.
+        slept = sorted(self._sleep(_CYCLES, 3 * _CYCLES) for _ in range(5))[2]
+        self.rate = 2 * _CYCLES / max(slept, 1e-9)
 
     def _sleep(self, short: int, long: int) -> float:
-        took = [self.measure(lambda _, n=n: self.cuda._sleep(n), 0, 1) for n in (short, long)]
-        return took[1] - took[0]
+        seconds = [self.measure(lambda _, n=n: self.cuda._sleep(n), 0, 1) for n in (short, long)]
+        return seconds[1] - seconds[0]
 
     def measure(self, f: Timed, first: int, repeats: int) -> float:
-        """Seconds of one of `repeats` calls in a row: the device's, or the host's where it cannot launch that fast."""
+        """Seconds per call of `repeats` calls in a row: device time, or host time if the host launches more slowly."""
         begin, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
         self.cuda.synchronize()
         begin.record()
@@ -45,14 +44,14 @@ class EventClock:
         return 1e-3 * begin.elapsed_time(end) / repeats
 
     def wait(self, seconds: float) -> None:
-        """Keep the device and the host busy: whichever of them a call waits for, it waits that much longer."""
+        """Keep both device and host busy, so that a call takes longer by `seconds` whichever of them limits it."""
         self.cuda._sleep(int(seconds * self.rate))
-        until = time.perf_counter() + seconds
-        while time.perf_counter() < until:
+        deadline = time.perf_counter() + seconds
+        while time.perf_counter() < deadline:
             pass
 
     def cold(self, f: Timed, k: int) -> float | None:
-        """Seconds of `f(k)` alone after other data has gone through the L2 cache; its launches are queued meanwhile."""
+        """Seconds of `f(k)` alone after other data went through the L2 cache; its launches are queued meanwhile."""
         if self.flush is None:
             return None
         begin, end = (self.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The machine's own bounds, measured in the same run as what is compared with them."""
+"""Performance bounds of the host, measured in the same run as the kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .timing import HOST, Timed
 
 @dataclass(frozen=True)
 class Bounds:
-    """Float32 rates with the threads in force: multiply-adds (2 flops each), matrix product, copy."""
+    """Float32 rates with the current number of threads: multiply-adds (2 flops each), matrix product, copy."""
 
     fma: float | None
     """GFLOP/s of independent multiply-adds in the registers; None without the C++ extension."""
@@ -35,11 +35,11 @@ class Bounds:
 
     @property
     def rate(self) -> float:
-        """GFLOP/s that no kernel exceeds."""
+        """The upper bound of any kernel in GFLOP/s."""
         return self.fma or self.gemm
 
     def share(self, flops: float, moved: float, milliseconds: float) -> str:
-        """Which part of the bound that matters a kernel reaches, in words."""
+        """The fraction of the relevant bound that a kernel reaches, as text."""
         if flops and self.fma:
             return f"{flops / milliseconds / 1e6 / self.fma:.0%} of multiply-adds"
         if moved and not flops:
@@ -47,13 +47,13 @@ class Bounds:
         return ""
 
     def roofline(self, flops: float, moved: float, milliseconds: float) -> float | None:
-        """`max(flops / rate, bytes / bandwidth) / time`; None where nothing was counted."""
+        """`max(flops / rate, bytes / bandwidth) / time`; None if nothing was counted."""
         floor = 1e-6 * max(flops / self.rate, moved / self.copy)
         return floor / milliseconds or None
 
 
 def bounds(rounds: int = 15) -> Bounds:
-    """Measure them: the best of `rounds`."""
+    """Measure the bounds: the best of `rounds`."""
     extension, _ = cpu._extension()
     fma = None
     if extension is not None:
@@ -73,7 +73,7 @@ def _best(f: Timed, rounds: int) -> float:
 
 
 def describe(learned_regularizers: Path | None = None) -> dict[str, object]:
-    """The machine and the versions that a result belongs to; of a checkout, its commit."""
+    """The machine and the versions of a result, and the commit of a checkout."""
     peers: dict[str, object] = {name: _version(name) for name in ("jax", "scipy", "deepinv", "torchvision")}
     peers["LearnedRegularizers"] = learned_regularizers and commit(learned_regularizers)
     return {

@@ -1,4 +1,4 @@
-"""How a user would compute the same today: each peer is the conv chain's energy in its own words."""
+"""Peers: other implementations of the conv chain's energy, as a user would write them today."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Images = torch.Tensor
 
 
 class BestTorch(torch.nn.Module):
-    """The energy in the formulation that was the fastest of those tried in eager torch: channels last, fused
-    LayerNorm; its graph kept and reused for products."""
+    """The energy in the fastest of the tried formulations in eager torch: channels last, fused LayerNorm, and one graph
+    that is reused for all products."""
 
     def __init__(self, reg: RED) -> None:
         super().__init__()
         self.reg = reg
 
     def energy(self, x: Images) -> torch.Tensor:
-        """`r(x_b)` of a RED head without LayerNorm or with one over channels."""
+        """`r(x_b)` of a RED head, without LayerNorm or with LayerNorm over channels."""
         reg, net = self.reg, self.reg.net
         u = x - reg.center
         a = (net.gain * u).contiguous(memory_format=torch.channels_last)
@@ -41,7 +41,7 @@ class BestTorch(torch.nn.Module):
         return (0.5 * reg.alpha * u.square() + 0.5 * u * (u - h)).flatten(1).sum(1)
 
     def forward(self, x: Images) -> torch.Tensor:
-        """`r(x_b)`: a module that `as_regularizer` takes."""
+        """`r(x_b)`, so that `as_regularizer` accepts this module."""
         return self.energy(x)
 
     def grad(self, x: Images) -> Images:
@@ -50,7 +50,7 @@ class BestTorch(torch.nn.Module):
         return torch.autograd.grad(self.energy(x).sum(), x)[0]
 
     def graph(self, x: Images) -> tuple[Images, Images]:
-        """The point and `grad r` there, joined by a graph."""
+        """x and `grad r(x)`, connected by a graph."""
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             return x, torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
@@ -64,25 +64,25 @@ class BestTorch(torch.nn.Module):
             return torch.autograd.grad(grad, x, v, retain_graph=True)[0]
 
         def theta(v: Images) -> list[Images]:
-            # A bias of the last convolution of the RED head has no part in some products; then it is zero.
+            # The bias of the last convolution does not enter some products of the RED head; its gradient is then zero.
             return list(torch.autograd.grad(grad, params, v, retain_graph=True, materialize_grads=True))
 
         return hvp, theta
 
 
 def func_grad(reg: RED) -> Callable[[Images], Images]:
-    """`torch.func.grad` of the energy as the package defines it."""
+    """`torch.func.grad` of the package's definition of the energy."""
     return torch.func.grad(lambda x: reg.energy(x).sum())
 
 
 def func_hvp(reg: RED, x: Images) -> Callable[[Images], Images]:
-    """`torch.func.jvp` of `torch.func.grad`, the product as it is usually written."""
+    """`torch.func.jvp` of `torch.func.grad`, the usual way to write the product."""
     grad = func_grad(reg)
     return lambda v: cast(Any, torch.func.jvp(grad, (x,), (v,)))[1]
 
 
 def compiled_grad(reg: RED) -> Callable[[Images], Images]:
-    """`torch.compile` of the best formulation's energy, then autograd."""
+    """Autograd through `torch.compile` of the best formulation's energy."""
     energy = torch.compile(BestTorch(reg).energy)
 
     def grad(x: Images) -> Images:
@@ -93,24 +93,24 @@ def compiled_grad(reg: RED) -> Callable[[Images], Images]:
 
 
 def why_no_jax(device: torch.device) -> str | None:
-    """None if JAX is here and computes on a device of that kind, else how to get it."""
+    """None if JAX is installed and supports a device of that type, otherwise how to get it."""
     if importlib.util.find_spec("jax") is None:
         return "pip install 'deepreg-fast[bench]'"
     if device.type == "cuda":
-        # The rest of the memory is for the others.
+        # Leave memory for the other candidates.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
             cast(Any, importlib.import_module("jax")).devices("gpu")
-        except Exception as error:  # a plugin of another CUDA fails in many ways
+        except Exception as error:  # a plugin for another CUDA version fails in many ways
             lines = str(error).splitlines() or [""]
             return f"JAX finds no GPU ({lines[0][:80]}); pip install 'jax[cuda13]'"
     return None
 
 
 class Jax:
-    """The same energy in JAX under jit, on JAX's first device, in float32 proper (on a GPU its default is TF32).
+    """The same energy in JAX under jit, on JAX's first device, in true float32 (its default on a GPU is TF32).
 
-    Each call waits for its answer, as the clock of a device would not.
+    Each call blocks until its result is ready, because a device clock would not wait for it.
     """
 
     def __init__(self, reg: RED) -> None:
@@ -167,15 +167,15 @@ class Jax:
         return torch.from_numpy(np.array(y))[..., 0][:, None]
 
     def grad(self, x: Images) -> Callable[[], Any]:
-        """`grad r(x)`, ready to run; the transfer is not timed."""
-        given = self._in(x)
-        return lambda: self._grad(given).block_until_ready()
+        """A function that computes `grad r(x)`; the transfer is not timed."""
+        x_jax = self._in(x)
+        return lambda: self._grad(x_jax).block_until_ready()
 
     def hvp(self, x: Images, vs: list[Images]) -> Callable[[int], Any]:
-        """`jax.linearize` at x under jit, for each of `vs`."""
+        """A function that computes the product for each of `vs`, by `jax.linearize` at x under jit."""
         _, linear = self._jax.linearize(self._grad, self._in(x))
-        product, given = self._jax.jit(linear), [self._in(v) for v in vs]
-        return lambda k: product(given[k % len(given)]).block_until_ready()
+        product, vs_jax = self._jax.jit(linear), [self._in(v) for v in vs]
+        return lambda k: product(vs_jax[k % len(vs_jax)]).block_until_ready()
 
 
 def _array(jnp: Any, t: torch.Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Peers that only a benchmark on a GPU asks for: cuFFT, fast_hadamard_transform, compiled products, replayed graphs."""
+"""Peers for benchmarks on a GPU: cuFFT, fast_hadamard_transform, compiled products, replayed graphs."""
 
 from __future__ import annotations
 
@@ -30,15 +30,21 @@ def _fft_tables(h: int, w: int, device: torch.device) -> tuple[torch.Tensor, ...
         return torch.polar(scale, -math.pi * k / (2 * n))
 
     rows, columns = turn(h, h)[:, None], turn(w, w // 2 + 1)[None, :]
-    # The mirrored columns 1, ..., (w - 1) / 2 are scaled alike, as only column 0 is scaled otherwise.
+    # The mirrored columns 1, ..., (w - 1) / 2 have the same scale, because only column 0 differs.
     both, against = 0.5 * rows * columns, 0.5 * rows.conj() * columns
     flipped = (-torch.arange(h, dtype=torch.int64, device="cpu")) % h
-    tables = (places(h)[:, None], places(w)[None, :], flipped, both.to(torch.complex64), against.to(torch.complex64))
+    tables = (
+        places(h)[:, None],
+        places(w)[None, :],
+        flipped,
+        both.to(torch.complex64),
+        against.to(torch.complex64),
+    )
     return tuple(t.to(device) for t in tables)
 
 
 def fft_dct2(x: Images) -> Images:
-    """The orthonormal 2-D DCT-II by one real FFT of the reordered image (Makhoul 1980), which cuFFT computes on a GPU.
+    """The orthonormal 2-D DCT-II by one real FFT of the reordered image (Makhoul 1980); cuFFT computes it on a GPU.
 
     With `V = rfft2(v)`, `P = W1 W2 V[k1, k2]`, `Q = W1* W2 V[-k1, k2]`: `y[k1, k2] = Re(P + Q)/2` and
     `y[k1, N - k2] = -Im(P + Q)/2`.
@@ -51,26 +57,26 @@ def fft_dct2(x: Images) -> Images:
 
 
 def fast_walsh(x: Images, block: int) -> Images:
-    """The Walsh-Hadamard transform in blocks by fast_hadamard_transform (github.com/Dao-AILab)."""
+    """The blockwise Walsh-Hadamard transform by fast_hadamard_transform (github.com/Dao-AILab)."""
     f = cast(Any, importlib.import_module("fast_hadamard_transform")).hadamard_transform
     return f(x.reshape(-1, block), block**-0.5).reshape(x.shape)
 
 
 def why_no_fast_walsh(block: int) -> str | None:
-    """None if fast_hadamard_transform is here and has blocks of that size."""
+    """None if fast_hadamard_transform is installed and supports that block size, otherwise the reason."""
     if importlib.util.find_spec("fast_hadamard_transform") is None:
         return "pip install fast-hadamard-transform, which builds CUDA sources"
     return None if block <= 32768 else f"its blocks end at 32768, and {block} is asked for"
 
 
 def compiled_products(reg: RED, x: Images) -> dict[str, Callable[[], Callable[[Images], Images]]]:
-    """Ways of having torch.compile make Hessian-vector products at x, none of which compiles before it is called."""
-    # Of parameters that are constants no graph is kept.
+    """Ways to compile Hessian-vector products at x with torch.compile. Nothing is compiled before the first call."""
+    # Constant parameters, so that no graph is stored for them.
     frozen = BestTorch(copy.deepcopy(reg).requires_grad_(False))
     grad = torch.func.grad(lambda x: frozen.energy(x).sum())
 
     def linearized() -> Callable[[Images], Images]:
-        # The point's own part is computed here, once; what is compiled is linear in v.
+        # The part that depends on x is computed here once; the compiled function is linear in v.
         return torch.compile(cast(Any, torch.func.linearize(grad, x))[1])
 
     def pulled_back() -> Callable[[Images], Images]:
@@ -89,25 +95,25 @@ def fastest(
     v: Images,
     seconds: Callable[[Callable[[Images], Images]], float],
 ) -> tuple[Callable[[Images], Images] | None, str]:
-    """The way whose product of v takes the least `seconds`, with a note on all; None where none works."""
-    found: dict[str, tuple[float, Callable[[Images], Images]]] = {}
-    told = []
+    """The way with the fastest product of v, as measured by `seconds`, with a note on all; None if none works."""
+    timed: dict[str, tuple[float, Callable[[Images], Images]]] = {}
+    notes = []
     for name, make in ways.items():
         try:
             product = make()
             product(v)
-            found[name] = (seconds(product), product)
-            told.append(f"{name} {1e3 * found[name][0]:.3g} ms")
-        except Exception as error:  # whatever a compiler lacks here is reported, not raised
-            told.append(f"{name} failed ({type(error).__name__})")
-    if not found:
-        return None, ", ".join(told)
-    best = min(found, key=lambda n: found[n][0])
-    return found[best][1], f"{best}; of {', '.join(told)}"
+            timed[name] = (seconds(product), product)
+            notes.append(f"{name} {1e3 * timed[name][0]:.3g} ms")
+        except Exception as error:  # a failing compiler is reported, not raised
+            notes.append(f"{name} failed ({type(error).__name__})")
+    if not timed:
+        return None, ", ".join(notes)
+    best = min(timed, key=lambda n: timed[n][0])
+    return timed[best][1], f"{best}; of {', '.join(notes)}"
 
 
 def replayed(f: Timed, inputs: int) -> Timed:
-    """`f(0)`, ..., `f(inputs - 1)` as CUDA graphs, which launch everything at once; on a CUDA device only."""
+    """`f(0)`, ..., `f(inputs - 1)` as CUDA graphs, each replayed with one launch. CUDA devices only."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,4 +1,4 @@
-"""The peer deepinv (0.5): its CG, MINRES and PGD on our problem, with the energy in the best eager formulation."""
+"""Peer deepinv (0.5): its CG, MINRES and PGD on our problem, with the energy in the best eager formulation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..regularizers import RED
 from .peers import BestTorch, Images
 
 STEPS = 500
-"""Limit on the iterations of each solver; none is reached at the default problem."""
+"""Iteration limit of each solver; it is not reached for the default problem."""
 
 
 def why_not() -> str | None:
@@ -22,17 +22,17 @@ def why_not() -> str | None:
         return "pip install 'deepreg-fast[bench]'; deepinv needs the release of torchvision that belongs to your torch"
     try:
         importlib.import_module("deepinv.optim")
-    except Exception as error:  # a torchvision of another torch fails in many ways
+    except Exception as error:  # a torchvision for another torch fails in many ways
         lines = str(error).splitlines() or [""]
         return f"cannot be imported ({lines[0][:80]}); install the release of torchvision that belongs to your torch"
     return None
 
 
 def physics(A: SRM, center: float) -> Any:
-    """Our operator as a deepinv `LinearPhysics`, its products in torch under the reference backend.
+    """Our operator as a deepinv `LinearPhysics`; its products run in torch under the reference backend.
 
-    It has what a careful user would add: `A^T A` and the proximal map in closed form instead of deepinv's inner CG, and
-    an `A_dagger` about the regularizer's centre, so that everybody starts at the same point.
+    It includes what a careful user would add: `A^T A` and the proximal map in closed form instead of deepinv's inner
+    CG, and an `A_dagger` about the regularizer's center, so that all solvers start at the same point.
     """
     base = cast(Any, importlib.import_module("deepinv.physics")).LinearPhysics
 
@@ -61,7 +61,7 @@ def physics(A: SRM, center: float) -> Any:
 
 
 class EnergyPrior(torch.nn.Module):
-    """Our energy as a prior of deepinv and of LearnedRegularizers: `g`, `grad`, `fn`, called like theirs."""
+    """Our energy as a prior of deepinv and LearnedRegularizers, with their interface `g`, `grad`, `fn`."""
 
     explicit_prior = True
 
@@ -74,7 +74,7 @@ class EnergyPrior(torch.nn.Module):
         return self.best.energy(x)
 
     def fn(self, x: Images, *_: Any) -> torch.Tensor:
-        """`r(x_b)`, deepinv's name for it."""
+        """`r(x_b)` under deepinv's name."""
         return self.best.energy(x)
 
     def forward(self, x: Images, *_: Any) -> torch.Tensor:
@@ -82,17 +82,18 @@ class EnergyPrior(torch.nn.Module):
         return self.best.energy(x)
 
     def grad(self, x: Images, *_: Any, get_energy: bool = False) -> Any:
-        """`grad r(x)`, and `r(x_b)` before it if asked; with a graph only where x has one, as for a Hessian product."""
+        """`grad r(x)`, or `(r(x_b), grad r(x))` with `get_energy`. With a graph only if x requires gradients, as for a
+        Hessian product."""
         graph = x.requires_grad
         with torch.enable_grad():
-            at = x if graph else x.detach().requires_grad_()
-            energy = self.best.energy(at)
-            grad = torch.autograd.grad(energy.sum(), at, create_graph=graph)[0]
+            point = x if graph else x.detach().requires_grad_()
+            energy = self.best.energy(point)
+            grad = torch.autograd.grad(energy.sum(), point, create_graph=graph)[0]
         return (energy.detach(), grad) if get_energy else grad
 
 
 class DeepinvSystem:
-    """`(A^T A + mu hess r(x)) gamma = b` by `deepinv.optim.linear`, Hessian products from one graph that is kept."""
+    """`(A^T A + mu hess r(x)) gamma = b` by `deepinv.optim.linear`, with Hessian products from one reused graph."""
 
     def __init__(self, reg: RED, A: SRM, mu: float, x: Images) -> None:
         self.linear = cast(Any, importlib.import_module("deepinv.optim.linear"))
@@ -103,11 +104,11 @@ class DeepinvSystem:
         return self.A.normal(v) + self.mu * self.hvp(v)
 
     def cg(self, b: Images, tolerance: float) -> Images:
-        """`conjugate_gradient`: no preconditioner; it stops when the recurrences of all images say so."""
+        """`conjugate_gradient` without preconditioner. It stops when the recurrences of all images have converged."""
         return self.linear.conjugate_gradient(self._product, b, max_iter=STEPS, tol=tolerance)
 
     def minres(self, b: Images, tolerance: float) -> Images:
-        """`minres`, preconditioned as ours; it stops when no image moves by more than the tolerance."""
+        """`minres` with our preconditioner. It stops when no image moves by more than the tolerance."""
 
         def precondition(v: Images) -> Images:
             return self.A.shifted_inverse(v, self.curvature)
@@ -116,7 +117,7 @@ class DeepinvSystem:
 
 
 class DeepinvPGD:
-    """`deepinv.optim.PGD(g_first=True)` with backtracking: gradient of the prior, then the proximal map of the data."""
+    """`deepinv.optim.PGD(g_first=True)` with backtracking: gradient step of the prior, then data proximal map."""
 
     def __init__(self, reg: RED, A: SRM, mu: float) -> None:
         self.optim = cast(Any, importlib.import_module("deepinv.optim"))
@@ -124,9 +125,9 @@ class DeepinvPGD:
         self.fidelity = self.optim.L2()
 
     def solve(self, y: torch.Tensor, tolerance: float) -> Images:
-        """From the same start, with the same first step as ours (`stepsize mu = 1`); its backtracking as it comes.
+        """Solve from our initial point with our first step size (`stepsize mu = 1`) and deepinv's default backtracking.
 
-        A new object each time, as one that has run goes on with its last step size.
+        A new object is created each time, because an object that has run continues with its last step size.
         """
         optimizer = self.optim.PGD(
             data_fidelity=self.fidelity,

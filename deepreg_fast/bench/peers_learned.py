@@ -1,6 +1,6 @@
-"""The peer LearnedRegularizers (github.com/johertrich/LearnedRegularizers), from a checkout of the user's.
+"""Peer LearnedRegularizers (github.com/johertrich/LearnedRegularizers), from the user's checkout.
 
-Nothing of it is part of this package: `bilevel_training` is imported from the checkout and called as it is.
+None of its code is part of this package: `bilevel_training` is imported from the checkout and called unchanged.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ NAME = "LearnedRegularizers"
 HOW = "git clone https://github.com/johertrich/LearnedRegularizers, then --learned-regularizers PATH"
 NEEDED = ("training_methods/bilevel_training.py", "evaluation/nmAPG.py")
 STEPS = 1000
-"""Limit on their recovery's and their MINRES's iterations: their defaults."""
+"""Iteration limit of their recovery and their MINRES, as in their defaults."""
 
 
 def check(path: Path) -> Path:
-    """The folder, if it is a checkout.
+    """Check that a folder is a checkout; return its absolute path.
 
     Raises
     ------
     InputError
-        If it lacks the files that are called.
+        If it lacks required files.
     """
-    lacks = [name for name in NEEDED if not (path / name).is_file()]
-    if lacks:
+    missing = [name for name in NEEDED if not (path / name).is_file()]
+    if missing:
         raise InputError(
             f"--learned-regularizers must be a checkout with {' and '.join(NEEDED)}, "
-            f"but {str(path)!r} has no {lacks[0]}; "
+            f"but {str(path)!r} has no {missing[0]}; "
             "clone https://github.com/johertrich/LearnedRegularizers and give its folder."
         )
     return path.resolve()
 
 
 def commit(path: Path) -> str:
-    """The checkout's commit, or "unknown" where git does not tell."""
+    """The checkout's commit, or "unknown" if git fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(path), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
@@ -68,13 +68,13 @@ def why_not(path: Path | None) -> str | None:
         return f"it needs deepinv: {reason}"
     try:
         _load(path)
-    except Exception as error:  # scripts of others: whatever they lack is reported, not raised
+    except Exception as error:  # a failing import of their scripts is reported, not raised
         return f"cannot be imported ({type(error).__name__}: {str(error)[:80]})"
     return None
 
 
 def _load(path: Path) -> Callable[..., Any]:
-    """Their `bilevel_training`. Their modules have common names, so that none is left importable."""
+    """Import their `bilevel_training`, then remove their modules from `sys.modules`, because their names are common."""
     names = ("training_methods", "evaluation", "dataset", "operators", "priors", "hyperparameters")
 
     def ours_to_hide() -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _load(path: Path) -> Callable[..., Any]:
 
 
 class _NoValidation:
-    """A loader of length one that yields nothing: their loop always validates, and divides by the length."""
+    """A loader of length one that yields nothing, because their loop always validates and divides by the length."""
 
     def __len__(self) -> int:
         return 1
@@ -104,27 +104,28 @@ class _NoValidation:
 
 
 class Learned:
-    """One visit by their `training_methods.bilevel_training.bilevel_training`, called whole with a loader of one batch.
+    """One training step by their `training_methods.bilevel_training.bilevel_training`, with a loader of one batch.
 
-    It calls, in this order: `physics(x)` and `A_dagger` (our operator and our start); `evaluation.reconstruct_nmAPG`;
-    deepinv's `minres` on products that build the graph of the gradient anew each time; the mixed derivative, again one
-    graph for each parameter; Adam. The prior is our network's energy in the best eager formulation with `g` and
-    `grad(x, get_energy)`, so that their solver gets both from one pass.
+    It calls in this order: `physics(x)` and `A_dagger` (our operator and initial point);
+    `evaluation.reconstruct_nmAPG`; deepinv's `minres` with products that rebuild the graph of the gradient each time;
+    the mixed derivative, with one graph per parameter; Adam. The prior is our network's energy in the best eager
+    formulation with `g` and `grad(x, get_energy)`, so that their solver gets both from one evaluation.
 
-    Set: `mode="IFT"`, `epochs=1`, no validation images, `lr=0` (Adam does its work and the weights stay), first step
-    size 1, which is about the inverse of the largest curvature (theirs is 0.1), and the two tolerances. `reg` keeps its
-    default False: their visit has no penalty, where ours ascends the perturbations and differentiates the penalty too.
+    Arguments: `mode="IFT"`, `epochs=1`, no validation images, `lr=0` (Adam runs, but the weights do not change), first
+    step size 1, about the inverse of the largest curvature (their default is 0.1), and the two tolerances. `reg` keeps
+    its default False, so their step has no penalty, while ours also ascends the perturbations and differentiates the
+    penalty.
     """
 
     def __init__(self, path: Path, reg: RED, A: SRM, mu: float) -> None:
         self.train, self.mu = _load(path), mu
-        # Their loop sets `.grad` and Adam's state: on a copy.
+        # A copy, because their loop sets `.grad` and updates parameters.
         self.prior = peers_deepinv.EnergyPrior(copy.deepcopy(reg))
         self.physics = peers_deepinv.physics(A, reg.center)
         self.fidelity = importlib.import_module("deepinv.optim").L2()
 
     def step(self, x: Images, tolerance: float, minres_tolerance: float) -> list[torch.Tensor]:
-        """Gradient of `sum_b ||xhat_b - x_b||^2` in theta (theirs is of the mean over the batch)."""
+        """Gradient of `sum_b ||xhat_b - x_b||^2` in theta; theirs, of the mean over the batch, is rescaled."""
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             self.train(
                 self.prior,

@@ -1,4 +1,4 @@
-"""What is timed: sizes, and what a case is made of."""
+"""Benchmark problems and cases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .target import CPU, Target
 from .timing import Timed
 
 INPUTS = 3
-"""Inputs that take turns, so that none stays in the caches by being the only one; more of a device's, see `Target`."""
+"""Minimum number of inputs that alternate, so that none stays in the caches; on a device more, see `Target`."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Problem:
     target: Target = CPU
 
     def regularizer(self) -> RED:
-        """A regularizer with all weights random. Its Hessian has eigenvalues of both signs."""
+        """A regularizer with random weights. Its Hessian has eigenvalues of both signs."""
         reg = RED(self.channels, self.depth, self.norm, seed=self.seed)
         g = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
@@ -46,10 +46,10 @@ class Problem:
         return reg.to(self.target.device)
 
     def solvable(self, images: list[torch.Tensor], reach: float) -> RED:
-        """The same with its last convolution scaled so that `||hess s||` is `reach` at the first of `images`.
+        """`regularizer()` with its last convolution scaled so that `||hess s||` is `reach` at the first of `images`.
 
-        With the Hessian of `regularizer` CG meets negative curvature after a few products and would be timed for giving
-        up. Below 1 `hess r` is positive there; up to 1.2 the objective still is at what is recovered.
+        With the unscaled Hessian CG finds negative curvature after a few products and stops early. For `reach` below 1,
+        `hess r` is positive definite there; up to 1.2 the objective is still convex at the recovered images.
         """
         reg = self.regularizer()
         low, high = spectrum(reg, images[0], steps=40)
@@ -62,24 +62,24 @@ class Problem:
     def images(self, stream: int) -> list[torch.Tensor]:
         """`inputs` batches of smooth images with a little noise, drawn on the CPU."""
         g = torch.Generator().manual_seed(1000 * self.seed + stream)
-        found = []
+        batches = []
         for _ in range(self.inputs):
             coarse = torch.rand(self.batch, 1, 6, 6, generator=g, dtype=torch.float32, device="cpu")
             x = torch.nn.functional.interpolate(coarse, self.size, mode="bicubic")
             noise = torch.randn(x.shape, generator=g, dtype=torch.float32, device="cpu")
-            found.append((x + 0.02 * noise).contiguous().to(self.target.device))
-        return found
+            batches.append((x + 0.02 * noise).contiguous().to(self.target.device))
+        return batches
 
     def operator(self, transform: str = "dct") -> SRM:
-        """The SRM of these images."""
+        """The SRM for these images."""
         return SRM((1, self.size, self.size), transform=transform).to(self.target.device)
 
     def turns(self, f: Callable[..., Any], *inputs: Sequence[Any]) -> Timed:
-        """`f` of the inputs whose turn it is."""
+        """A function of the round that calls `f` with alternating inputs."""
         return lambda k: f(*(xs[k % len(xs)] for xs in inputs))
 
     def exactly(self, f: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-        """`f` of the tensors in float64, a few images at a time where the target's memory is short."""
+        """`f` of the tensors in float64, with a few images at a time if the target's memory is limited."""
         n = self.batch
         if self.target.memory:
             # A graph of the gradient holds about 40 hidden planes.
@@ -89,18 +89,18 @@ class Problem:
 
     @property
     def inputs(self) -> int:
-        """Batches that take turns: twice the target's cache, at least `INPUTS`."""
+        """Number of alternating batches: twice the target's cache, at least `INPUTS`."""
         return max(INPUTS, min(32, -(-2 * self.target.cache // (4 * self.pixels))))
 
     @property
     def pixels(self) -> int:
-        """Of the batch."""
+        """Number of pixels of the batch."""
         return self.batch * self.size**2
 
 
 @dataclass
 class Case:
-    """One thing to time. `exact[k]` is the float64 answer to input k; `flops` and `bytes` those that a call needs."""
+    """One benchmark case. `exact[k]` is the float64 result for input k; `flops` and `bytes` are counts of one call."""
 
     name: str
     candidates: dict[str, Timed]
@@ -108,34 +108,34 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     judge: str = "torch, reference"
-    """The candidate whose float32 error ours may have twice."""
+    """The candidate whose float32 error, doubled, is the limit of our error."""
     others: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    """Peers that do only a part, and that part's float64 answers."""
+    """Float64 results of peers that compute something else, such as only a part."""
     missing: dict[str, str] = field(default_factory=dict)
     tolerance: float | None = None
-    """Where an answer is defined by a tolerance, the error that every candidate may have."""
+    """The allowed error of every candidate, if the result is defined by a tolerance."""
     measure: Callable[[torch.Tensor, int], float] | None = None
-    """What is held to the tolerance in the place of the relative error: of a flat float64 answer, to input k."""
+    """Error measure that replaces the relative error: a function of the flat float64 result and the input's number."""
     notes: dict[str, str] = field(default_factory=dict)
-    """How a peer was set, by its name."""
+    """Notes on the settings of peers, by name."""
     allowed: dict[str, float] = field(default_factory=dict)
-    """Peers that may have a larger error than others, as they compute in a narrower format."""
+    """Larger allowed errors of peers that compute in a narrower format."""
     least: float = 0.0
-    """Bytes that any implementation must move, where `bytes` counts what ours does."""
+    """Bytes that any implementation must move, if `bytes` counts those of our kernel."""
 
     def release(self) -> None:
-        """Let go of the candidates and the answers, whose tensors the next case needs the memory of."""
+        """Free the memory of the candidates and the results for the next case."""
         self.candidates, self.exact, self.others, self.measure = {}, [], {}, None
 
 
 def under(name: str, f: Callable[[], Any]) -> Any:
-    """`f()` under that backend."""
+    """`f()` with backend `name`."""
     with use_backend(name):
         return f()
 
 
 def timed_under(name: str, f: Timed) -> Timed:
-    """`f`, to be timed under that backend."""
+    """`f`, to be timed with backend `name`."""
 
     def timed(k: int) -> object:
         with use_backend(name):
@@ -150,7 +150,7 @@ def double(reg: RED) -> RED:
 
 
 def flat(answer: object) -> torch.Tensor:
-    """Any candidate's answer as one float64 vector."""
+    """Any candidate's result as one float64 vector."""
     if isinstance(answer, torch.Tensor):
         return answer.detach().double().flatten()
     if isinstance(answer, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Check, time, and report."""
+"""Benchmark runner: checks, timings and output."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Row:
     milliseconds: float
     spread: float
     ratio: Ratio
-    """How many times longer than ours."""
+    """Time relative to ours."""
     error: float
-    """Against float64: relative, or what the case measures (`cg`: the residual)."""
+    """Error against float64: relative, or the case's measure (`cg`: the residual)."""
     cold: float | None = None
-    """Milliseconds with a cold L2 cache, where the target's clock measures them."""
+    """Milliseconds with a cold L2 cache, if the target's clock measures them."""
     peak: int | None = None
-    """Bytes that a call held at most, where the target's allocator tells."""
+    """Peak bytes of a call, if the target's allocator reports them."""
 
 
 @dataclass
 class Result:
-    """A case's rows, ours first; `void` says why its times may not be quoted; `wrong` why it was not timed."""
+    """A case's rows, ours first. `void` is the reason why its times are not valid, `wrong` why its results are not."""
 
     case: Case
     rows: list[Row] = field(default_factory=list)
@@ -51,8 +51,8 @@ class Result:
 
 
 def _errors(case: Case) -> dict[str, float]:
-    """The largest error of each candidate over the inputs. Memory of the answers' sizes is poisoned before."""
-    found = {}
+    """The largest error of each candidate over the inputs. Memory of the results' size is filled with NaN before."""
+    error_of = {}
     for name, f in case.candidates.items():
         errors = []
         for k in range(len(case.exact)):
@@ -68,21 +68,21 @@ def _errors(case: Case) -> dict[str, float]:
                 errors.append(case.measure(answer, k))
             else:
                 errors.append(float((answer - exact).norm() / exact.norm()))
-        # A NaN must not get lost in a comparison.
-        found[name] = max(e if e == e else float("inf") for e in errors)
-    return found
+        # A NaN counts as an infinite error, because comparisons would ignore it.
+        error_of[name] = max(e if e == e else float("inf") for e in errors)
+    return error_of
 
 
 def _judge(case: Case, errors: dict[str, float]) -> str | None:
     limit = case.tolerance if case.tolerance is not None else max(2.0 * errors[case.judge], 4 * EPS)
     if not errors["ours"] <= limit:
         return f"ours has an error of {errors['ours']:.1e} against float64, more than {limit:.1e}"
-    bad = [n for n, e in errors.items() if not e <= case.allowed.get(n, case.tolerance or 1e-3)]
-    return f"{bad[0]} has an error of {errors[bad[0]]:.1e} against float64" if bad else None
+    wrong = [n for n, e in errors.items() if not e <= case.allowed.get(n, case.tolerance or 1e-3)]
+    return f"{wrong[0]} has an error of {errors[wrong[0]]:.1e} against float64" if wrong else None
 
 
 def cases_of(target: Target) -> Table:
-    """What is timed on it."""
+    """The table of cases for a target."""
     return CUDA_CASES if target.device.type == "cuda" else CASES
 
 
@@ -93,7 +93,7 @@ def run(
     say: Callable[[str], None] = lambda _: None,
     table: Table | None = None,
 ) -> list[Result]:
-    """Each case of the target's table: check every candidate, time them in turns, check them again."""
+    """Run each case of the target's table: check every candidate, time them alternately, check them again."""
     table = table or cases_of(problem.target)
     results = []
     for name in table if names is None else names:
@@ -105,7 +105,7 @@ def run(
 
 
 def measure(case: Case, target: Target, rounds: int) -> Result:
-    """One case: checked, timed, and checked again."""
+    """Check, time, and check again one case."""
     result, errors = check(case)
     if result.wrong:
         return result
@@ -115,7 +115,7 @@ def measure(case: Case, target: Target, rounds: int) -> Result:
 
 
 def check(case: Case) -> tuple[Result, dict[str, float]]:
-    """Compare every candidate with the float64 answers; candidates that cannot run here become `missing`."""
+    """Compare every candidate with the float64 results. Candidates that cannot run here are moved to `missing`."""
     result = Result(case)
     _drop_broken(case)
     errors = _errors(case)
@@ -124,21 +124,21 @@ def check(case: Case) -> tuple[Result, dict[str, float]]:
 
 
 def time_candidates(result: Result, target: Target, rounds: int, errors: dict[str, float]) -> None:
-    """Time the candidates in turns and put their rows into `result`."""
+    """Time the candidates alternately and add their rows to `result`."""
     case = result.case
     result.timing = timing = interleave(case.candidates, rounds, clock=target.clock)
-    chilled = cold(case.candidates, min(rounds, 9), target.clock)
+    cold_seconds = cold(case.candidates, min(rounds, 9), target.clock)
     peaks = {n: target.peak(f) for n, f in case.candidates.items()}
     result.void = timing.void
     for n in (*case.candidates, CONTROL, PLANTED):
         row = Row(case.name, n, 1e3 * timing.median(n), timing.spread(n), timing.ratio(n), errors.get(n, 0.0))
-        row.cold = 1e3 * chilled[n] if n in chilled else None
+        row.cold = 1e3 * cold_seconds[n] if n in cold_seconds else None
         row.peak = peaks.get(n)
         result.rows.append(row)
 
 
 def _drop_broken(case: Case) -> None:
-    """A peer that cannot run here is reported, not raised."""
+    """Move peers that cannot run here to `missing`."""
     for name, f in list(case.candidates.items()):
         if name not in ("ours", case.judge):
             try:
@@ -149,7 +149,7 @@ def _drop_broken(case: Case) -> None:
 
 
 def to_csv(results: Iterable[Result]) -> str:
-    """One line a candidate."""
+    """CSV with one line per candidate."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     head = ("case", "candidate", "milliseconds", "spread", "ratio", "low", "high", "error", "void", "cold", "peak")
@@ -170,7 +170,7 @@ def _blank(*values: float | None) -> list[str]:
 def to_json(
     results: Iterable[Result], problem: Problem, bounds: Bounds | Ceilings, machine: dict[str, object]
 ) -> dict[str, object]:
-    """Everything, as JSON values."""
+    """All results as JSON values."""
     return {
         "machine": machine,
         "problem": {n: v for n, v in vars(problem).items() if n not in ("learned_regularizers", "target")},

@@ -1,4 +1,4 @@
-"""The cases of whole solves: an adjoint system, a recovery, a visit of the training."""
+"""Benchmark cases of complete solves: an adjoint system, a recovery, a training step."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .problem import Case, Problem, double, flat, timed_under, under
 from .timing import Timed
 
 MU = 0.1
-# Float64 answers two orders below what is compared with them; at the default problem tighter ones take minutes.
+# Tolerances of the float64 results, two orders below those of the candidates. Tighter ones take minutes.
 TIGHT = PGDOptions(5000, 1e-6, "anderson")
 TIGHT_ADJOINT = AdjointOptions("cg", 2000, 1e-6)
 
 
 def cg(p: Problem) -> Case:
-    """The adjoint system to a true residual of 1e-4, which is what every answer is checked for, in float64."""
+    """The adjoint system to a true residual of 1e-4, which is checked in float64 for every result."""
     xs, bs = p.images(1), [0.1 * b for b in p.images(2)]
     reg, x = p.solvable(xs, 0.9), xs[0]
     A, mu, options = p.operator(), xs[0].new_full((p.batch,), MU), AdjointOptions("cg", 200, 1e-4)
@@ -41,11 +41,11 @@ def cg(p: Problem) -> Case:
     def solver(lin: Any, name: str) -> Timed:
         return timed_under(name, p.turns(lambda b: solve_adjoint(lin, A, mu, b, options).x, bs))
 
-    found = {n: solver(hvps[n], b) for n, b in backends(p)}
-    found["torch, best"] = solver(_Best(), "reference")
+    candidates = {n: solver(hvps[n], b) for n, b in backends(p)}
+    candidates["torch, best"] = solver(_Best(), "reference")
     residual = true_residual(p, reg, A, x, bs)
-    # The residual needs no exact answer, only its shape. Slack for the float32 products that solvers see it through.
-    case = Case("cg", found, bs, tolerance=1.02e-4, measure=residual)
+    # The residual needs no exact result, only its shape. The slack allows for the solvers' float32 products.
+    case = Case("cg", candidates, bs, tolerance=1.02e-4, measure=residual)
     reason = peers_deepinv.why_not()
     if reason is not None:
         case.missing["deepinv"] = reason
@@ -59,18 +59,18 @@ def cg(p: Problem) -> Case:
 def true_residual(
     p: Problem, reg: RED, A: SRM, x: torch.Tensor, bs: list[torch.Tensor]
 ) -> Callable[[torch.Tensor, int], float]:
-    """`||b - H gamma|| / ||b||` of the worst image, by products in float64."""
-    wide, A64 = double(reg), copy.deepcopy(A).double()
+    """`||b - H gamma|| / ||b||` of the worst image, with products in float64."""
+    reg64, A64 = double(reg), copy.deepcopy(A).double()
 
     def relative(x: torch.Tensor, gamma: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        r = b - A64.normal(gamma) - MU * wide.linearize(x).hvp(gamma)
+        r = b - A64.normal(gamma) - MU * reg64.linearize(x).hvp(gamma)
         return r.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)
 
     return lambda answer, k: float(p.exactly(relative, x, answer.reshape(x.shape), bs[k]).max())
 
 
 def recovery(p: Problem) -> Case:
-    """`recover` from cold by the paper's method, plain proximal gradient descent, to a tolerance of 1e-3."""
+    """`recover` from a cold start by the paper's method, plain proximal gradient descent, to a tolerance of 1e-3."""
     xs = p.images(5)
     reg, A, options = p.solvable(xs, 1.2), p.operator(), PGDOptions(500, 1e-3)
     best, ys = as_regularizer(peers.BestTorch(reg)), [A.A(x) for x in xs]
@@ -78,34 +78,34 @@ def recovery(p: Problem) -> Case:
     def solver(name: str, r: Regularizer, o: PGDOptions = options) -> Timed:
         return timed_under(name, p.turns(lambda y: recover(y, A, r, MU, options=o).x, ys))
 
-    found = {n: solver(b, reg) for n, b in backends(p)}
-    found["torch, best"] = solver("reference", best)
-    found["ours, Anderson"] = solver(p.target.ours, reg, PGDOptions(500, 1e-3, "anderson"))
-    wide, A64 = double(reg), copy.deepcopy(A).double()
-    exact = [p.exactly(lambda y: recover(y, A64, wide, MU, options=TIGHT).x, y) for y in ys]
-    case = Case("recover", found, exact, tolerance=2e-3)
+    candidates = {n: solver(b, reg) for n, b in backends(p)}
+    candidates["torch, best"] = solver("reference", best)
+    candidates["ours, Anderson"] = solver(p.target.ours, reg, PGDOptions(500, 1e-3, "anderson"))
+    reg64, A64 = double(reg), copy.deepcopy(A).double()
+    exact = [p.exactly(lambda y: recover(y, A64, reg64, MU, options=TIGHT).x, y) for y in ys]
+    case = Case("recover", candidates, exact, tolerance=2e-3)
     reason = peers_deepinv.why_not()
     if reason is not None:
         case.missing["deepinv"] = reason
         return case
     peer = peers_deepinv.DeepinvPGD(reg, A, MU)
     distance = _relative(exact)
-    target = max(distance(flat(found["ours"](k)), k) for k in range(len(ys)))
+    target = max(distance(flat(candidates["ours"](k)), k) for k in range(len(ys)))
     _add(case, "deepinv, PGD", lambda k, t: peer.solve(ys[k % len(ys)], t), target, distance)
     return case
 
 
 def step(p: Problem) -> Case:
-    """What one visit of the training computes: a recovery from cold, gamma, the gradients, the penalty's ascent.
+    """One training step: a recovery from a cold start, gamma, the gradients, the penalty's ascent.
 
-    The answer is checked against the gradients at the float64 solution, that of LearnedRegularizers, which has no
-    penalty, against the hypergradient alone.
+    Results are checked against the gradients at the float64 solution. LearnedRegularizers, which has no penalty, is
+    checked against the hypergradient alone.
     """
     xs = p.images(5)
     reg, A = p.solvable(xs, 1.2), p.operator()
     pgd, adjoint = PGDOptions(100, 1e-3, "anderson"), AdjointOptions("cg", 30, 1e-2)
-    new = {"dtype": torch.float32, "device": "cpu"}
-    deltas = [0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(6), **new).to(x) for x in xs]
+    cpu_float = {"dtype": torch.float32, "device": "cpu"}
+    deltas = [0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(6), **cpu_float).to(x) for x in xs]
 
     def implicit(k: int, r: Regularizer = reg) -> list[torch.Tensor]:
         return list(hypergradient(xs[k], A.A(xs[k]), A, r, MU, options=pgd, adjoint=adjoint).theta.values())
@@ -122,25 +122,27 @@ def step(p: Problem) -> Case:
         return both
 
     best = as_regularizer(peers.BestTorch(reg))
-    found: dict[str, Timed] = {n: timed_under(b, visit(reg)) for n, b in backends(p)}
-    found["torch, best"] = timed_under("reference", visit(best))
-    wide, A64, exact, alone = double(reg), copy.deepcopy(A).double(), [], []
+    candidates: dict[str, Timed] = {n: timed_under(b, visit(reg)) for n, b in backends(p)}
+    candidates["torch, best"] = timed_under("reference", visit(best))
+    reg64, A64, exact, hypergradients = double(reg), copy.deepcopy(A).double(), [], []
 
     def tight(x: torch.Tensor) -> torch.Tensor:
-        hg = hypergradient(x, A64.A(x), A64, wide, MU, options=TIGHT, adjoint=TIGHT_ADJOINT)
+        hg = hypergradient(x, A64.A(x), A64, reg64, MU, options=TIGHT, adjoint=TIGHT_ADJOINT)
         return flat(list(hg.theta.values()))[None]
 
     for x, delta in zip(xs, deltas, strict=True):
-        alone.append(p.exactly(tight, x).sum(0))
-        exact.append(alone[-1] + p.exactly(lambda x, d: flat(pushed(x, d, wide))[None], x, delta).sum(0))
-    case = Case("step", found, exact, tolerance=5e-2)
-    ours = max(_relative(alone)(flat(under(p.target.ours, lambda k=k: implicit(k))), k) for k in range(len(xs)))
-    _add_learned(case, p, reg, A, xs, alone, ours)
+        hypergradients.append(p.exactly(tight, x).sum(0))
+        exact.append(hypergradients[-1] + p.exactly(lambda x, d: flat(pushed(x, d, reg64))[None], x, delta).sum(0))
+    case = Case("step", candidates, exact, tolerance=5e-2)
+    ours = max(
+        _relative(hypergradients)(flat(under(p.target.ours, lambda k=k: implicit(k))), k) for k in range(len(xs))
+    )
+    _add_learned(case, p, reg, A, xs, hypergradients, ours)
     return case
 
 
 def backends(p: Problem) -> tuple[tuple[str, str], ...]:
-    """The candidates that are backends of the package."""
+    """Names of the candidates that are backends of this package, with their backends."""
     return ("ours", p.target.ours), ("torch, reference", "reference")
 
 
@@ -156,14 +158,14 @@ def _add(
     target: float,
     measure: Callable[[torch.Tensor, int], float],
 ) -> None:
-    """Add a peer at the loosest tolerance of its own with which no answer is worse than `target`."""
+    """Add a peer with the loosest tolerance at which no result is worse than `target`."""
 
     def error(t: float) -> float:
         worst = 0.0
         for k in range(len(case.exact)):
             with use_backend("reference"):
                 e = measure(flat(run(k, t)), k)
-            # A NaN is the worst of all; the rest of the inputs cannot make good a miss.
+            # A NaN counts as infinite. One miss decides, so the other inputs are skipped.
             worst = max(worst, e if e == e else float("inf"))
             if worst > target:
                 break
@@ -188,7 +190,7 @@ def _reached(case: Case, name: str, setting: Setting) -> bool:
 def _add_learned(  # noqa: PLR0913 - the problem in its parts
     case: Case, p: Problem, reg: RED, A: SRM, xs: list[torch.Tensor], exact: list[torch.Tensor], target: float
 ) -> None:
-    """LearnedRegularizers with the loosest tolerances that reach `target`: of the recovery first, then of MINRES."""
+    """Add LearnedRegularizers with the loosest tolerances that reach `target`: first the recovery's, then MINRES'."""
     name, path = peers_learned.NAME, p.learned_regularizers
     reason = peers_learned.why_not(path)
     if path is None or reason is not None:
@@ -197,7 +199,7 @@ def _add_learned(  # noqa: PLR0913 - the problem in its parts
     peer, distance = peers_learned.Learned(path, reg, A, MU), _relative(exact)
 
     def error(inner: float, outer: float) -> float:
-        # On one input, as a visit takes long; all are checked before and after the timing.
+        # On one input only, because a step is slow; all inputs are checked before and after the timing.
         with use_backend("reference"):
             e = distance(flat(peer.step(xs[0], inner, outer)), 0)
         return e if e == e else float("inf")
@@ -207,5 +209,5 @@ def _add_learned(  # noqa: PLR0913 - the problem in its parts
     if _reached(case, name, outer):
         run = timed_under("reference", p.turns(lambda x: peer.step(x, inner.tolerance, outer.tolerance), xs))
         case.candidates[name], case.others[name] = run, exact
-        told = f"recovery {inner.tolerance:.1e}, MINRES {outer.tolerance:.1e}"
-        case.notes[name] = f"tolerances: {told}; error {outer.error:.1e}, ours {target:.1e}"
+        tolerances = f"recovery {inner.tolerance:.1e}, MINRES {outer.tolerance:.1e}"
+        case.notes[name] = f"tolerances: {tolerances}; error {outer.error:.1e}, ours {target:.1e}"

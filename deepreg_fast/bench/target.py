@@ -1,4 +1,4 @@
-"""Where the benchmark runs: its device, which backend is ours there, and what measures time, memory and bounds."""
+"""Benchmark targets: the device, our backend on it, and its measurement of time, memory and bounds."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .timing import HOST, Clock, Timed
 
 @dataclass(frozen=True)
 class Target:
-    """The host, and what other devices differ in.
+    """The host; subclasses describe other devices.
 
     Attributes
     ----------
-    device, ours : the tensors' device; the name of the backend that is "ours" on it.
-    clock : what measures a call.
-    cache : bytes of the device's last cache, which the inputs that take turns must exceed; 0 where three do.
-    memory : bytes that the float64 answers may take at a time; 0 for all images at once.
+    device, ours : the tensors' device; the name of our backend on it.
+    clock : measures a call.
+    cache : bytes of the device's last cache, which the alternating inputs must exceed; 0 if three inputs suffice.
+    memory : bytes that the float64 results may take at a time; 0 for all images at once.
     """
 
     device: torch.device = torch.device("cpu")
@@ -35,19 +35,19 @@ class Target:
     memory: int = 0
 
     def bounds(self) -> machine.Bounds | ceilings.Ceilings:
-        """The device's own rates, measured now."""
+        """Measure the device's performance bounds."""
         return machine.bounds()
 
     def describe(self, learned_regularizers: Path | None = None) -> dict[str, object]:
-        """The machine and the versions that a result belongs to."""
+        """The machine and the versions of a result."""
         return machine.describe(learned_regularizers)
 
     def fair(self) -> AbstractContextManager[object]:
-        """torch's settings under which candidates are compared."""
+        """Context with torch's settings for a fair comparison."""
         return nullcontext()
 
     def peak(self, f: Timed) -> int | None:
-        """Bytes that `f(0)` held at most beyond what was held before; None where nobody counts."""
+        """Peak bytes that `f(0)` allocates in addition to those before; None if the allocator does not report them."""
         return None
 
 
@@ -55,20 +55,20 @@ class CudaTarget(Target):
     """A CUDA device."""
 
     def bounds(self) -> ceilings.Ceilings:
-        """Matrix products in three formats, copy, special functions."""
+        """Measure matrix products in three formats, a copy and special functions."""
         return ceilings.measure(self.device, self.clock)
 
     def describe(self, learned_regularizers: Path | None = None) -> dict[str, object]:
-        """The host's description and the device's."""
+        """Description of the host and the device."""
         return {**machine.describe(learned_regularizers), **ceilings.describe(self.device)}
 
     def fair(self) -> AbstractContextManager[object]:
-        """Float32 proper: torch's convolutions are in TF32 unless told not to. cuDNN tries its kernels and takes the
-        fastest."""
+        """True float32 instead of TF32, the default of torch's convolutions. cuDNN selects its fastest kernels by
+        trial."""
         return torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False)
 
     def peak(self, f: Timed) -> int | None:
-        """Of torch's allocator; a peer with one of its own (JAX) shows as 0."""
+        """Peak bytes of torch's allocator; 0 for a peer with another allocator (JAX)."""
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -81,12 +81,12 @@ CPU = Target()
 
 
 def cpu() -> Target:
-    """The host, if it has the C++ kernels.
+    """The host.
 
     Raises
     ------
     BackendUnavailable
-        If it has not.
+        If the C++ kernels are unavailable.
     """
     reason = backends()["cpu"]
     if reason is not None:
@@ -95,12 +95,12 @@ def cpu() -> Target:
 
 
 def cuda() -> Target:
-    """The current CUDA device, if there is one and the kernels run on it.
+    """The current CUDA device.
 
     Raises
     ------
     BackendUnavailable
-        If there is none or they do not.
+        If there is none or the kernels do not run on it.
     """
     if not torch.cuda.is_available():
         raise BackendUnavailable(
@@ -112,7 +112,7 @@ def cuda() -> Target:
         raise BackendUnavailable(f"The GPU kernels are what is timed: {reason}")
     device = torch.device("cuda", torch.cuda.current_device())
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    # Four times the cache, in float32.
+    # As many float32 numbers as the cache has bytes: four times the cache.
     clock = EventClock(torch.empty(cache, dtype=torch.float32, device=device))
     free, _ = torch.cuda.mem_get_info(device)
     return CudaTarget(device, "gpu", clock, cache, free // 8)

@@ -1,4 +1,4 @@
-"""The command `deepreg-fast`: train, recover, evaluate, reproduce, demo, data, bench, info."""
+"""The `deepreg-fast` command: train, recover, evaluate, reproduce, demo, data, bench, info."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main() -> None:
-    """Entry point: an error of ours is one sentence on stderr and exit code 2, never a traceback. A reader that closes
-    its pipe ends the command quietly."""
+    """Entry point. A `DeepRegError` prints its message on stderr and exits with code 2, without a traceback. A closed
+    pipe ends the command silently."""
     prepare()
     try:
         app()

@@ -1,4 +1,4 @@
-"""`deepreg-fast bench`: the kernels beside their peers and the machine's own bounds."""
+"""`deepreg-fast bench`: the kernels compared with other implementations and with the machine's bounds."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def bench(  # noqa: PLR0913 - one argument an option
         Path | None, typer.Option(help="Folder for results.json, results.csv and roofline.svg (of kernels).")
     ] = None,
 ) -> None:
-    """Time the C++ kernels beside torch, JAX, scipy, deepinv and LearnedRegularizers; each answer is checked against
-    float64 first. Solvers of others run at the loosest tolerance of theirs that answers as well as ours; a peer that is
-    not here is listed as missing, with how to get it.
+    """Time the C++ kernels and compare with torch, JAX, scipy, deepinv and LearnedRegularizers. Each result is first
+    checked against float64. Each competing solver runs at the loosest tolerance that matches our accuracy. Missing
+    packages are listed with installation instructions.
 
-    With --device cuda the GPU kernels, by CUDA events, beside torch in eager mode, torch.func, torch.compile, JAX,
-    cuFFT and fast_hadamard_transform; the bounds are the device's own matrix products and copy.
+    With --device cuda, time the GPU kernels with CUDA events, and compare with torch in eager mode, torch.func,
+    torch.compile, JAX, cuFFT and fast_hadamard_transform. The bounds are the device's own matrix products and copy.
 
-    A case is void (and says so) when the same code timed twice differs by more than 3 %, or a planted slowdown of 10 %
-    is not seen: then the machine was too busy, and the times mean little.
+    A case is void, and marked so, if two timings of the same code differ by more than 3 % or an injected slowdown of
+    10 % is not detected: the machine was too busy for reliable times.
 
     Example: deepreg-fast bench --cases hvp,dct --threads 1 --out results
     """
@@ -64,7 +64,7 @@ def bench(  # noqa: PLR0913 - one argument an option
     checks.integer(channels, "--channels", 1)
     checks.integer(depth, "--depth", 2)
     checks.choice(norm, "--norm", ("none", "pixel"))
-    learned = None if learned_regularizers is None else check_learned_regularizers(learned_regularizers)
+    learned_path = None if learned_regularizers is None else check_learned_regularizers(learned_regularizers)
     if checks.integer(threads, "--threads", 0):
         torch.set_num_threads(threads)
     target = TARGETS[device]()
@@ -73,33 +73,33 @@ def bench(  # noqa: PLR0913 - one argument an option
     for n in names:
         if n not in table:
             raise InputError(f"--cases must be among {', '.join(table)}, but has {n!r}.")
-    problem = Problem(batch, size, channels, depth, norm, learned_regularizers=learned, target=target)
+    problem = Problem(batch, size, channels, depth, norm, learned_regularizers=learned_path, target=target)
     if out is not None:
-        # Before anything is timed: minutes must not end in a folder that cannot be made.
+        # Created before anything is timed, so that minutes of work are not lost if the folder cannot be created.
         make_folder(out)
     with Pulse("bench", len(names), "cases") as pulse, target.fair():
         pulse.begin("bounds of the machine")
-        machine, found = target.describe(learned), target.bounds()
+        machine, bounds = target.describe(learned_path), target.bounds()
         results = []
         for name in names:
             results += run(problem, [name], rounds, pulse.begin)
             pulse.done()
-    print(_text(results, found, width(sys.stdout)))
+    print(_text(results, bounds, width(sys.stdout)))
     if out is not None:
-        report = to_json(results, problem, found, machine)
+        report = to_json(results, problem, bounds, machine)
         write_atomically(out / "results.json", (json.dumps(report, indent=1) + "\n").encode())
         write_atomically(out / "results.csv", to_csv(results).encode())
         points = {r.case.name: (r.case.flops, r.case.bytes, 1e-3 * r.rows[0].milliseconds) for r in results if r.rows}
         points = {n: v for n, v in points.items() if v[0]}
         if points:
-            figure = roofline_figure(points, found.rate, found.copy)
+            figure = roofline_figure(points, bounds.rate, bounds.copy)
             write_atomically(out / "roofline.svg", figure.encode())
     if any(r.wrong for r in results):
         raise typer.Exit(1)
 
 
 def _text(results: list[Result], bounds: Bounds | Ceilings, columns: int | None) -> str:
-    """The bounds, and a table of each case that fits 80 columns."""
+    """The bounds, and a table for each case that fits 80 columns."""
     from ..terminal import table
 
     out = [str(bounds)]

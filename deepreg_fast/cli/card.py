@@ -1,4 +1,4 @@
-"""`deepreg-fast info NAME`: the model card of shipped weights, as a page or as JSON."""
+"""`deepreg-fast info NAME`: the model card of shipped weights, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..weights import cards
 
 
 def show(name: str, as_json: bool) -> None:
-    """Print the card of shipped weights."""
+    """Print the model card of shipped weights."""
     card = cards.card(name)
     if as_json:
         print(json.dumps(card))

@@ -12,7 +12,7 @@ app = typer.Typer(help="Get data sets.", no_args_is_help=True)
 
 @app.callback()
 def _data() -> None:
-    """Keeps `bsd400` a subcommand while it is the only one."""
+    """Makes typer treat `bsd400` as a subcommand although it is the only one."""
 
 
 @app.command()
@@ -20,7 +20,7 @@ def bsd400(
     out: Annotated[Path, typer.Option(help="Folder for the 400 images.")] = Path("BSD400"),
     base_url: Annotated[str, typer.Option(help="Where the files are; empty for the public copy.")] = "",
 ) -> None:
-    """Download the 400 grey 180 x 180 images of BSD400, each checked by its SHA-256. Files already there are kept."""
+    """Download the 400 gray 180 x 180 images of BSD400, verified by SHA-256. Valid files that exist are kept."""
     from ..data import BASE_URL, download_bsd400
 
     download_bsd400(out, base_url or BASE_URL)

@@ -1,4 +1,4 @@
-"""`deepreg-fast demo`: the whole method in minutes, with a report."""
+"""`deepreg-fast demo`: training, recovery and a report in minutes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ def demo(
     size: Annotated[int, typer.Option(help="Side of the held-out images.")] = 128,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Train a small regularizer on photographs, recover held-out ones, compare with TV and with shipped weights, write
-    an HTML report."""
+    """Train a small regularizer on photographs, recover held-out ones, compare with TV and with shipped weights, and
+    write an HTML report."""
     from .. import checks
     from ..experiments.demo import BEST, TRAINED, run_demo
     from ..terminal import table, width
 
     checks.integer(steps, "--steps", 1)
     checks.integer(size, "--size", 64, 300)
-    found = run_demo(out, steps, size, device=str(use_device(device)))
+    outcome = run_demo(out, steps, size, device=str(use_device(device)))
     rows = [
         (name, f"{f['psnr_mean']:.2f} dB", f"{f['psnr_median']:.2f} dB", f"{f['ssim_mean']:.3f}")
-        for name, f in found.results.items()
+        for name, f in outcome.results.items()
     ]
     print(table(("method", "PSNR mean", "median", "SSIM"), rows, columns=width(sys.stdout)))
-    print(f"The regularizer trained here in {found.seconds:.0f} s reaches {_against(found.results[TRAINED])}.")
-    print(f"The best shipped weights, {BEST.removeprefix('shipped ')}, reach {_against(found.results[BEST])}.")
-    print(f"The report is in {found.report.resolve()}")
+    print(f"The regularizer trained here in {outcome.seconds:.0f} s reaches {_against(outcome.results[TRAINED])}.")
+    print(f"The best shipped weights, {BEST.removeprefix('shipped ')}, reach {_against(outcome.results[BEST])}.")
+    print(f"The report is in {outcome.report.resolve()}")
 
 
 def _against(figures: dict[str, Any]) -> str:

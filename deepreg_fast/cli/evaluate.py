@@ -1,4 +1,4 @@
-"""`deepreg-fast evaluate`: methods side by side on the test images."""
+"""`deepreg-fast evaluate`: comparison of methods on the test images."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     out: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Compare regularizers with tuned TV and the minimum-norm solution on images that nobody trained on.
+    """Compare regularizers with tuned TV and the minimum-norm solution on images that were not used for training.
 
     Examples:
 
@@ -100,22 +100,22 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     from ..evaluation.tuning import tuned_tv
     from ..weights.io import load
 
-    place = use_device(device)
-    settings["device"] = str(place)
+    torch_device = use_device(device)
+    settings["device"] = str(torch_device)
     problem = Problem(data, split, transform, randomizer, operator_seed, sigma, ratio, crop, validation, keep_dc)
-    found = measure(problem, place, limit, tune_on)
-    tuning = found.x_tuning, found.y_tuning, found.A
-    loaded = [(given, *load(given)) for given in weights or []]
+    measured = measure(problem, torch_device, limit, tune_on)
+    tuning = measured.x_tuning, measured.y_tuning, measured.A
+    loaded = [(source, *load(source)) for source in weights or []]
     methods = [Method("adjoint"), Method("minimum_norm")]
     # Each method is tuned, then run.
     with Pulse("evaluate", 2 * (3 + len(loaded)), "parts") as pulse:
         pulse.done(2, "tuning tv")
         methods.append(tuned_tv(*tuning))
-        for given, reg, meta in loaded:
+        for source, reg, meta in loaded:
             options = pgd_options(meta, acceleration, max_iterations=max_iterations, tolerance=tolerance)
-            method = Method(_name(given, meta, methods), reg.to(place), default_mu(meta, sigma), options)
+            method = Method(_name(source, meta, methods), reg.to(torch_device), default_mu(meta, sigma), options)
             pulse.done(text=f"tuning {method.name}")
-            # Only bi-level training gives its own mu.
+            # Only bi-level training learns mu.
             bilevel = meta.get("method") == "bilevel"
             if tune_mu or (tune and not bilevel):
                 method = tuned(method, *tuning)
@@ -123,11 +123,11 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
                 _tell(method, unlike_training(meta, ratio=ratio, sigma=sigma))
             methods.append(method)
         pulse.done()
-        result: dict[str, Any] = dict(compare(methods, found.x, found.y, found.A, pulse.done))
-    # What was done, where the weights chose it.
-    for chosen in ("acceleration", "max_iterations"):
-        settings[chosen] = {m.name: getattr(m.options, chosen) for m in methods if m.reg is not None}
-    result["settings"] = {**settings, "images": list(found.names)}
+        result: dict[str, Any] = dict(compare(methods, measured.x, measured.y, measured.A, pulse.done))
+    # Record the options that came from the weight files.
+    for option in ("acceleration", "max_iterations"):
+        settings[option] = {m.name: getattr(m.options, option) for m in methods if m.reg is not None}
+    result["settings"] = {**settings, "images": list(measured.names)}
     text = json.dumps(result)
     if out is not None:
         write_atomically(out, text.encode())
@@ -135,7 +135,7 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
 
 
 def _split(data: str, split: str) -> str:
-    """The split to take: the one named, else that of BSD400 for its images, else none."""
+    """The split to use: the named one, otherwise that of BSD400 if the images are BSD400's, otherwise none."""
     if split or data == "embedded":
         return "" if split == "none" else split
     from ..data import is_bsd400
@@ -151,10 +151,10 @@ def _split(data: str, split: str) -> str:
 
 
 def _name(given: str, meta: dict[str, Any], others: list[Method]) -> str:
-    """The row's name: of shipped weights their own, of others the method that trained them; each only once."""
+    """A unique name of the row: the name of shipped weights, otherwise the method that trained the weights."""
     path = Path(given)
     name = str(card_of(meta).get("name") or meta.get("method", path.stem))
-    # The JSON object has a key of each name, and this one.
+    # The JSON object has one key per name, and the key "settings".
     taken = {"settings", *(m.name for m in others)}
     unique = name if name not in taken else f"{name}:{path.parent.name}"
     while unique in taken:
@@ -163,7 +163,7 @@ def _name(given: str, meta: dict[str, Any], others: list[Method]) -> str:
 
 
 def _tell(method: Method, differs: str) -> None:
-    """Say on stderr that a method keeps its mu on a problem that it was not trained for."""
+    """Print on stderr that a method is used with its trained mu on a problem that it was not trained for."""
     if differs:
         typer.echo(
             f"{method.name} was trained for another problem (here {differs}): mu is {method.mu:.2g}, see --tune-mu.",
@@ -172,7 +172,7 @@ def _tell(method: Method, differs: str) -> None:
 
 
 def _check_out(out: Path, data: str, split: str, weights: list[str]) -> None:
-    """Check that the file of results replaces none that is read."""
+    """Check that the output file replaces no input file."""
     from ..data import image_names
     from ..weights.io import locate
 
@@ -189,15 +189,15 @@ def _table(result: dict[str, Any]) -> None:
     for name, f in result.items():
         if name == "settings":
             continue
-        against = f.get("vs_tv")
+        vs_tv = f.get("vs_tv")
         rows.append(
             (
                 name,
                 f"{f['psnr_mean']:.2f}",
                 f"{f['psnr_median']:.2f}",
                 f"{f['ssim_mean']:.3f}",
-                f"{against['mean']:+.2f}" if against else "",
-                f"{against['wins']}/{against['images']}" if against else "",
+                f"{vs_tv['mean']:+.2f}" if vs_tv else "",
+                f"{vs_tv['wins']}/{vs_tv['images']}" if vs_tv else "",
                 f"{sum(f['gradients']) / len(f['gradients']):.0f}",
                 ", ".join(f"{v} {k}" for k, v in f["status"].items()),
                 "" if f["mu"] is None else f"{f['mu']:.2g}",

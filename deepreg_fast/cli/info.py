@@ -1,4 +1,4 @@
-"""`deepreg-fast info`: what is here, what is missing, and how to get it."""
+"""`deepreg-fast info`: versions, available backends, missing optional packages and how to install them."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The version of NVIDIA's driver, as its kernel module tells it."""
+    """The version of NVIDIA's driver, as its kernel module reports it."""
     try:
-        told = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
         return None
-    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", told)
-    return found.group() if found else None
+    match = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
+    return match.group() if match else None
 
 
 def _cuda() -> dict[str, Any]:
-    """The CUDA version that torch is built with, the driver, and every device that torch sees."""
+    """The CUDA version of torch's build, the driver, and the devices that torch sees."""
     driver = _driver()
     if driver is None and not may_have_cuda():
         return {"torch": torch_build()["cuda"], "driver": None, "devices": []}
@@ -54,7 +54,7 @@ def _cuda() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, str | None]:
-    """`deepreg_fast.backends()`, without torch where that has nothing to tell."""
+    """`deepreg_fast.backends()`, without importing torch if there can be no CUDA device."""
     if not may_have_cuda():
         module, reason = extension()
         return {"gpu": NO_CUDA, "cpu": None if module is not None else reason, "reference": None}
@@ -64,7 +64,7 @@ def _backends() -> dict[str, str | None]:
 
 
 def facts() -> dict[str, Any]:
-    """Everything that `info` tells, as JSON values."""
+    """Everything that `info` prints, as JSON values."""
     from .. import __version__
     from ..weights import cards
 
@@ -84,7 +84,7 @@ def facts() -> dict[str, Any]:
 
 
 def _brief(card: dict[str, Any]) -> dict[str, Any]:
-    """What the list of the shipped weights tells of one."""
+    """The entry of one card in the list of shipped weights."""
     return {
         "title": card["title"],
         "ratio": card["operator"]["ratio"],
@@ -97,7 +97,7 @@ def info(
     name: Annotated[str, typer.Argument(help="Shipped weights: their model card.", show_default=False)] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print versions, the backends with the reason why one cannot run, missing optional parts and the shipped weights.
+    """Print versions, backends (with the reason if one cannot run), missing optional packages and shipped weights.
 
     With the name of shipped weights, print their model card instead.
 
@@ -108,29 +108,29 @@ def info(
 
         show(name, as_json)
         return
-    found = facts()
+    values = facts()
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(values))
         return
     from ..terminal import facts as listed
     from ..terminal import width
 
-    rows = [(key, str(found[key])) for key in ("version", "python", "torch", "machine", "processors")]
-    cuda = found["cuda"]
+    rows = [(key, str(values[key])) for key in ("version", "python", "torch", "machine", "processors")]
+    cuda = values["cuda"]
     built = f"torch is built with {cuda['torch']}" if cuda["torch"] else "torch is built without it"
     rows.append(("cuda", f"{built}; driver {cuda['driver'] or 'none'}; {len(cuda['devices'])} devices"))
     for i, d in enumerate(cuda["devices"]):
         rows.append((f"cuda:{i}", f"{d['name']}, {d['memory_gib']} GiB, compute capability {d['compute_capability']}"))
-    for name, reason in found["backends"].items():
+    for name, reason in values["backends"].items():
         rows.append((f"backend {name}", "ready" if reason is None else f"not here: {reason}"))
-    rows += found["optional"].items()
+    rows += values["optional"].items()
     columns = width(sys.stdout)
     print(listed(rows, columns))
-    print(_weights(found["weights"], columns))
+    print(_weights(values["weights"], columns))
 
 
 def _weights(briefs: dict[str, dict[str, Any]], columns: int | None) -> str:
-    """The shipped weights, one a row."""
+    """A table of the shipped weights."""
     from ..terminal import table
 
     rows = [

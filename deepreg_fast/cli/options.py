@@ -1,4 +1,4 @@
-"""Command-line options made from a dataclass of settings, so that nothing is written twice."""
+"""Shared command-line options, and commands whose options are generated from a dataclass of settings."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ KeepDcOption = Annotated[
 
 
 def default_mu(meta: dict[str, Any], sigma: float) -> float:
-    """The weight mu to take with weights where none is given: the one they came with (1e-2 where a file tells none),
-    or `lam sigma^2` where that is larger. lam is the card's, else that of the noise the weights were trained with, else
-    the one that suited weights trained without (`mu_with_noise`)."""
+    """Default weight mu: the trained one (1e-2 if the file has none), or `lam sigma^2` if that is larger. lam is taken
+    from the card, otherwise `mu / sigma^2` of training with noise, otherwise the default for training without noise
+    (`mu_with_noise`)."""
     from ..inverse.data_term import LAM, mu_with_noise
 
     mu = checks.number(meta.get("mu", 1e-2), "mu of the weight file", 0.0, open_low=True)
@@ -50,44 +50,44 @@ def default_mu(meta: dict[str, Any], sigma: float) -> float:
 
 
 def _trained(meta: dict[str, Any]) -> dict[str, Any]:
-    """The problem that weights were trained on, as far as their file tells it."""
-    told = card_of(meta).get("operator") or meta.get("config")
-    return told if isinstance(told, dict) else {}
+    """The problem that the weights were trained on, as far as their file contains it."""
+    problem = card_of(meta).get("operator") or meta.get("config")
+    return problem if isinstance(problem, dict) else {}
 
 
 LIMIT = 500
-"""Gradients of a recovery where neither the command nor the weights' file tells."""
+"""Default number of gradients of a recovery, if neither the command nor the weight file sets it."""
 MAX_ITERATIONS = f"Gradients per image; 0 takes what the weights' file tells, else {LIMIT}."
 
 
 def pgd_options(meta: dict[str, Any], acceleration: str, max_iterations: int, **others: Any) -> PGDOptions:
-    """Options of a recovery; an empty `acceleration` and 0 `max_iterations` take what the weights' file tells of
-    theirs, else FISTA and `LIMIT`."""
+    """Options of a recovery. An empty `acceleration` and `max_iterations` of 0 take the values in the weight file,
+    otherwise FISTA and `LIMIT`."""
     from ..solvers import PGDOptions
 
-    told = card_of(meta).get("recovery") or meta.get("recovery")
-    told = told if isinstance(told, dict) else {}
+    recovery = card_of(meta).get("recovery") or meta.get("recovery")
+    recovery = recovery if isinstance(recovery, dict) else {}
     if not acceleration:
-        others |= {k: told[k] for k in ("acceleration", "memory") if k in told}
+        others |= {k: recovery[k] for k in ("acceleration", "memory") if k in recovery}
     others.setdefault("acceleration", acceleration or "fista")
-    return PGDOptions(max_iterations=max_iterations or told.get("max_iterations", LIMIT), **others)
+    return PGDOptions(max_iterations=max_iterations or recovery.get("max_iterations", LIMIT), **others)
 
 
 def unlike_training(meta: dict[str, Any], **problem: float) -> str:
-    """How a problem, as `ratio` and `sigma`, differs by more than 1 % from the one that weights were trained on; empty
-    if it does not, or if the file does not tell its training."""
+    """Text that lists the values of `problem`, such as `ratio` and `sigma`, that differ by more than 1 % from those of
+    the training. Empty if none differs or the file does not contain them."""
     trained = _trained(meta)
-    other = [
+    differences = [
         (k, trained[k], v)
         for k, v in problem.items()
         if isinstance(trained.get(k), (int, float)) and not math.isclose(v, trained[k], rel_tol=0.01)
     ]
-    return ", ".join(f"{k} {here:g} instead of {there:g}" for k, there, here in other)
+    return ", ".join(f"{k} {value:g} instead of {trained_value:g}" for k, trained_value, value in differences)
 
 
 def use_device(name: str) -> torch.device:
-    """The device that `--device` names, made the current one of this process; torch's convolutions there are float32
-    proper, not in TF32 as is their default."""
+    """The device named by `--device`. Makes it current in this process, and torch's convolutions on it true float32
+    instead of TF32, their default."""
     import torch
 
     device = checks.device(name)
@@ -100,7 +100,7 @@ def use_device(name: str) -> torch.device:
 def command_from(config: type, body: Callable[..., None], extra: list[inspect.Parameter]) -> Callable[..., None]:
     """A command whose options are the fields of `config` and the parameters `extra`.
 
-    It calls `body(given, **extras)`, `given` being the fields that the user set.
+    It calls `body(fields, **extras)` with the fields that the user set.
     """
     hints = get_type_hints(config)
     parameters = [
@@ -117,8 +117,8 @@ def command_from(config: type, body: Callable[..., None], extra: list[inspect.Pa
     ]
 
     def command(**values: Any) -> None:
-        given = {f.name: values.pop(f.name) for f in dataclasses.fields(config)}
-        body({k: v for k, v in given.items() if v is not None}, **values)
+        fields = {f.name: values.pop(f.name) for f in dataclasses.fields(config)}
+        body({k: v for k, v in fields.items() if v is not None}, **values)
 
     command.__signature__ = inspect.Signature([*extra, *parameters])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in [*extra, *parameters]}

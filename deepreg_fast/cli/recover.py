@@ -1,4 +1,4 @@
-"""`deepreg-fast recover`: one image, or measurements from a file."""
+"""`deepreg-fast recover`: recovery of one image, or from measurements in a file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     max_iterations: Annotated[int, typer.Option(min=0, help=MAX_ITERATIONS)] = 0,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Recover images and write each as PNG and float32 .npy, with results.json and a figure.
+    """Recover images and write each as PNG and float32 .npy, plus results.json and a figure.
 
     Examples:
 
@@ -68,11 +68,13 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     from ..operators import SRM
     from ..weights.io import load, locate
 
-    place = use_device(device)
+    torch_device = use_device(device)
     way_out = "name another --out or rename the source"
-    # Before anything is computed: an outcome that cannot be written is not worth minutes.
-    fixed = [out / "results.json", out / "figure.png"]
-    check_outputs([out / f"{source.stem}.png", out / f"{source.stem}.npy", *fixed], [source, locate(weights)], way_out)
+    # Checked before anything is computed, so that minutes of work are not lost.
+    summary_files = [out / "results.json", out / "figure.png"]
+    check_outputs(
+        [out / f"{source.stem}.png", out / f"{source.stem}.npy", *summary_files], [source, locate(weights)], way_out
+    )
     reg, meta = load(weights)
     truth: torch.Tensor | None = None
     A: LinearOperator
@@ -84,7 +86,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
         A = SRM(shape, ratio, transform=transform, randomizer=randomizer, seed=operator_seed, keep_dc=keep_dc)
         y, noise = add_noise(A.A(truth), sigma, seed=1), sigma
     names = [source.stem] if len(y) == 1 else [f"{source.stem}_{i:03d}" for i in range(len(y))]
-    check_outputs([out / f"{n}{s}" for n in names for s in (".npy", ".png")] + fixed, [source], way_out)
+    check_outputs([out / f"{n}{s}" for n in names for s in (".npy", ".png")] + summary_files, [source], way_out)
     make_folder(out)
     checks.finite(y, "The measurements")
     y, truth = _as_weights(reg, y, truth)
@@ -95,14 +97,14 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     if lam is not None and not noise > 0:
         raise InputError("--lam needs noisy measurements (mu = lam sigma^2), but sigma is 0; give --mu instead.")
     options = pgd_options(meta, acceleration, max_iterations=max_iterations, tolerance=tolerance, record=True)
-    reg, A, y = reg.to(place), A.to(place), y.to(place)
+    reg, A, y = reg.to(torch_device), A.to(torch_device), y.to(torch_device)
     sol = solve(y, A, reg, mu, lam=lam, sigma=noise if lam is not None else None, options=options)
     weight = mu if lam is None else lam * noise**2
     sol.x = sol.x.cpu()
     for name, image in zip(names, sol.x, strict=True):
         write_atomically(out / f"{name}.npy", _npy(image.float()))
         write_atomically(out / f"{name}.png", png(image.clamp(0, 1)))
-    results = {**_results(sol, truth), "mu": weight, "device": str(place)}
+    results = {**_results(sol, truth), "mu": weight, "device": str(torch_device)}
     write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
     write_atomically(out / "figure.png", _figure(sol, truth, A, y))
     for i, row in enumerate(results["images"]):
@@ -114,11 +116,14 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
 def _as_weights(
     reg: Regularizer, y: torch.Tensor, truth: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Measurements and image in the weights' precision; a change of the measurements is told."""
+    """Convert measurements and image to the weights' precision. A conversion of measurements is reported."""
     dtype = next((p.dtype for p in reg.parameters()), y.dtype)
     if y.dtype != dtype and truth is None:
-        here, there = (str(t).removeprefix("torch.") for t in (y.dtype, dtype))
-        typer.echo(f"The measurements are {here} and the weights {there}: they are converted to {there}.", err=True)
+        y_type, reg_type = (str(t).removeprefix("torch.") for t in (y.dtype, dtype))
+        typer.echo(
+            f"The measurements are {y_type} and the weights {reg_type}: they are converted to {reg_type}.",
+            err=True,
+        )
     return y.to(dtype), None if truth is None else truth.to(dtype)
 
 
@@ -154,7 +159,7 @@ def _results(sol: Solution, truth: torch.Tensor | None) -> dict[str, Any]:
 
 
 def _figure(sol: Solution, truth: torch.Tensor | None, A: LinearOperator, y: torch.Tensor) -> bytes:
-    """The back-projection, the recovery and, where known, the truth and the error."""
+    """The back-projection, the recovery and, if known, the truth and the error."""
     import io
 
     from matplotlib.figure import Figure

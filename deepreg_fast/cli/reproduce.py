@@ -1,4 +1,4 @@
-"""`deepreg-fast reproduce`: the paper's table from one file of settings."""
+"""`deepreg-fast reproduce`: the paper's table from a settings file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def reproduce(  # noqa: PLR0913 - one argument for each option of the command li
     device: DeviceOption = "cpu",
     report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing; write tables and report.")] = False,
 ) -> None:
-    """Train and evaluate every row of a table, and write it with a report; after a stop the same command goes on.
+    """Train and evaluate every row of a table, and write the table and a report. Run the same command again to resume.
 
     Example: deepreg-fast reproduce --data BSD400 --out reproduction
     """
@@ -38,9 +38,9 @@ def reproduce(  # noqa: PLR0913 - one argument for each option of the command li
     checks.integer(workers, "--workers", 0)
     if data and data != "embedded" and same_file(out, Path(data)):
         raise InputError(f"--out must be another folder than --data, but both are {data}; name another one.")
-    found = load_settings("quick" if quick else settings)
-    done = run(
-        found.with_data(data) if data else found,
+    parsed = load_settings("quick" if quick else settings)
+    outcome = run(
+        parsed.with_data(data) if data else parsed,
         out,
         rows=tuple(n for n in rows.split(",") if n),
         group=group,
@@ -49,17 +49,19 @@ def reproduce(  # noqa: PLR0913 - one argument for each option of the command li
         report_only=report_only,
         command=shlex.join(["deepreg-fast", *sys.argv[1:]]),
     )
-    if done.results:
-        _table(done.results)
-    if done.report is not None:
-        typer.echo(f"The report is in {done.report}; figures are in {out / 'results.json'} and {out / 'results.csv'}.")
-    for name, sentence in done.failed.items():
+    if outcome.results:
+        _table(outcome.results)
+    if outcome.report is not None:
+        typer.echo(
+            f"The report is in {outcome.report}; figures are in {out / 'results.json'} and {out / 'results.csv'}."
+        )
+    for name, sentence in outcome.failed.items():
         typer.echo(f"deepreg-fast: {name} failed: {sentence}", err=True)
-    if done.fatal:
-        typer.echo(f"deepreg-fast: {done.fatal}", err=True)
-    if done.failed or done.fatal:
+    if outcome.fatal:
+        typer.echo(f"deepreg-fast: {outcome.fatal}", err=True)
+    if outcome.failed or outcome.fatal:
         raise typer.Exit(2)
-    if done.stopped:
+    if outcome.stopped:
         typer.echo("Stopped; the same command goes on from here.", err=True)
         raise typer.Exit(130)
 

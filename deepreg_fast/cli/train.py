@@ -43,21 +43,21 @@ _CONFIG = inspect.Parameter(
 def _settings(
     trainer: type[Trainer], cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None
 ) -> TrainConfig:
-    """Settings from the checkpoint or the file, overridden by what was given."""
+    """Settings from the checkpoint or the file, overridden by those from the command line."""
     config, resume = extra["config"], extra["resume"]
     base: dict[str, Any] = {}
     if resume is not None:
         from ..training.checkpoint import load_checkpoint
 
-        where = resume / "last.safetensors" if resume.is_dir() else resume
-        state = load_checkpoint(where)[1]
+        source = resume / "last.safetensors" if resume.is_dir() else resume
+        state = load_checkpoint(source)[1]
         if state.get("method") != trainer.method:
             raise CheckpointError(
-                f"{where} must be a {trainer.method!r} run, but is a {state.get('method')!r} run; resume it with "
+                f"{source} must be a {trainer.method!r} run, but is a {state.get('method')!r} run; resume it with "
                 f"'deepreg-fast train {str(state.get('method')).replace('_', '-')}'."
             )
         base = state["config"]
-        base["out"] = str(where.parent)
+        base["out"] = str(source.parent)
     elif config is not None:
         try:
             base = asdict(cls.from_json(config.read_text(encoding="utf-8")))
@@ -98,7 +98,7 @@ def _run(name: str, cls: type[TrainConfig], given: dict[str, Any], **extra: Path
 
 @contextmanager
 def _stopped_by_signals(run: Trainer) -> Iterator[None]:
-    """The first SIGINT or SIGTERM ends the training after the step at hand, with a checkpoint; the second at once."""
+    """The first SIGINT or SIGTERM ends the training after the current step with a checkpoint; the second, at once."""
 
     def stop(*_: object) -> None:
         if run.stopping:
@@ -108,11 +108,11 @@ def _stopped_by_signals(run: Trainer) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for name, handler in before.items():
+        for name, handler in previous.items():
             signal.signal(name, handler)
 
 

@@ -1,4 +1,4 @@
-"""Images: files, folders, BSD400, the embedded pictures, and the paper's augmentation."""
+"""Images: files, folders, BSD400, the embedded photographs, and the paper's augmentation."""
 
 from .augment import AUGMENTATIONS, augment
 from .bsd400 import BASE_URL, bsd400_registry, download_bsd400, is_bsd400

@@ -1,4 +1,4 @@
-"""The augmentation of the training images: 370 images become 1480."""
+"""Augmentation of the training images (370 images become 1480)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _FLIPPED: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
 def augment(x: torch.Tensor, k: int) -> torch.Tensor:
     """The `k`-th of four exact rearrangements of the pixels of `x` `[..., H, W]`.
 
-    `k = 0` is the image itself, 1 the mirror image (left and right exchanged), 2 the image upside down, and 3 both
-    at once, which is the rotation by 180 degrees. The four form a group, each its own inverse, and keep `H x W`
-    for images that are not square, which quarter turns would not.
+    `k = 0` is the identity, 1 flips left and right, 2 flips top and bottom, and 3 does both (rotation by 180 degrees).
+    The four form a group, and each is its own inverse. Unlike rotations by 90 degrees, they preserve `H x W` for images
+    that are not square.
     """
     k = checks.integer(k, "k", 0, AUGMENTATIONS - 1)
     return torch.flip(x, _FLIPPED[k]) if k else x

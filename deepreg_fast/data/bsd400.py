@@ -1,4 +1,4 @@
-"""BSD400: the 400 gray 180x180 training images of the denoising literature, fetched with a checksum for each.
+"""BSD400: the 400 gray 180x180 training images of the denoising literature, downloaded and verified by checksum.
 
 The images come from the Berkeley Segmentation Dataset (Martin, Fowlkes, Tal, Malik 2001; for research use) in the form
 that Zhang et al. distribute with the training code of DnCNN (IEEE TIP 2017). They are not part of this package.
@@ -26,17 +26,17 @@ BASE_URL = (
 """The upstream folder, at a fixed commit."""
 
 TIMEOUT = 30.0
-"""Seconds without an answer after which a download counts as failed."""
+"""Seconds without a response after which a download fails."""
 
 
 def bsd400_registry() -> dict[str, str]:
-    """SHA-256 of each of the 400 files, by file name."""
+    """SHA-256 of the 400 files by file name."""
     file = resources.files("deepreg_fast.data").joinpath("bsd400_sha256.json")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def is_bsd400(folder: str | os.PathLike[str]) -> bool:
-    """Whether the folder's images have the 400 names of BSD400, and no other is among them."""
+    """Whether the folder's images have exactly the 400 names of BSD400."""
     return set(image_names(folder)) == set(bsd400_registry())
 
 
@@ -46,17 +46,17 @@ def download_bsd400(
     registry: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Fetch BSD400 into `folder`, about 8 MB in 400 files, and return the folder.
+    """Download BSD400 into `folder` (about 8 MB in 400 files) and return the folder.
 
-    Each file is written under another name, compared with its SHA-256 and then renamed, so a file in the folder under
-    its own name is a good one. Files that are there and good are not fetched again: after an interruption, call again.
+    Each file is written under a temporary name, verified by its SHA-256 and renamed, so every file under its final name
+    is valid. Valid files are not downloaded again: after an interruption, call this function again.
 
     Parameters
     ----------
     folder
-        Where the files go; made if it is missing.
+        Destination folder, created if missing.
     base_url
-        The folder they come from, for a mirror.
+        Source folder; change it to use a mirror.
     registry
         SHA-256 by file name; by default `bsd400_registry()`.
     progress
@@ -65,10 +65,10 @@ def download_bsd400(
     Raises
     ------
     DataError
-        If the folder cannot be written, a server does not answer or lacks a file, or a checksum differs. What was
-        fetched until then stays.
+        If the folder cannot be written, a server does not respond or lacks a file, or a checksum differs. Files that
+        were already downloaded stay.
     """
-    import pooch  # here, not above: `import deepreg_fast` needs no downloader.
+    import pooch  # imported here: `import deepreg_fast` needs no downloader.
 
     registry = bsd400_registry() if registry is None else dict(registry)
     folder = Path(folder)
@@ -80,7 +80,7 @@ def download_bsd400(
         ) from error
     logger = pooch.get_logger()
     level = logger.level
-    logger.setLevel("WARNING")  # one line per file would bury the progress bar
+    logger.setLevel("WARNING")  # a line per file would hide the progress bar
     try:
         source = pooch.create(path=folder, base_url=base_url.rstrip("/") + "/", registry=registry)
         for done, name in enumerate(sorted(registry)):
@@ -98,21 +98,21 @@ def _fetch(source: pooch.Pooch, name: str, folder: Path) -> None:
     import pooch
     import requests
 
-    again = "what was fetched is kept, so run the same command again"
+    remedy = "what was fetched is kept, so run the same command again"
     try:
-        # pooch names the arguments of its own downloader otherwise than its Downloader type does
+        # The argument names of pooch's own downloader differ from those of its Downloader type.
         source.fetch(name, downloader=pooch.HTTPDownloader(timeout=TIMEOUT))  # type: ignore[arg-type]
     except requests.RequestException as error:
         raise DataError(
             f"Expected {name} from {source.base_url}, but the download failed ({error}); check the network, or name a "
-            f"mirror: {again}."
+            f"mirror: {remedy}."
         ) from error
     except OSError as error:
         raise DataError(
             f"{name} cannot be written to {folder} ({error.strerror or error}); make room or name another folder: "
-            f"{again}."
+            f"{remedy}."
         ) from error
-    except ValueError as error:  # pooch's word for a hash that differs; the file was not kept
+    except ValueError as error:  # pooch raises this for a wrong hash, after deleting the file
         raise DataError(
             f"Expected {name} with the SHA-256 {source.registry[name]}, but what {source.base_url} sent has another "
             "and was thrown away; the source has changed or the transfer was damaged: try again or name a mirror."

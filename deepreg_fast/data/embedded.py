@@ -1,4 +1,4 @@
-"""Natural images that need no download: those inside the scikit-image wheel."""
+"""Natural images without a download, from the scikit-image wheel."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ HELD_OUT_PICTURES = ("camera.png", "chelsea.png", "coffee.png")
 
 
 class EmbeddedImages(NamedTuple):
-    """Training and held-out crops; no picture gives both."""
+    """Training and held-out crops, from different photographs."""
 
     train: ImageSet
     held_out: ImageSet
 
 
 def embedded_images(size: int | tuple[int, int], train_crops: int = 9, held_out_crops: int = 2) -> EmbeddedImages:
-    """Gray crops of eight training and three held-out photographs of scikit-image, always the same ones.
+    """Gray crops of eight training and three held-out photographs of scikit-image. The crops are always the same.
 
-    A picture is first halved by averaging 2x2 pixels if it is then still twice as large as the crop in each direction
-    (the originals are soft at full size, and more of the scene comes into a small crop). The crops lie on an even grid
-    around the middle, and overlap where the picture is small.
+    A photograph is first halved by averaging 2x2 pixels if it is then still at least twice as large as the crop in each
+    direction: the originals are soft at full size, and a small crop then shows more of the scene. The crops lie on an
+    even grid around the center, and overlap if the photograph is small.
 
     Parameters
     ----------
     size
-        Height and width of the crops, an integer or a pair; at most 300x384, the smallest extent among the pictures.
+        Height and width of the crops, an integer or a pair; at most 300x384, the smallest extents of the photographs.
     train_crops, held_out_crops
-        Crops per picture. Crop `i` of `camera.png` is named `camera-i`.
+        Crops per photograph. Crop `i` of `camera.png` is named `camera-i`.
 
     Raises
     ------
     DataError
-        If scikit-image or one of its pictures is not installed, or a picture is smaller than `size`.
+        If scikit-image or one of its photographs is not installed, or a photograph is smaller than `size`.
     """
     pair(size)
     train_crops = checks.integer(train_crops, "train_crops", 1)
@@ -95,7 +95,7 @@ def _crop_all(folder: Path, pictures: tuple[str, ...], size: int | tuple[int, in
 
 
 def _corners(image: torch.Tensor, height: int, width: int, crops: int) -> list[tuple[int, int]]:
-    """Top left corners of `crops` crops: the first ones of an even grid, row by row; the centre if there is one."""
+    """Top left corners of the crops: the first `crops` cells of an even grid, row by row; the center for one crop."""
     rows = math.isqrt(crops)
     columns = math.ceil(crops / rows)
     tops = _spread(image.shape[-2] - height, math.ceil(crops / columns))
@@ -104,5 +104,5 @@ def _corners(image: torch.Tensor, height: int, width: int, crops: int) -> list[t
 
 
 def _spread(room: int, count: int) -> list[int]:
-    """`count` numbers of `[0, room]`, each in the middle of its share."""
+    """The midpoints of `count` equal parts of `[0, room]`."""
     return [(2 * i + 1) * room // (2 * count) for i in range(count)]

@@ -1,4 +1,4 @@
-"""A folder of images as one tensor, and the split of its names into training and test."""
+"""A folder of images as one tensor, and splits of its names into training and test."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ImageSet:
         return c, h, w
 
     def subset(self, names: Iterable[str]) -> ImageSet:
-        """The images of these names, in the order given.
+        """The images with these names, in this order.
 
         Raises
         ------
@@ -61,7 +61,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Split:
-    """File names of the training and of the test images; the two share none."""
+    """File names of the training and the test images, which are disjoint."""
 
     train: tuple[str, ...]
     test: tuple[str, ...]
@@ -70,23 +70,23 @@ class Split:
 def load_folder(
     path: str | os.PathLike[str], size: Size = None, names: Sequence[str] | None = None, option: str = "size"
 ) -> ImageSet:
-    """Read the images of a folder (not of folders in it), in the order of their names, as one `ImageSet`.
+    """Read the images of a folder (without subfolders), sorted by name, as one `ImageSet`.
 
     Parameters
     ----------
     path
-        The folder. Files without an image's ending, and hidden files, are passed over.
+        The folder. Hidden files and files without an image suffix are ignored.
     size
-        Take the centre crop of this size from every image (`centre_crop`); None if all have one shape already.
+        Take the center crop of this size from every image (`centre_crop`); None if all have the same shape.
     names
-        Read these files only, in this order.
+        Read only these files, in this order.
     option
-        What sets the size, for errors.
+        Name of the option that sets the size, for error messages.
 
     Raises
     ------
     DataError
-        If the folder is missing or holds no image, a named file is missing, a file is damaged or too small,
+        If the folder is missing or contains no image, a named file is missing, a file is damaged or too small,
         or the shapes differ and `size` is None.
     """
     folder = Path(path)
@@ -104,12 +104,12 @@ def load_folder(
 def load_images(
     path: str | os.PathLike[str], size: Size = None, names: Sequence[str] | None = None, option: str = "size"
 ) -> tuple[tuple[str, ...], list[torch.Tensor]]:
-    """Names and images `[1, H, W]` of a folder, as `load_folder` reads them, each of its own shape.
+    """Names and images `[1, H, W]` of a folder, read as by `load_folder`. Shapes may differ.
 
     Raises
     ------
     DataError
-        As `load_folder`, but for shapes.
+        As in `load_folder`, except for shapes.
     """
     folder = Path(path)
     files = image_names(folder)
@@ -118,13 +118,13 @@ def load_images(
 
 
 def image_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The names of the image files in a folder, sorted by their portable form (`files.portable`): the order is the
-    same whichever Unicode form a system stores.
+    """The names of the image files in a folder, sorted by their portable form (`files.portable`), so that the order
+    does not depend on the Unicode form that a system stores.
 
     Raises
     ------
     DataError
-        If the folder is missing, is no folder, cannot be read, or holds no image.
+        If the folder is missing, is not a folder, cannot be read, or contains no image.
     """
     folder = Path(path)
     if not folder.exists():
@@ -148,13 +148,12 @@ def image_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def load_split(path: str | os.PathLike[str]) -> Split:
-    """Read a split file: JSON, `{"train": ["a.png", ...], "test": ["b.png", ...]}`; `"bsd400"` is the shipped one.
+    """Read a JSON split file, `{"train": ["a.png", ...], "test": ["b.png", ...]}`; `"bsd400"` is the shipped one.
 
     Raises
     ------
     DataError
-        If the file is missing or not such a JSON object, if a name is not a plain file name, comes twice,
-        or is in both lists.
+        If the file is missing or not such a JSON object, or if a name is not a plain file name or is duplicated.
     """
     if path == "bsd400":
         return bsd400_split()
@@ -191,32 +190,32 @@ def _shipped_split() -> bytes:
 def carve_validation(
     names: Sequence[str], count: int, seed: int = 0, option: str = "count"
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Part training names into `(train, validation)` with `count` validation names.
+    """Split training names into `(train, validation)` with `count` validation names.
 
-    The validation names are those with the smallest SHA-256 of `"seed:name"`, the name in its portable form: the
-    choice depends on the set of names and the seed alone, not on their order, the platform or a library's random
-    generator. Both results keep
-    the order of `names`. `option` is what sets the count, for the error.
+    The validation names are those with the smallest SHA-256 of `"seed:name"`, with the name in its portable form. The
+    choice depends only on the set of names and the seed, not on their order, the platform or a library's random
+    generator. Both results keep the order of `names`. `option` is the name of the option that sets the count, for error
+    messages.
 
     Raises
     ------
     InputError
-        If `count` is negative or leaves no training image, or a name comes twice.
+        If `count` is negative or leaves no training image, or a name is duplicated.
     """
     if len(set(names)) != len(names):
         raise InputError("carve_validation needs names that differ, but some name came twice.")
     count = checks.integer(count, option, 0, max(len(names) - 1, 0))
     seed = checks.integer(seed, "seed", 0)
-    start = f"{seed}:".encode()
-    ranked = sorted(names, key=lambda name: (hashlib.sha256(start + name_bytes(name)).digest(), name))
-    held = set(ranked[:count])
-    return tuple(n for n in names if n not in held), tuple(n for n in names if n in held)
+    prefix = f"{seed}:".encode()
+    ranked = sorted(names, key=lambda name: (hashlib.sha256(prefix + name_bytes(name)).digest(), name))
+    chosen = set(ranked[:count])
+    return tuple(n for n in names if n not in chosen), tuple(n for n in names if n in chosen)
 
 
 def _known(folder: Path, found: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise DataError(f"Expected the names of images in {folder}, but the list of names is empty.")
-    # A list that was written on another system may have the other Unicode form of a name.
+    # A list written on another system may contain a name in the other Unicode form.
     stored = {portable(name): name for name in reversed(found)} | {name: name for name in found}
     names = [stored.get(name, stored.get(portable(name), name)) for name in names]
     missing = sorted(set(names) - set(found))
@@ -229,13 +228,13 @@ def _known(folder: Path, found: tuple[str, ...], names: Sequence[str]) -> tuple[
 
 
 def _parse_split(text: str, source: str) -> Split:
-    wish = 'a JSON object {"train": [names], "test": [names]}'
+    expected = 'a JSON object {"train": [names], "test": [names]}'
     try:
         data = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"Expected {wish} in the split file {source}, but it is not JSON ({error}).") from error
+        raise DataError(f"Expected {expected} in the split file {source}, but it is not JSON ({error}).") from error
     if not isinstance(data, dict) or not {"train", "test"} <= data.keys():
-        raise DataError(f"Expected {wish} in the split file {source}, but its keys are others; add the two lists.")
+        raise DataError(f"Expected {expected} in the split file {source}, but its keys are others; add the two lists.")
     lists = []
     for key in ("train", "test"):
         entries = data[key]

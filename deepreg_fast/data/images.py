@@ -1,4 +1,4 @@
-"""One image file, read with suspicion and returned as a gray float32 tensor `[1, H, W]` in [0, 1]."""
+"""Defensive image loading: one file to a gray float32 tensor `[1, H, W]` in [0, 1]."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .. import checks
 from ..errors import DataError, InputError
 from ..files import replace_atomically
 
-# Pillow's names; its PPM reader covers PGM and PPM. Nothing else is decoded, whatever the file's ending says.
+# Pillow's names; its PPM reader covers PGM and PPM. No other format is decoded, whatever the file's suffix.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "PPM", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".pgm", ".ppm", ".webp")
 _FORMATS_TEXT = "PNG, JPEG, TIFF, BMP, PGM, PPM or WebP"
 MAX_PIXELS = 64_000_000
-"""A file whose header announces more pixels is refused before anything is decompressed."""
+"""A file whose header announces more pixels is rejected before decompression."""
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 _SIXTEEN_BIT = 65535
@@ -32,18 +32,18 @@ Size = int | tuple[int, int] | None
 def load_image(path: str | os.PathLike[str], size: Size = None, option: str = "size") -> torch.Tensor:
     """Read one image as gray values, a float32 tensor `[1, H, W]` in [0, 1].
 
-    8-bit values are divided by 255, 16-bit values by 65535, float values must lie in [0, 1] already. Colour becomes
-    ITU-R BT.601 luma, `0.299 R + 0.587 G + 0.114 B`, without rounding to 8 bits; transparency is dropped; of several
-    frames the first is taken. The picture is turned upright where its EXIF orientation says that it lies otherwise.
+    8-bit values are divided by 255 and 16-bit values by 65535; float values must lie in [0, 1]. Color is converted to
+    ITU-R BT.601 luma, `0.299 R + 0.587 G + 0.114 B`, without rounding to 8 bits. Transparency is dropped, only the
+    first frame is read, and the EXIF orientation is applied.
 
     Parameters
     ----------
     path
-        A PNG, JPEG, TIFF, BMP, PGM, PPM or WebP file. The content decides, not the ending.
+        A PNG, JPEG, TIFF, BMP, PGM, PPM or WebP file, recognized by its content, not its suffix.
     size
         None for the whole image, an integer `n` for `n x n`, or `(height, width)`: see `centre_crop`.
     option
-        What sets the size, for the error of an image that is too small.
+        Name of the option that sets the size, for the error message of an image that is too small.
 
     Raises
     ------
@@ -64,8 +64,8 @@ def load_image(path: str | os.PathLike[str], size: Size = None, option: str = "s
 
 
 def centre_crop(image: torch.Tensor, size: Size, name: str = "the image", option: str = "size") -> torch.Tensor:
-    """The middle `height x width` pixels of an image `[..., H, W]`: from row `(H - height) // 2` and column
-    `(W - width) // 2` on. Images are never scaled or padded.
+    """The center `height x width` pixels of an image `[..., H, W]`, from row `(H - height) // 2` and column
+    `(W - width) // 2`. Images are never scaled or padded.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def centre_crop(image: torch.Tensor, size: Size, name: str = "the image", option
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """`(height, width)` from an integer or a pair, both checked to be positive integers."""
+    """`(height, width)` from an integer or a pair; checks that both are positive integers."""
     sides: Any = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     both = [checks.plain(n) for n in sides]
     if len(both) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in both):
@@ -97,7 +97,7 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def save_image(path: str | os.PathLike[str], image: torch.Tensor) -> Path:
     """Write a gray image `[1, H, W]` or `[H, W]`, clipped to [0, 1], as an 8-bit PNG; return its path.
 
-    The file appears whole or not at all: it is written beside its place and renamed.
+    The file is written atomically: under a temporary name, then renamed.
 
     Raises
     ------
@@ -139,13 +139,13 @@ def png(image: torch.Tensor) -> bytes:
 
 
 def _decode(file: BinaryIO, path: Path) -> np.ndarray:
-    """Gray float32 values `[H, W]` of an open file; every damage becomes a `DataError`."""
+    """Gray float32 values `[H, W]` of an open file; any damage raises a `DataError`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of size and of odd metadata; the size is judged below.
+            warnings.simplefilter("ignore")  # Pillow warns about size and odd metadata; the size is checked below.
             with Image.open(file, formats=FORMATS) as image:
                 _refuse_bomb(image.size, path)
-                image.verify()  # PNG: the checksum of every chunk, which decoding alone would skip.
+                image.verify()  # For PNG, verifies the checksum of every chunk; decoding alone does not.
             file.seek(0)
             with Image.open(file, formats=FORMATS) as image:
                 image.load()
@@ -158,17 +158,17 @@ def _decode(file: BinaryIO, path: Path) -> np.ndarray:
         raise DataError(
             f"Expected an image as {_FORMATS_TEXT}, but {path} is none of these, or is damaged; convert it to PNG."
         ) from None
-    except Exception as error:  # on damaged files Pillow's decoders raise errors of nearly every kind
+    except Exception as error:  # Pillow's decoders raise nearly any error type on damaged files
         raise DataError(
             f"Expected a whole image, but {path} is truncated or damaged ({error}); fetch or export it again."
         ) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation shows it; a damaged tag turns nothing."""
+    """Apply the image's EXIF orientation; a damaged tag is ignored."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # Pillow's readers of tags, too, raise errors of nearly every kind
+    except Exception:  # Pillow's tag readers raise nearly any error type as well
         return image
 
 

@@ -1,1 +1,1 @@
-"""Image metrics, and the comparison of recovery methods on one measurement problem."""
+"""Image metrics and the comparison of recovery methods on one measurement problem."""

@@ -1,4 +1,4 @@
-"""Comparison of methods on one set of images, with one operator."""
+"""Comparison of recovery methods on the same images with the same operator."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from .metrics import psnr, ssim
 
 @dataclass(frozen=True)
 class Problem:
-    """What is measured, and of which images.
+    """A measurement problem: images, operator and noise.
 
     Attributes
     ----------
     data : str
         Folder of images, or "embedded".
     split : str
-        JSON split file or "bsd400", whose test part is evaluated; empty for the whole folder but the tuning images.
+        JSON split file or "bsd400", whose test part is evaluated. If empty, all images except the tuning images are.
     transform, randomizer, operator_seed, ratio, keep_dc
-        Of the SRM.
+        Options of the SRM.
     sigma : float
         Standard deviation of the measurement noise.
     test_crop : int
-        Side of the centre crop of all images; 0 takes them whole.
+        Side of the center crop of all images; 0 for no crop.
     tuning : int
-        Images of the training part on which mu is tuned.
+        Number of training images on which mu is tuned.
     """
 
     data: str = "embedded"
@@ -75,7 +75,7 @@ class Problem:
 @dataclass(frozen=True)
 class Measured:
     """A problem's operator, its test images `x` `[N, 1, H, W]` with their `names` and measurements `y` `[N, m]`, and
-    the same of the images for tuning."""
+    the tuning images with their measurements."""
 
     A: SRM
     names: tuple[str, ...]
@@ -86,9 +86,9 @@ class Measured:
 
 
 def measure(problem: Problem, device: torch.device | str = "cpu", limit: int = 0, tune_on: str = "") -> Measured:
-    """Load the images and measure them, on the CPU, so that every device is given the same numbers.
+    """Load the images and measure them on the CPU, so that the numbers do not depend on the device.
 
-    `limit` keeps the first test images only; 0 keeps all. `tune_on`, see `evaluation_images`.
+    `limit` is the number of test images; 0 for all. For `tune_on`, see `evaluation_images`.
     """
     test, tuning = evaluation_images(problem, tune_on)
     if checks.integer(limit, "limit", 0):
@@ -107,20 +107,20 @@ def measure(problem: Problem, device: torch.device | str = "cpu", limit: int = 0
     return Measured(A.to(device), test.names, x, y, tuning, y_tuning)
 
 
-# What sets the size of the images, on the command line and in Python.
+# Name of the crop option, on the command line and in Python, for error messages.
 _CROP = "--crop (test_crop)"
 
 
 def evaluation_images(problem: Problem, tune_on: str = "") -> tuple[ImageSet, torch.Tensor]:
-    """Test images, and images for tuning `[M, 1, H, W]`: of the training part, or of the folder `tune_on` ("embedded"
-    for the photographs of scikit-image), cropped to the size of the test images. The two share none.
+    """Test images and tuning images `[M, 1, H, W]`, which are disjoint. Tuning images come from the training part, or
+    from the folder `tune_on` ("embedded" for scikit-image's photographs), cropped to the size of the test images.
 
     Raises
     ------
     DataError
-        If the images cannot be read, or their sizes differ and there is no crop.
+        If the images cannot be read, or their sizes differ and no crop is set.
     InputError
-        If a folder without split leaves no test image, or `tune_on` is that folder.
+        If a folder without split leaves no test image, or `tune_on` is the data folder.
     """
     data, crop, count = problem.data, problem.test_crop, problem.tuning
     if data == "embedded":
@@ -157,7 +157,7 @@ def evaluation_images(problem: Problem, tune_on: str = "") -> tuple[ImageSet, to
 
 
 def _tuning_images(tune_on: str, test: ImageSet, count: int) -> torch.Tensor:
-    """At most `count` images of another folder, cropped to the size of the test images."""
+    """At most `count` images from another folder, cropped to the size of the test images."""
     height, width = test.shape[1:]
     if tune_on == "embedded":
         x = embedded_images((height, width)).train.x
@@ -171,8 +171,8 @@ def _tuning_images(tune_on: str, test: ImageSet, count: int) -> torch.Tensor:
 class Method:
     """A regularizer with its weight mu, the scale of its argument (`Regularizer.rescaled`) and solver options.
 
-    Without a regularizer: the back-projection `A^T y` if `name` is "adjoint", else the minimum-norm solution about
-    mid-grey.
+    Without a regularizer, the method is the back-projection `A^T y` if `name` is "adjoint", otherwise the minimum-norm
+    solution about mid-gray.
     """
 
     name: str
@@ -183,7 +183,7 @@ class Method:
 
     @property
     def regularizer(self) -> Regularizer:
-        """The regularizer with its scale."""
+        """The regularizer, rescaled by `scale`."""
         assert self.reg is not None
         return self.reg.rescaled(self.scale)
 
@@ -198,11 +198,11 @@ def run(
     near: Solution | None = None,
     observer: Observer | None = None,
 ) -> Solution | torch.Tensor:
-    """Recover all images by one method; what needs no solver comes as a tensor.
+    """Recover all images with one method. Closed-form methods return a tensor.
 
-    `batch` images are recovered at a time: by default 5 on the CPU, whose caches a few images fill, and 64 elsewhere,
-    but all at once for an `observer` (see `recover`). The recoveries start from the images and step sizes of `near`,
-    a solution for another mu; by default from the minimum-norm solutions.
+    `batch` images are recovered at a time. The default is 5 on the CPU, because a few images fill its caches, and 64 on
+    other devices; with an `observer` (see `recover`), all images at once. Recoveries start from the images and step
+    sizes of `near`, a solution for another mu; by default from the minimum-norm solutions.
     """
     batch = batch or (len(y) if observer else 5 if y.device.type == "cpu" else 64)
     if method.reg is None:
@@ -223,38 +223,39 @@ def evaluate(
     A: LinearOperator,
     done: Callable[[int | None, str], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Figures of each method on images `x` `[N, C, H, W]` from measurements `y` `[N, m]`, all on one device.
+    """Evaluate each method on images `x` `[N, C, H, W]` from measurements `y` `[N, m]`, all on one device.
 
-    `done(None, text)` is called after each method; the text says what follows.
+    `done(None, text)` is called after each method; the text announces the next one.
 
-    Returns name -> `psnr_mean`, `psnr_median`, `ssim_mean`, `psnr` and `ssim` per image, `iterations` and `gradients`
-    per image, `status` counts, `mu`, `seconds`; and, where a method "tv" is among them, `vs_tv`: mean and median of
-    the paired differences in dB, a 95 % bootstrap interval of the mean, and the number of wins.
+    Returns a dictionary by method name with `psnr_mean`, `psnr_median`, `ssim_mean`, the `status` counts, `mu`,
+    `seconds`, and per image `psnr`, `ssim`, `iterations` and `gradients`. If there is a method "tv", the others also
+    have `vs_tv`: mean and median of the paired differences in dB, a 95 % bootstrap interval of the mean, and the number
+    of wins.
     """
     names = [m.name for m in methods]
     if len(set(names)) != len(names):
         raise InputError(f"Methods must have different names, but are {names}; rename one.")
-    out = {}
+    results = {}
     for m, after in zip(methods, [*names[1:], ""], strict=True):
-        out[m.name] = figures(m, x, y, A)[0]
+        results[m.name] = figures(m, x, y, A)[0]
         done(None, f"recovering by {after}" if after else "")
-    against_tv(out)
-    return out
+    against_tv(results)
+    return results
 
 
 def against_tv(results: dict[str, Any]) -> None:
-    """Add `vs_tv` to the figures of each method, if "tv" is among them."""
+    """Add `vs_tv` to the results of each other method, if "tv" is among them."""
     if "tv" in results:
         reference = np.array(results["tv"]["psnr"])
-        for name, found in results.items():
+        for name, result in results.items():
             if name != "tv":
-                found["vs_tv"] = paired(np.array(found["psnr"]), reference)
+                result["vs_tv"] = paired(np.array(result["psnr"]), reference)
 
 
 def figures(
     method: Method, x: torch.Tensor, y: torch.Tensor, A: LinearOperator, observer: Observer | None = None
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """What `evaluate` tells of one method, and the recovered images `[N, C, H, W]`. `observer`, see `run`."""
+    """Results of `evaluate` for one method, and the recovered images `[N, C, H, W]`. For `observer`, see `run`."""
     began = time.perf_counter()
     sol = run(method, y, A, observer=observer)
     if y.is_cuda:
@@ -262,7 +263,7 @@ def figures(
     seconds = time.perf_counter() - began
     image = sol.x if isinstance(sol, Solution) else sol
     solved = isinstance(sol, Solution)
-    found = {
+    result = {
         "psnr": psnr(image, x).tolist(),
         "ssim": ssim(image, x).tolist(),
         "iterations": sol.iterations.tolist() if solved else [0] * len(x),
@@ -271,11 +272,11 @@ def figures(
         "mu": method.mu,
         "seconds": seconds,
     }
-    return means(found) | found, image
+    return means(result) | result, image
 
 
 def means(found: dict[str, Any]) -> dict[str, float]:
-    """`psnr_mean`, `psnr_median` and `ssim_mean` of the figures per image."""
+    """`psnr_mean`, `psnr_median` and `ssim_mean` of the per-image results."""
     p = np.array(found["psnr"])
     return {
         "psnr_mean": float(p.mean()),
@@ -285,7 +286,8 @@ def means(found: dict[str, Any]) -> dict[str, float]:
 
 
 def paired(a: np.ndarray, b: np.ndarray, draws: int = 10_000) -> dict[str, Any]:
-    """Differences `a - b` per image: mean, median, 95 % bootstrap interval of the mean (fixed seed), wins."""
+    """Statistics of the per-image differences `a - b`: mean, median, 95 % bootstrap interval of the mean (fixed seed),
+    wins."""
     d = a - b
     rng = np.random.Generator(np.random.PCG64(0))
     means = d[rng.integers(0, len(d), (draws, len(d)))].mean(1)

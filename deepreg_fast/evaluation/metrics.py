@@ -1,4 +1,4 @@
-"""How close a recovered image is to the true one: PSNR and SSIM, per image, for a data range of 1."""
+"""PSNR and SSIM per image, for a data range of 1."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def ssim(x: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
     >>> float(dr.ssim(x, x))
     1.0
     """
-    from skimage.metrics import structural_similarity  # here, not above: `import deepreg_fast` does without it
+    from skimage.metrics import structural_similarity  # imported here: `import deepreg_fast` does not need it
 
     _pair(x, ref)
     if min(x.shape[-2:]) < _WINDOW:

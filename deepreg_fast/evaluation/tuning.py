@@ -1,4 +1,4 @@
-"""The choice of a method's weight mu and scale on images set apart."""
+"""Selection of a method's weight mu and scale on separate tuning images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .metrics import psnr
 
 
 def bracketed(values: Sequence[float], score: Callable[[float], float], start: int) -> int:
-    """The place of the best of `values`, whose scores rise and then fall: from `start` on towards the better neighbor,
-    until both score no better. Where `start` has no finite score, all are tried."""
+    """Index of the best of `values`, whose scores rise and then fall. The search moves from `start` toward the better
+    neighbor until neither neighbor scores better. If the score at `start` is not finite, all values are tried."""
     if not np.isfinite(score(values[start])):
         return max(range(len(values)), key=lambda i: score(values[i]))
     best = start
@@ -30,14 +30,14 @@ def bracketed(values: Sequence[float], score: Callable[[float], float], start: i
 
 
 class Tuner:
-    """Chooses a method's mu and scale by its mean PSNR on images `x` `[M, C, H, W]`, never the ones that are reported.
+    """Chooses a method's mu and scale by its mean PSNR on images `x` `[M, C, H, W]`, which must not be test images.
 
-    `scores`, if given, keeps the PSNR of each pair under `score_key`: one that is there already is not computed again.
-    Ties lose, and values that are not finite count as minus infinity.
+    `scores` stores the PSNR of each pair (mu, scale) under `score_key`; stored values are not computed again. On a tie
+    the value that was tried first is chosen. Non-finite scores count as minus infinity.
 
-    With `warm`, each recovery starts from that of the nearest mu. This is for a convex regularizer, whose solution does
-    not depend on the start: then the PSNR changes by what the tolerance leaves open, and a recovery takes about a third
-    of the gradients.
+    With `warm`, each recovery starts from that of the nearest mu. Use it for convex regularizers, whose solution does
+    not depend on the start: the PSNR then changes only within the tolerance, and a recovery takes about a third of the
+    gradients.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Tuner:
 
     @staticmethod
     def score_key(method: Method) -> str:
-        """The pair that a score belongs to."""
+        """Key of a method's pair (mu, scale) in `scores`."""
         return f"mu={method.mu!r} scale={method.scale!r}"
 
     def score(self, method: Method) -> float:
@@ -70,7 +70,7 @@ class Tuner:
         return self.scores[key]
 
     def _near(self, method: Method) -> Solution | None:
-        """The solution of the nearest mu with the same scale, if there is one."""
+        """The solution for the nearest mu with the same scale, if there is one."""
         mu, scale = method.mu, method.scale
         solved = [m for m, s in self._solved if s == scale]
         if not solved or mu is None:
@@ -78,10 +78,10 @@ class Tuner:
         return self._solved[min(solved, key=lambda m: abs(np.log(m / mu))), scale]
 
     def mu(self, method: Method, low: float = 1e-4, high: float = 1.0) -> Method:
-        """The method with the best mu: its own, one value per decade, then thirds of a decade around the best of these.
+        """The method with the best mu among its own, one value per decade, and thirds of a decade around the best one.
 
-        The values are not all tried: as the score rises and then falls with mu, the best one is bracketed by the two
-        beside it.
+        Not all values are tried: the score rises and then falls with mu, so the best value is bracketed by its two
+        neighbors.
         """
 
         def score(mu: float) -> float:
@@ -91,11 +91,11 @@ class Tuner:
         best = decades[bracketed(decades, score, len(decades) // 2)]
         fine = [m for k in (-2, -1, 0, 1, 2) if low <= (m := best * 10.0 ** (k / 3)) <= high]
         best = fine[bracketed(fine, score, fine.index(best))]
-        own = [] if method.mu is None else [method.mu]
-        return replace(method, mu=max([best, *own], key=score))
+        previous = [] if method.mu is None else [method.mu]
+        return replace(method, mu=max([best, *previous], key=score))
 
     def scale(self, method: Method) -> Method:
-        """The method with the best scale between 1/2 and 2: half octaves, then quarters around the best."""
+        """The method with the best scale between 1/2 and 2: half octaves, then quarter octaves around the best."""
 
         def score(scale: float) -> float:
             return self.score(replace(method, scale=scale))
@@ -118,10 +118,10 @@ def tuned_tv(
     eps: float = 3e-3,
     scores: MutableMapping[str, float] | None = None,
 ) -> Method:
-    """Smoothed TV with mu tuned on the images `x`; `Lip(grad TV) <= 8/eps` sets the first step.
+    """Smoothed TV with mu tuned on the images `x`; the initial step size follows from `Lip(grad TV) <= 8/eps`.
 
-    The recoveries of the search start from one another, but not where `scores` are kept: these may come from a search
-    that was stopped, and must be the same in the next one.
+    The recoveries of the search warm-start each other unless `scores` is given. Those may come from an interrupted
+    search, and must not depend on where it stopped.
     """
     options = PGDOptions(800, 1e-3, acceleration="anderson", tau=eps / 4)
     return Tuner(x, y, A, scores, warm=scores is None).mu(Method("tv", TV(eps), options=options), 1e-5, 1.0)

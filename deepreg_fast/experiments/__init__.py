@@ -1,4 +1,4 @@
-"""The paper's experiment from one file of settings: training, evaluation, tables, in one folder that can be resumed."""
+"""The paper's experiment from a settings file: training, evaluation and tables in one resumable folder."""
 
 from __future__ import annotations
 

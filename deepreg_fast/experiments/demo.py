@@ -1,4 +1,4 @@
-"""The demo: train a regularizer in about a minute, recover held-out images, compare, and write the report."""
+"""The demo: train a regularizer in about a minute, recover held-out images, compare, and write a report."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ class Recovery:
     images: torch.Tensor
     """`[N, 1, H, W]`."""
     curve: list[float]
-    """Mean PSNR in dB at the start and after each gradient; empty where nothing iterates."""
+    """Mean PSNR in dB at the start and after each gradient; empty for methods without iterations."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Everything that the report tells."""
+    """The data of the report."""
 
     config: BilevelConfig
     trainer: BilevelTrainer
     reg: Ridge
     seconds: float
-    """Of the training."""
+    """Duration of the training."""
     test: ImageSet
     recoveries: dict[str, Recovery]
     results: dict[str, Any]
-    """What `evaluate` tells of each method."""
+    """Results of each method, as from `evaluate`."""
 
 
 @dataclass
 class Demo:
-    """What the demo found: figures per method, seconds of the training, and where the report is."""
+    """Result of the demo: results per method, seconds of the training, and path of the report."""
 
     results: dict[str, Any]
     seconds: float
@@ -75,7 +75,7 @@ def settings(out: Path, steps: int, seed: int = 0, device: str = "cpu") -> Bilev
         filters=16,
         kernel_size=7,
         crop=32,
-        # Each crop comes four times as often as with its flips, so that the warm starts are nearer to the solution.
+        # Without the flips each crop is visited four times as often, so its warm starts are closer to the solution.
         augment=False,
         batch=8,
         steps=steps,
@@ -96,8 +96,8 @@ def settings(out: Path, steps: int, seed: int = 0, device: str = "cpu") -> Bilev
 
 
 def start(config: BilevelConfig) -> Ridge:
-    """The regularizer before the training: DCT filters, all with one profile that is steep at 0 and flatter at large
-    responses, as trained ones are. A few hundred steps go further from it than from the convex profiles of `Ridge`."""
+    """The initial regularizer: DCT filters with one common profile, steep at 0 and flatter at large responses like
+    trained profiles. A few hundred steps make more progress from it than from the convex profiles of `Ridge`."""
     reg = Ridge(
         config.filters, config.kernel_size, config.scales, config.convex, center=config.center, seed=config.seed
     )
@@ -107,7 +107,7 @@ def start(config: BilevelConfig) -> Ridge:
 
 
 def run_demo(out: Path, steps: int = 250, size: int = 128, progress: bool | None = None, device: str = "cpu") -> Demo:
-    """Train, recover the held-out images at ratio 1/5, compare with tuned TV and with shipped weights, write
+    """Train, recover the held-out images at ratio 1/5, compare with tuned TV and with shipped weights, and write
     `out/report.html`."""
     with locked(out / "demo.lock", f"The demo in {out}"):
         return _run_demo(out, steps, size, progress, device)
@@ -118,7 +118,7 @@ def _run_demo(out: Path, steps: int, size: int, progress: bool | None, device: s
 
     began = time.perf_counter()
     config = settings(out, steps, device=device)
-    # A demo starts anew each time; only its own files of an earlier one are in the way.
+    # A demo always starts from scratch; remove the files of an earlier one.
     for old in ("last.safetensors", "metrics.jsonl"):
         (out / "run" / old).unlink(missing_ok=True)
     reg = start(config)
@@ -133,28 +133,28 @@ def _run_demo(out: Path, steps: int, size: int, progress: bool | None, device: s
         pulse.begin("tuning tv")
         methods = _methods(reg, trainer.mu, tuned_tv(tuning, A.A(tuning), A), trainer.device)
         results, recoveries = _recovered(methods, test.x, A, lambda name: pulse.done(text=f"recovering by {name}"))
-    found = Found(config, trainer, reg, seconds, test, recoveries, results)
+    data = Found(config, trainer, reg, seconds, test, recoveries, results)
     path = out / "report.html"
-    page(found).write(path)
+    page(data).write(path)
     return Demo(results, seconds, path)
 
 
 def _methods(reg: Ridge, mu: float, tv: Method, device: torch.device) -> list[Method]:
-    """The methods, the most plain one first."""
+    """The methods, the simplest first."""
     shipped, meta = load(SHIPPED)
-    told = meta["card"]["recovery"]
+    options = meta["card"]["recovery"]
     return [
         Method("minimum norm"),
         tv,
         Method(TRAINED, reg, mu, PGDOptions(tolerance=3e-4, acceleration="anderson", memory=10)),
-        Method(BEST, shipped.to(device), meta["mu"], PGDOptions(**told)),
+        Method(BEST, shipped.to(device), meta["mu"], PGDOptions(**options)),
     ]
 
 
 def _recovered(
     methods: list[Method], x: torch.Tensor, A: SRM, begin: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, Recovery]]:
-    """The figures and the recovery of each method; `begin(name)` is called before each."""
+    """Results and recovery of each method; `begin(name)` is called before each."""
     y, results, recoveries = A.A(x), {}, {}
     for m in methods:
         begin(m.name)

@@ -1,4 +1,4 @@
-"""The folder of a reproduction: where things are, who may write, and what was asked for before."""
+"""The folder of a reproduction: its paths, its lock and its recorded settings."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["Folder", "agree", "locked"]
 
 @dataclass(frozen=True)
 class Folder:
-    """Paths of a reproduction, as the user named its folder: none is made absolute, so none tells of the machine."""
+    """Paths of a reproduction, relative to the folder as the user named it, so that none reveals the machine."""
 
     path: Path
 
     @property
     def settings(self) -> Path:
-        """The canonical settings."""
+        """The file of the canonical settings."""
         return self.path / "settings.json"
 
     def row(self, row: Row) -> Path:
@@ -32,19 +32,19 @@ class Folder:
         return self.row(row) / stage.folder
 
     def result(self, row: Row) -> Path:
-        """A row's figures."""
+        """A row's results."""
         return self.row(row) / "result.json"
 
     def weights(self, row: Row) -> Path:
-        """A row's regularizer, as it is evaluated."""
+        """A row's regularizer as evaluated."""
         return self.row(row) / "weights.safetensors"
 
     def trained(self, row: Row, chain: Chain) -> Path:
-        """What a chain of trainings gives."""
+        """The weights that a chain of trainings produces."""
         return self.stage(row, chain.last) / "weights.safetensors"
 
     def start(self, row: Row) -> Path:
-        """The weights that another row takes from this one: as trained where there is one training, else the chosen."""
+        """The weights that other rows start from: as trained if the row has one chain, otherwise the chosen ones."""
         return self.trained(row, row.chains[0]) if len(row.chains) == 1 else self.weights(row)
 
     def finished(self, row: Row, stage: Stage) -> bool:
@@ -53,7 +53,7 @@ class Folder:
         Raises
         ------
         CheckpointError
-            If there are weights, but of another version or damaged.
+            If the weights are damaged or from another version.
         """
         from ..weights.io import load
 
@@ -61,20 +61,20 @@ class Folder:
         return path.exists() and load(path)[1].get("step") == stage.config["steps"]
 
     def begun(self, row: Row) -> bool:
-        """Whether anything of a row is there."""
+        """Whether a row has been started."""
         return self.row(row).exists()
 
 
 def agree(folder: Folder, new: Settings) -> Settings:
-    """Compare the settings with those that the folder was begun with, and write them down: what is there stays, new
-    rows and rows of which nothing is there yet are taken over or dropped, and `data` may have moved.
+    """Compare the settings with those recorded in the folder, merge them and record the result. Rows that have been
+    started stay; other recorded rows are replaced by the new ones or dropped. `data` may have moved.
 
     Raises
     ------
     InputError
-        If a row that was begun has changed, named with its keys.
+        If a started row has changed; the message names its keys.
     CheckpointError
-        If the folder is of another version.
+        If rows exist without settings.
     """
     if not folder.settings.exists():
         if folder.path.exists() and (folder.path / "rows").exists():
@@ -85,18 +85,18 @@ def agree(folder: Folder, new: Settings) -> Settings:
         write_atomically(folder.settings, new.to_json().encode())
         return new
     old = Settings.from_json(folder.settings.read_text(encoding="utf-8"), str(folder.settings))
-    told = []
+    changed = []
     for row in new.rows:
-        if row.name in old and folder.begun(row) and (found := changes(old[row.name], row)):
-            told.append(f"row {row.name!r} ({'; '.join(found)})")
-    if told:
+        if row.name in old and folder.begun(row) and (differences := changes(old[row.name], row)):
+            changed.append(f"row {row.name!r} ({'; '.join(differences)})")
+    if changed:
         raise InputError(
-            f"A reproduction must go on with the settings it was begun with, but {', '.join(told)} changed; restore "
+            f"A reproduction must go on with the settings it was begun with, but {', '.join(changed)} changed; restore "
             f"them, remove {folder.path / 'rows'}/<row> to train such a row anew, or name another folder with --out "
             "(nothing was changed)."
         )
     begun = tuple(r.name for r in old.rows if folder.begun(r))
-    kept = tuple(r for r in old.select(begun).rows if r.name not in new) if begun else ()
-    whole = Settings((*new.rows, *kept))
-    write_atomically(folder.settings, whole.to_json().encode())
-    return whole
+    old_rows = tuple(r for r in old.select(begun).rows if r.name not in new) if begun else ()
+    merged = Settings((*new.rows, *old_rows))
+    write_atomically(folder.settings, merged.to_json().encode())
+    return merged

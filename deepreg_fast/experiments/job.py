@@ -1,4 +1,4 @@
-"""What a child process is told, and how it answers."""
+"""Command-line arguments and exit codes of a worker process."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FATAL = 3
-"""Exit code where no other task can go on either: the disk is full, the images are gone."""
+"""Exit code if no other task can continue either, because the disk is full or the images are gone."""
 STOPPED = 130
-"""Exit code of a child that was told to stop."""
+"""Exit code of a worker that was stopped."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A chain of trainings of a row, by its number, or the row's evaluation (`chain` -1)."""
+    """A row's chain of trainings, by number, or the row's evaluation (`chain` -1)."""
 
     folder: str
     row: str
@@ -26,19 +26,19 @@ class Job:
     command: str = ""
 
     def argv(self) -> list[str]:
-        """The command line of the child.
+        """The command line of the worker.
 
-        The child imports this package from where it is here and nothing from the current folder, which is the user's:
-        a `random.py` there must not be taken for Python's.
+        The worker imports this package from its location in this process and nothing from the current folder: a
+        `random.py` of the user there must not shadow Python's.
         """
         return [sys.executable, "-P", "-c", _CHILD, str(_ROOT), json.dumps(dataclasses.asdict(self))]
 
 
-# The package's place comes last, so that nothing beside it hides a module of Python's.
+# The package's folder comes last in the search path, so that nothing beside it shadows the standard library.
 _CHILD = (
     "import sys; sys.path.append(sys.argv.pop(1)); from deepreg_fast.experiments.worker import main; sys.exit(main())"
 )
 _ROOT = Path(__file__).resolve().parents[2]
 
 SAFE = {"PYTHONSAFEPATH": "1"}
-"""What keeps the children of a child from the current folder, too."""
+"""Environment that keeps child processes of the worker from importing from the current folder as well."""

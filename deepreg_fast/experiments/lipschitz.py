@@ -1,4 +1,4 @@
-"""How Lipschitz `grad s` is on images that nobody trained on, by ascent and by Lanczos."""
+"""Estimates of the Lipschitz constant of `grad s` on test images, by ascent and by Lanczos."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ LANCZOS = 30
 def estimates(reg: Regularizer, x: torch.Tensor, radius: float) -> dict[str, list[float]]:
     """Lower bounds on `Lip(grad s)` at images `x` `[B, C, H, W]`, per image.
 
-    `beta_hat`: the largest `||grad s(x) - grad s(x + delta)|| / ||delta||` over `STARTS` random perturbations of norm
-    `radius ||x - center||` with `ASCENTS` steps each, as the training makes few of; `lambda_min` and `lambda_max`:
-    the ends of the spectrum of `hess s(x)` after `LANCZOS` steps.
+    `beta_hat` is the largest `||grad s(x) - grad s(x + delta)|| / ||delta||` over `STARTS` random perturbations of norm
+    `radius ||x - center||` with `ASCENTS` steps each (training uses few steps). `lambda_min` and `lambda_max` are the
+    extreme eigenvalues of `hess s(x)` after `LANCZOS` steps.
     """
     size = radius * norm(x - reg.center).clamp_min(1e-6)
     grad = reg.value_and_grad(x)[1]
     best = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for start in range(STARTS):
-        # Each image's own numbers, so that they do not depend on the piece that it is evaluated in.
+        # The same noise for every image, so that the result does not depend on how the images are batched.
         g = torch.Generator().manual_seed(start)
         noise = torch.randn(x.shape[1:], generator=g, dtype=torch.float64, device="cpu").to(x)
         delta = expand(size / norm(noise[None]), x) * noise.expand_as(x)

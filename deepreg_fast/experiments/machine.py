@@ -1,4 +1,4 @@
-"""The machine that a result belongs to."""
+"""Description of the machine that computed a result."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from ..bench.machine import describe as describe_host
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Processor, cores, versions, and the name of the GPU where one was used."""
-    found = {k: v for k, v in describe_host().items() if k != "peers"}
-    return {**found, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+    """Processor, cores, versions, and the name of the GPU if one was used."""
+    host = {k: v for k, v in describe_host().items() if k != "peers"}
+    return {**host, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}

@@ -1,4 +1,4 @@
-"""A settings file, read: every row's config is made and checked before anything runs."""
+"""Parser of settings files. Every training's configuration is built and checked before anything runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..solvers import PGDOptions
 from .settings import GROUPS, METHODS, OF_MACHINE, TEXTS, TRAINED, Chain, Row, Settings, Stage, in_order
 
 SHIPPED = ("bsd400", "quick", "ledger")
-# What a row may say of its problem, and what of its training.
+# Keys of a row that describe its problem, and keys that describe its training.
 _OF_PROBLEM = ("ratio", "transform", "randomizer", "operator_seed", "sigma", "keep_dc")
 _TRAINING_KEYS = ("train", "stages", "init", "weights", "choose")
 
@@ -30,7 +30,7 @@ def load_settings(name: str | Path) -> Settings:
     Raises
     ------
     InputError
-        If there is no such file, or a sentence says what is wrong in it.
+        If the file does not exist or is invalid; the message says why.
     """
     if str(name) in SHIPPED:
         text = resources.files("deepreg_fast.experiments").joinpath(f"{name}.toml").read_text(encoding="utf-8")
@@ -49,18 +49,18 @@ def load_settings(name: str | Path) -> Settings:
 
 
 def parse(found: Mapping[str, Any]) -> Settings:
-    """Settings from the tables `problem`, `defaults` and `row` of a TOML file, with every config made and checked."""
+    """Settings from the tables `problem`, `defaults` and `row` of a TOML file, with every configuration checked."""
     _only(found, ("problem", "defaults", "row"), "The settings")
     problem = _made(Problem, _table(found.get("problem", {}), "[problem]"), "[problem]")
     defaults = _table(found.get("defaults", {}), "[defaults]")
     _only(defaults, tuple(TRAINED), "[defaults]")
     for method, values in defaults.items():
-        # A setting of a method must be a good one even where no row uses it.
+        # Defaults of a method must be valid even if no row uses them.
         _config(method, problem, _table(values, f"[defaults.{method}]"), f"[defaults.{method}]")
-    given = found.get("row", [])
-    if not isinstance(given, list) or not given:
+    row_tables = found.get("row", [])
+    if not isinstance(row_tables, list) or not row_tables:
         raise InputError("The settings must have at least one [[row]], but have none; add one.")
-    rows = tuple(_row(_table(r, "[[row]]"), problem, defaults) for r in given)
+    rows = tuple(_row(_table(r, "[[row]]"), problem, defaults) for r in row_tables)
     _check_names(rows)
     return Settings(rows)
 
@@ -82,7 +82,7 @@ def _only(found: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
 
 
 def _made(cls: Any, values: dict[str, Any], where: str) -> Any:
-    """`cls(**values)`, errors with the place they come from."""
+    """`cls(**values)`; errors name their place in the file."""
     _only(values, tuple(f.name for f in dataclasses.fields(cls)), where)
     try:
         return cls(**values)
@@ -93,7 +93,7 @@ def _made(cls: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def _config(method: str, problem: Problem, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """All settings of a training but those of the machine, checked."""
+    """All settings of a training except those of the machine, checked."""
     for key in values:
         if key in OF_MACHINE or key in (*_OF_PROBLEM, "split"):
             raise InputError(
@@ -101,13 +101,13 @@ def _config(method: str, problem: Problem, values: dict[str, Any], where: str) -
                 "before its last, those of the machine on the command line."
             )
     cls = TRAINED[method][1]
-    full = {k: getattr(problem, k) for k in (*_OF_PROBLEM, "split")} | {"validation": problem.tuning} | values
-    config = dataclasses.asdict(_made(cls, full, where))
+    merged = {k: getattr(problem, k) for k in (*_OF_PROBLEM, "split")} | {"validation": problem.tuning} | values
+    config = dataclasses.asdict(_made(cls, merged, where))
     return {k: v for k, v in config.items() if k not in OF_MACHINE}
 
 
 def _row(given: dict[str, Any], problem: Problem, defaults: dict[str, Any]) -> Row:
-    """One row from its table."""
+    """Parse one row."""
     name = given.get("name")
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise InputError(f"A [[row]] must have a name of a-z, 0-9 and hyphens, but has {name!r}.")
@@ -116,8 +116,10 @@ def _row(given: dict[str, Any], problem: Problem, defaults: dict[str, Any]) -> R
     method = given.get("method")
     if method not in METHODS:
         raise InputError(f"{where}: method must be one of {', '.join(METHODS)}, but is {method!r}.")
-    own = _made(Problem, {**dataclasses.asdict(problem), **{k: given[k] for k in _OF_PROBLEM if k in given}}, where)
-    chains = _chains(given, method, own, dict(defaults.get(method, {})), where)
+    row_problem = _made(
+        Problem, {**dataclasses.asdict(problem), **{k: given[k] for k in _OF_PROBLEM if k in given}}, where
+    )
+    chains = _chains(given, method, row_problem, dict(defaults.get(method, {})), where)
     texts: dict[str, Any] = {k: given[k] for k in TEXTS if k in given}
     for key in (*TEXTS, "init", "weights"):
         value = given.get(key, "")
@@ -127,7 +129,7 @@ def _row(given: dict[str, Any], problem: Problem, defaults: dict[str, Any]) -> R
     return Row(
         name,
         method,
-        own,
+        row_problem,
         **{"label": name, **texts},
         poster=_poster(given.get("poster"), where),
         chains=chains,
@@ -141,16 +143,16 @@ def _row(given: dict[str, Any], problem: Problem, defaults: dict[str, Any]) -> R
 def _chains(
     given: dict[str, Any], method: str, problem: Problem, base: dict[str, Any], where: str
 ) -> tuple[Chain, ...]:
-    """The trainings that a row asks for."""
-    asked = [k for k in _TRAINING_KEYS if k in given]
+    """The trainings of a row."""
+    keys = [k for k in _TRAINING_KEYS if k in given]
     if method not in TRAINED:
-        if asked:
-            raise InputError(f"{where}: {method} has nothing to train, so it must not set {', '.join(asked)}.")
+        if keys:
+            raise InputError(f"{where}: {method} has nothing to train, so it must not set {', '.join(keys)}.")
         return ()
     if "weights" in given:
-        if len(asked) > 1:
+        if len(keys) > 1:
             raise InputError(
-                f"{where} must either take the weights of a row or train, but sets {', '.join(asked)}; remove weights."
+                f"{where} must either take the weights of a row or train, but sets {', '.join(keys)}; remove weights."
             )
         return ()
     train = {**base, **_table(given.get("train", {}), f"{where}: train")}
@@ -161,22 +163,22 @@ def _chains(
     for key, values in choose.items():
         if not isinstance(values, list) or not values:
             raise InputError(f"{where}: choose.{key} must be a list of values, but is {values!r}.")
-    out = []
+    chains = []
     for picked in itertools.product(*choose.values()):
         values = dict(zip(choose, picked, strict=True))
         folder = "_".join(f"{k}-{v}" for k, v in values.items()) or ("train" if len(stages) == 1 else "")
-        found = []
+        parsed_stages = []
         for i, stage in enumerate(stages):
             part = str(i + 1) if len(stages) > 1 else ""
-            place = f"{where}, stage {i + 1}" if part else where
-            own = dict(_table(stage, place))
-            # The last one trains for what the row is about; those before may begin with something easier.
-            other = {k: own.pop(k) for k in _OF_PROBLEM if k in own and i + 1 < len(stages)}
-            its = _made(Problem, {**dataclasses.asdict(problem), **other}, place)
-            config = _config(method, its, {**train, **own, **values}, place)
-            found.append(Stage("/".join(p for p in (folder, part) if p), config))
-        out.append(Chain(values, tuple(found)))
-    return tuple(out)
+            stage_name = f"{where}, stage {i + 1}" if part else where
+            stage_values = dict(_table(stage, stage_name))
+            # The last stage trains for the row's problem; earlier stages may use easier ones.
+            problem_values = {k: stage_values.pop(k) for k in _OF_PROBLEM if k in stage_values and i + 1 < len(stages)}
+            stage_problem = _made(Problem, {**dataclasses.asdict(problem), **problem_values}, stage_name)
+            config = _config(method, stage_problem, {**train, **stage_values, **values}, stage_name)
+            parsed_stages.append(Stage("/".join(p for p in (folder, part) if p), config))
+        chains.append(Chain(values, tuple(parsed_stages)))
+    return tuple(chains)
 
 
 def _poster(given: Any, where: str) -> dict[str, float] | None:
@@ -200,18 +202,20 @@ def _recovery(given: dict[str, Any], method: str, where: str) -> dict[str, Any]:
     if given and method in ("adjoint", "minimum_norm"):
         raise InputError(f"{where}: {method} solves nothing, so it must not set recovery.")
     _only(given, ("acceleration", "memory", "max_iterations", "tolerance"), f"{where}: recovery")
-    found = {"acceleration": "fista", "max_iterations": 500, "tolerance": 1e-4} if method in TRAINED else {}
-    found |= given
-    _made(PGDOptions, found, where)
-    return found
+    options = {"acceleration": "fista", "max_iterations": 500, "tolerance": 1e-4} if method in TRAINED else {}
+    options |= given
+    _made(PGDOptions, options, where)
+    return options
 
 
 def _check_names(rows: tuple[Row, ...]) -> None:
-    """Names differ; references lead to rows of the same method that have weights, without a circle."""
+    """Check that names are unique and that references lead, without cycles, to rows of the same method with weights."""
     names = [r.name for r in rows]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise InputError(f"Rows must have different names, but {', '.join(map(repr, twice))} comes twice; rename one.")
+    duplicates = sorted({n for n in names if names.count(n) > 1})
+    if duplicates:
+        raise InputError(
+            f"Rows must have different names, but {', '.join(map(repr, duplicates))} comes twice; rename one."
+        )
     settings = Settings(rows)
     for row in rows:
         for key in ("init", "weights", "compare"):
@@ -223,8 +227,8 @@ def _check_names(rows: tuple[Row, ...]) -> None:
     in_order(rows)
     for row in rows:
         if row.source and settings[row.source].method != row.method:
-            other = settings[row.source]
+            source = settings[row.source]
             raise InputError(
-                f"Row {row.name!r} must begin from a row of its own method {row.method!r}, but {other.name!r} is "
-                f"{other.method!r}."
+                f"Row {row.name!r} must begin from a row of its own method {row.method!r}, but {source.name!r} is "
+                f"{source.method!r}."
             )

@@ -1,4 +1,4 @@
-"""What the parent shows while its children work: one line a task, read from the runs' own logs."""
+"""Progress display of a reproduction: one line per task, read from the runs' logs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .training_curves import last_line
 
 
 class Shown(Protocol):
-    """A task, as far as it is shown."""
+    """The attributes of a task that are displayed."""
 
     name: str
     row: str
@@ -22,7 +22,7 @@ class Shown(Protocol):
 
 
 class Progress:
-    """Bars on a terminal, else a line when a task begins or ends, and one every half minute."""
+    """Bars on a terminal; otherwise a line when a task starts or ends, and one every half minute."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Progress:
         self.began: dict[str, float] = {}
         self.bars: Any = None
         self.tasks: dict[str, Any] = {}
-        # Printed by `look`, which the parent calls many times a second.
+        # Printed by `look`, which the parent calls many times per second.
         self.pulse = Pulse("reproduce", total, "tasks", clock=clock)
         self.interval, self.seen = INTERVAL if interval is None else interval, clock()
         if is_terminal(sys.stderr) if bars is None else bars:
@@ -60,7 +60,7 @@ class Progress:
             self.bars.console.print(text, soft_wrap=True)
 
     def start(self, task: Shown) -> None:
-        """A task begins."""
+        """Show that a task starts."""
         self.began[task.name] = self.clock()
         if self.bars is None:
             say(f"{task.name}: begins")
@@ -68,7 +68,7 @@ class Progress:
             self.tasks[task.name] = self.bars.add_task(task.name, total=self._total(task), text="")
 
     def end(self, task: Shown, text: str) -> None:
-        """A task has ended as `text` says."""
+        """Show that a task has ended; `text` says how."""
         seconds = self.clock() - self.began[task.name]
         self._print(f"{task.name}: {text} after {seconds:.0f} s")
         self.pulse.done()
@@ -77,7 +77,7 @@ class Progress:
             self.bars.advance(self.whole)
 
     def look(self, running: Iterable[Shown]) -> None:
-        """Read how far the running tasks are."""
+        """Update the display of the running tasks."""
         if self.bars is not None:
             for task in running:
                 step, text = self._state(task)
@@ -88,12 +88,12 @@ class Progress:
             self.pulse.beat()
 
     def close(self) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         if self.bars is not None:
             self.bars.stop()
 
     def _brief(self, task: Shown) -> str:
-        """A task, and how far it is."""
+        """A task and its progress as text."""
         step, text = self._state(task)
         total = self._total(task)
         return f"{task.name}: " + (f"step {step} of {total}" if total else text)
@@ -104,7 +104,7 @@ class Progress:
         return sum(s.config["steps"] for s in self.settings[task.row].chains[task.chain].stages)
 
     def _state(self, task: Shown) -> tuple[int, str]:
-        """Steps done in all stages, and the newest stage with its loss."""
+        """Steps done in all stages, and a text with the current stage and its loss."""
         if task.chain < 0:
             return 0, "evaluating"
         row, done, text = self.settings[task.row], 0, ""

@@ -1,4 +1,4 @@
-"""One reproduction: agree on the settings, run what is missing, write the tables."""
+"""Run of a reproduction: compare the settings with the folder's, run the missing tasks, write the tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .settings import Settings
 
 @dataclass
 class Reproduction:
-    """What a run left: the results of all rows that have one, the report, and what failed by task."""
+    """Result of a run: the results of all finished rows, the report, and the error messages by task."""
 
     results: list[dict[str, Any]]
     report: Path | None
@@ -39,34 +39,34 @@ def reproduce(  # noqa: PLR0913 - what, where and how
     report_only: bool = False,
     command: str = "",
 ) -> Reproduction:
-    """Train and evaluate what is missing in the folder `out`, then write `results.json`, `results.csv`, `report.html`.
+    """Train and evaluate what is missing in the folder `out`; write `results.json`, `results.csv` and `report.html`.
 
     Parameters
     ----------
     settings : Settings
-        `load_settings("bsd400").with_data("BSD400")`, say.
-    rows, group : only these rows (and those they begin from); by default all.
+        For example `load_settings("bsd400").with_data("BSD400")`.
+    rows, group : only these rows (and the rows that they start from); by default all.
     device : "cpu", "cuda", "cuda:1" or "auto".
-    workers : processes at a time; 0 takes one for each core on a CPU and one on a GPU.
-    report_only : run nothing, write the tables from what is there.
-    command : kept with the results.
+    workers : number of parallel processes; 0 for one per core on a CPU and one on a GPU.
+    report_only : run nothing; write the tables from the existing results.
+    command : recorded with the results.
 
     Raises
     ------
     InputError
-        If another process works in the folder, or settings of a row that was begun have changed.
+        If another process uses the folder, or settings of a started row have changed.
     DataError
-        If the images are not there.
+        If the images are missing.
     """
     folder = Folder(Path(out))
     make_folder(folder.path)
     with locked(folder.path / "lock", f"The reproduction in {folder.path}"):
         chosen = settings.select(rows, group)
-        whole = agree(folder, settings)
+        all_settings = agree(folder, settings)
         outcome = Outcome()
         if not report_only:
-            outcome = _run(folder, whole, chosen, str(checks.device(device)), workers, command)
-        results = collect(folder, whole)
+            outcome = _run(folder, all_settings, chosen, str(checks.device(device)), workers, command)
+        results = collect(folder, all_settings)
         report = None
         if results and not outcome.stopped:
             from .report.write import write_report

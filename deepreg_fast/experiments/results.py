@@ -1,4 +1,4 @@
-"""All rows together: differences to TV, one JSON, one CSV, the report."""
+"""Results of all rows: differences to TV, `results.json` and `results.csv`."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ _COLUMNS = (
 
 
 def collect(folder: Folder, settings: Settings) -> list[dict[str, Any]]:
-    """Write `results.json` and `results.csv` from the rows that have a result, with their differences to the TV of the
-    same problem; returns the results.
+    """Write `results.json` and `results.csv` from the rows that have a result, with their differences to TV on the same
+    problem. Returns the results.
 
     Raises
     ------
     CheckpointError
         If a result is damaged.
     """
-    found = {r.name: _read(folder.result(r)) for r in settings.rows if folder.result(r).exists()}
-    rows = [r for r in settings.rows if r.name in found]
+    result_of = {r.name: _read(folder.result(r)) for r in settings.rows if folder.result(r).exists()}
+    rows = [r for r in settings.rows if r.name in result_of]
     for row in rows:
-        result = found[row.name]
-        # A row's texts may have been reworded since; its figures stay.
-        told = {
+        result = result_of[row.name]
+        # Update the row's texts, which may have changed since; its numbers stay.
+        texts = {
             **{k: getattr(row, k) for k in ("label", "group", "poster")},
             **{k: getattr(row, k) or None for k in ("compare", "setting", "unstated")},
             "value": row.value if row.compare else None,
-            "vs_tv": _against_tv(row, rows, found),
+            "vs_tv": _against_tv(row, rows, result_of),
         }
-        if any(result.get(k) != v for k, v in told.items()):
-            result.update(told)
+        if any(result.get(k) != v for k, v in texts.items()):
+            result.update(texts)
             write_atomically(folder.result(row), json.dumps(result).encode())
-    results = [found[r.name] for r in rows]
+    results = [result_of[r.name] for r in rows]
     first = settings.rows[0].problem
-    whole = {
+    summary = {
         "format": FORMAT,
         "version": __version__,
         "command": results[-1]["command"] if results else "",
@@ -58,25 +58,25 @@ def collect(folder: Folder, settings: Settings) -> list[dict[str, Any]]:
         "images": results[0]["images"] if results else [],
         "rows": results,
     }
-    write_atomically(folder.path / "results.json", json.dumps(whole, indent=1).encode())
+    write_atomically(folder.path / "results.json", json.dumps(summary, indent=1).encode())
     write_atomically(folder.path / "results.csv", _csv(results).encode())
     return results
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        _ = found["psnr"], found["command"], found["machine"], found["images"]
+        result = json.loads(path.read_text(encoding="utf-8"))
+        _ = result["psnr"], result["command"], result["machine"], result["images"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} must be a result of this version, but cannot be read ({error!r}); remove it to evaluate the "
             "row again (its training is kept)."
         ) from error
-    return found
+    return result
 
 
 def _against_tv(row: Row, rows: list[Row], found: dict[str, Any]) -> dict[str, Any] | None:
-    """Paired differences to the TV row of the same problem."""
+    """Paired differences to the TV row on the same problem."""
 
     def same(other: Row) -> bool:
         return replace(other.problem, tuning=row.problem.tuning) == row.problem
@@ -88,7 +88,7 @@ def _against_tv(row: Row, rows: list[Row], found: dict[str, Any]) -> dict[str, A
 
 
 def _csv(results: list[dict[str, Any]]) -> str:
-    """One line a row."""
+    """CSV with one line per row."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     tv = ("mean", "median", "low", "high", "wins", "images")

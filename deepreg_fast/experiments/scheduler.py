@@ -1,4 +1,4 @@
-"""Rows as a graph of tasks, each a process; the longest way through the graph first."""
+"""Scheduler: rows as a graph of tasks, each a process; the critical path comes first."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .job import FATAL, SAFE, STOPPED, Job
 from .progress import Progress
 from .settings import Row, Settings, in_order
 
-# A child writes its checkpoint after the step (or validation) at hand; then it is ended by force.
+# Seconds for a worker to finish its current step (or validation) and write a checkpoint, before it is killed.
 _PATIENCE = 90.0
 _POLL = 0.1
-# Pieces of an evaluation, in the unit of `Stage.cost`: it comes after every training of the same length.
+# Cost of an evaluation in the unit of `Stage.cost`; negligible, so that trainings come first.
 _SCORE_COST = 1.0
 
 
 @dataclass
 class Task:
-    """A chain of trainings (`chain` its number) or a row's evaluation (`chain` -1), after the tasks `needs`."""
+    """A chain of trainings (number `chain`) or a row's evaluation (`chain` -1). It runs after the tasks `needs`."""
 
     name: str
     row: str
@@ -37,8 +37,8 @@ class Task:
 
 @dataclass
 class Outcome:
-    """What became of the tasks: sentences of those that failed by name, of a failure that ended everything, and whether
-    the run was told to stop."""
+    """Outcome of the tasks: error messages of failed tasks by name, the message of a failure that ended everything, and
+    whether the run was stopped."""
 
     failed: dict[str, str] = field(default_factory=dict)
     fatal: str = ""
@@ -46,7 +46,7 @@ class Outcome:
 
 
 def plan(folder: Folder, settings: Settings, chosen: Settings) -> dict[str, Task]:
-    """The tasks that are not finished, by name."""
+    """The unfinished tasks by name."""
     tasks: dict[str, Task] = {}
     for row in in_order(chosen.rows):
         chains = []
@@ -73,21 +73,21 @@ def _training(row: Row, k: int) -> str:
 
 
 def _start(source: Row) -> str:
-    """The task after which `Folder.start(source)` is there."""
+    """The task that creates `Folder.start(source)`."""
     return _training(source, 0) if len(source.chains) == 1 else f"{source.name} evaluation"
 
 
 def _urgency(name: str, tasks: dict[str, Task]) -> float:
-    """Cost of the longest way from a task on to the end."""
+    """Cost of the critical path from a task to the end."""
     task = tasks[name]
     if not task.urgency:
-        after = [t for t, other in tasks.items() if name in other.needs]
-        task.urgency = task.cost + max((_urgency(t, tasks) for t in after), default=0.0)
+        dependents = [t for t, other in tasks.items() if name in other.needs]
+        task.urgency = task.cost + max((_urgency(t, tasks) for t in dependents), default=0.0)
     return task.urgency
 
 
 class Runner:
-    """Runs tasks in at most `workers` processes, one thread each on a CPU."""
+    """Runs tasks in at most `workers` processes, with one thread each on a CPU."""
 
     def __init__(self, folder: Folder, progress: Progress, workers: int, device: str, command: str) -> None:
         self.folder, self.progress, self.workers = folder, progress, workers
@@ -96,7 +96,7 @@ class Runner:
         self.outcome = Outcome()
 
     def run(self, tasks: dict[str, Task]) -> Outcome:
-        """Run all of them; a failure stops only what needs it, unless nothing can go on."""
+        """Run all tasks. A failure stops only the tasks that depend on it, unless it is fatal."""
         waiting = dict(tasks)
         with _signals(self._stop):
             while (waiting or self.running) and not (self.outcome.stopped or self.outcome.fatal):
@@ -112,7 +112,7 @@ class Runner:
         self.outcome.stopped = True
 
     def _begin(self, waiting: dict[str, Task]) -> None:
-        """Start the most urgent tasks that can start."""
+        """Start the most urgent tasks that are ready."""
         busy = {*waiting, *self.running}
         ready = [t for t in waiting.values() if not busy.intersection(t.needs)]
         for task in sorted(ready, key=lambda t: -t.urgency)[: max(0, self.workers - len(self.running))]:
@@ -125,14 +125,14 @@ class Runner:
         return Job(str(self.folder.path), task.row, task.chain, self.device, threads, self.command)
 
     def _end(self, child: _Child, waiting: dict[str, Task]) -> None:
-        """Take note of how a child ended."""
+        """Record how a worker ended."""
         task, code = child.task, child.process.wait()
         del self.running[task.name]
         if code == 0:
             self.progress.end(task, "done")
             return
         if code == STOPPED:
-            # Nobody of ours told it to: the same key or signal reached the whole group.
+            # We did not stop it: Ctrl-C or a signal reached the whole process group.
             self.outcome.stopped = True
             self.progress.end(task, "stopped")
             return
@@ -141,21 +141,21 @@ class Runner:
             self.outcome.fatal = child.sentence()
             return
         self.outcome.failed[task.name] = child.sentence()
-        lost = {task.name}
-        while more := [n for n, t in waiting.items() if lost.intersection(t.needs)]:
-            for name in more:
+        failed = {task.name}
+        while dependents := [n for n, t in waiting.items() if failed.intersection(t.needs)]:
+            for name in dependents:
                 del waiting[name]
-                lost.add(name)
+                failed.add(name)
                 self.outcome.failed[name] = f"it needs '{task.name}', which failed."
 
     def _end_all(self) -> None:
-        """Tell the children to stop, and end by force those that do not."""
+        """Stop the workers, and kill those that do not end in time."""
         for child in self.running.values():
             child.process.terminate()
-        until = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _PATIENCE
         for child in self.running.values():
             try:
-                child.process.wait(max(0.1, until - time.monotonic()))
+                child.process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.process.kill()
                 child.process.wait()
@@ -164,11 +164,11 @@ class Runner:
 
 
 class _Child:
-    """A process at work on a task. Its stdin stays open as long as this process lives; its stderr is read."""
+    """A worker process. Its stdin stays open as long as this process lives, and its stderr is read."""
 
     def __init__(self, task: Task, job: Job) -> None:
         self.task = task
-        # OMP_NUM_THREADS must be there before torch is loaded.
+        # OMP_NUM_THREADS must be set before torch is imported.
         threads = {"OMP_NUM_THREADS": str(job.threads)} if job.threads else {}
         self.process = subprocess.Popen(
             job.argv(),
@@ -187,7 +187,7 @@ class _Child:
             self._text = (self._text + piece)[-20_000:]
 
     def sentence(self) -> str:
-        """Why it failed: its last line, or what the system did to it."""
+        """Why the worker failed: its last line on stderr, or the signal that ended it."""
         self._reader.join(5.0)
         code = self.process.returncode
         lines = [t for t in self._text.decode("utf-8", "replace").splitlines() if t.strip()]
@@ -201,13 +201,13 @@ class _Child:
 
 @contextmanager
 def _signals(stop) -> Iterator[None]:  # type: ignore[no-untyped-def]
-    """SIGINT and SIGTERM call `stop()` inside the block, where this is the main thread."""
+    """SIGINT and SIGTERM call `stop()` inside the block, if this is the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {s: signal.signal(s, lambda *_: stop()) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {s: signal.signal(s, lambda *_: stop()) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for name, handler in before.items():
+        for name, handler in previous.items():
             signal.signal(name, handler)

@@ -1,4 +1,4 @@
-"""What a reproduction is made of: a problem and rows, as data that can be written down and compared."""
+"""Settings of a reproduction: rows with their problems, as data that can be stored and compared."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ TRAINED: dict[str, tuple[type[Trainer], type[TrainConfig]]] = {
 METHODS = ("adjoint", "minimum_norm", "tv", *TRAINED)
 GROUPS = ("paper", "beyond", "ledger")
 
-# What of a training's config belongs to the machine or to the runner.
+# Fields of a training's configuration that belong to the machine or to the runner.
 OF_MACHINE = ("out", "data", "init", "device", "device_budget_mb", "threads", "checkpoint_seconds")
-# These describe a row and change nothing in it.
+# Descriptive fields of a row, which do not change its result.
 TEXTS = ("label", "group", "compare", "setting", "value", "unstated")
 _FREE = {*TEXTS, "poster", "problem.data", "memory_budget_mb"}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training: its folder below the row's, and all settings of its config but those of the machine."""
+    """One training: its folder below the row's, and its configuration without the settings of the machine."""
 
     folder: str
     config: dict[str, Any]
 
     @property
     def cost(self) -> float:
-        """Roughly proportional to the time that it takes."""
+        """Cost, roughly proportional to the time."""
         c = self.config
         layers = c["channels"] * (2 + c["channels"] * (c["depth"] - 2))
         return float(c["steps"] * c["batch"] * (c["crop"] or 180) ** 2 * layers)
@@ -58,20 +58,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Chain:
-    """Stages that follow each other, each from the weights of the one before; `values` are what was chosen for it."""
+    """Consecutive stages, each from the weights of the previous one. `values` are its values of the swept settings."""
 
     values: dict[str, Any]
     stages: tuple[Stage, ...]
 
     @property
     def last(self) -> Stage:
-        """The stage whose weights the chain gives."""
+        """The last stage, whose weights are the result of the chain."""
         return self.stages[-1]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. `chains` are its trainings: none, one, or one for each choice."""
+    """One row of the table. `chains` are its trainings: none, one, or one per candidate of a sweep."""
 
     name: str
     method: str
@@ -91,7 +91,7 @@ class Row:
 
     @property
     def source(self) -> str:
-        """The row that this one begins from, or an empty string."""
+        """The row whose weights this row starts from, or an empty string."""
         return self.init or self.weights
 
 
@@ -108,11 +108,11 @@ class Settings:
         return any(r.name == name for r in self.rows)
 
     def with_data(self, data: str) -> Settings:
-        """The same with other images."""
+        """A copy with other images."""
         return Settings(tuple(_with_data(r, data) for r in self.rows))
 
     def select(self, names: tuple[str, ...] = (), group: str = "") -> Settings:
-        """These rows (by default all) of this group (by default any), and those that they begin from.
+        """The rows `names` (by default all) of `group` (by default any), and the rows that they start from.
 
         Raises
         ------
@@ -124,40 +124,40 @@ class Settings:
                 raise InputError(f"--rows must name rows of the settings, but there is no {name!r}{self.like(name)}.")
         if group:
             checks.choice(group, "--group", GROUPS)
-        wanted = {r.name for r in self.rows if (not names or r.name in names) and (not group or r.group == group)}
-        if not wanted:
+        selected = {r.name for r in self.rows if (not names or r.name in names) and (not group or r.group == group)}
+        if not selected:
             raise InputError("The settings must have rows of that choice, but have none; look at --rows and --group.")
         for row in reversed(in_order(self.rows)):
-            if row.name in wanted and row.source:
-                wanted.add(row.source)
-        return Settings(tuple(r for r in self.rows if r.name in wanted))
+            if row.name in selected and row.source:
+                selected.add(row.source)
+        return Settings(tuple(r for r in self.rows if r.name in selected))
 
     def like(self, name: str) -> str:
-        """The end of a sentence about a name that is none: the closest one, or all."""
+        """Suffix for an "unknown name" error: the closest match, or all valid names."""
         close = difflib.get_close_matches(name, [r.name for r in self.rows], 1)
         return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(r.name for r in self.rows)}"
 
     def to_json(self) -> str:
-        """The canonical text: everything that a result depends on, defaults filled in."""
+        """Canonical JSON of everything that a result depends on, including defaults."""
         return json.dumps({"format": FORMAT, "rows": [dataclasses.asdict(r) for r in self.rows]}, indent=1)
 
     @classmethod
     def from_json(cls, text: str, where: str = "The settings") -> Settings:
-        """Settings from `to_json`'s answer.
+        """Settings from the output of `to_json`.
 
         Raises
         ------
         InputError
-            If the text is of another version or damaged.
+            If the text is damaged or from another version.
         """
         try:
-            found = json.loads(text)
-            if found["format"] != FORMAT:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
                 raise InputError(
-                    f"{where} must be of the format {FORMAT!r}, but is of {found['format']!r}; go on with the version "
+                    f"{where} must be of the format {FORMAT!r}, but is of {data['format']!r}; go on with the version "
                     "of deepreg-fast that wrote it, or name another folder (nothing was changed)."
                 )
-            return cls(tuple(_row_from(r) for r in found["rows"]))
+            return cls(tuple(_row_from(r) for r in data["rows"]))
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -168,31 +168,31 @@ class Settings:
 
 
 def changes(old: Row, new: Row) -> list[str]:
-    """What differs between two rows of one name and matters, as `key: old -> new`."""
+    """Relevant differences between two rows of the same name, as `key: old -> new`."""
     a, b = dict(_flat(dataclasses.asdict(old))), dict(_flat(dataclasses.asdict(new)))
-    out = []
+    differences = []
     for key in sorted({*a, *b}):
         if key.partition(".")[0] in _FREE or key in _FREE or key.rpartition(".")[2] in _FREE:
             continue
-        # A setting that the older file does not know had the value that is now its default.
+        # Settings that the older file does not contain take their default values.
         before, after = (d.get(key, _default(new, key)) for d in (a, b))
         if before != after:
-            out.append(f"{_told(new, key)}: {before!r} -> {after!r}")
-    return out
+            differences.append(f"{_told(new, key)}: {before!r} -> {after!r}")
+    return differences
 
 
 def _told(row: Row, key: str) -> str:
-    """A key as the file has it: without the chain and the stage where there is one."""
-    found = re.fullmatch(r"chains\.(\d+)\.stages\.(\d+)\.config\.(\w+)", key)
-    if found is None:
+    """A key as in the settings file: without chain and stage if there is only one."""
+    match = re.fullmatch(r"chains\.(\d+)\.stages\.(\d+)\.config\.(\w+)", key)
+    if match is None:
         return key
-    parts = [f"choice {found[1]}"] if len(row.chains) > 1 else []
-    parts += [f"stage {found[2]}"] if any(len(c.stages) > 1 for c in row.chains) else []
-    return ": ".join([", ".join(parts), found[3]]) if parts else found[3]
+    parts = [f"choice {match[1]}"] if len(row.chains) > 1 else []
+    parts += [f"stage {match[2]}"] if any(len(c.stages) > 1 for c in row.chains) else []
+    return ": ".join([", ".join(parts), match[3]]) if parts else match[3]
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested tables by dotted keys; chains and stages are told by number, from 1."""
+    """Leaves of nested tables by dotted keys; chains and stages are numbered from 1."""
     if isinstance(values, dict):
         for k, v in values.items():
             yield from _flat(v, f"{prefix}.{k}" if prefix else k)
@@ -211,7 +211,7 @@ def _default(row: Row, key: str) -> Any:
 
 
 def in_order(rows: tuple[Row, ...]) -> list[Row]:
-    """Every row after the one that it begins from."""
+    """The rows sorted so that each follows the row that it starts from."""
     by_name = {r.name: r for r in rows}
     done: dict[str, Row] = {}
     for row in rows:
@@ -232,7 +232,7 @@ def in_order(rows: tuple[Row, ...]) -> list[Row]:
 
 
 def _row_from(found: dict[str, Any]) -> Row:
-    """A row from its JSON."""
+    """A row from its JSON object."""
     chains = tuple(
         Chain(c["values"], tuple(Stage(s["folder"], s["config"]) for s in c["stages"])) for c in found["chains"]
     )

@@ -1,4 +1,4 @@
-"""What the trainings of a row wrote down: cost, settings, and a curve of few points."""
+"""Summary of a row's trainings from their logs: cost, settings and a thinned curve."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _COLUMNS = ("loss", "val_psnr", "beta_hat", "mu")
 
 
 def training(folder: Folder, row: Row, chain: Chain) -> dict[str, Any]:
-    """Seconds, steps and settings of the chain's stages, and the training curve; `seconds_all` with the chains that
+    """Seconds, steps and settings of the chain's stages, and the training curve. `seconds_all` includes the chains that
     were not chosen."""
-    stages, lines, before = [], [], 0
+    stages, lines, steps_done = [], [], 0
     for stage in chain.stages:
-        found = _lines(folder.stage(row, stage) / "metrics.jsonl")
+        stage_lines = _lines(folder.stage(row, stage) / "metrics.jsonl")
         stages.append(
             {
                 "folder": stage.folder,
                 "steps": stage.config["steps"],
-                "seconds": _seconds(found),
+                "seconds": _seconds(stage_lines),
                 "config": stage.config,
             }
         )
-        lines += [{**line, "step": line["step"] + before} for line in found]
-        before += stage.config["steps"]
+        lines += [{**line, "step": line["step"] + steps_done} for line in stage_lines]
+        steps_done += stage.config["steps"]
     seconds = sum(s["seconds"] for s in stages)
     images = sum(s["steps"] * s["config"]["batch"] for s in stages)
-    everything = sum(_seconds(_lines(folder.stage(row, s) / "metrics.jsonl")) for c in row.chains for s in c.stages)
+    seconds_all = sum(_seconds(_lines(folder.stage(row, s) / "metrics.jsonl")) for c in row.chains for s in c.stages)
     return {
         "seconds": seconds,
-        "seconds_all": everything,
-        "steps": before,
+        "seconds_all": seconds_all,
+        "steps": steps_done,
         "images_per_second": images / seconds if seconds else None,
         "stages": stages,
         "curve": _thinned(lines),
@@ -46,7 +46,7 @@ def training(folder: Folder, row: Row, chain: Chain) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log."""
+    """The valid lines of a log."""
     return list(_parsed(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
 
 
@@ -63,19 +63,19 @@ def _seconds(lines: list[dict[str, Any]]) -> float:
 
 
 def _thinned(lines: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """At most `POINTS` points, each the means over as many steps; None where nothing was logged."""
+    """At most `POINTS` points, each the mean over an equal number of steps; None if nothing was logged."""
     out: dict[str, list[Any]] = {"step": [], **{k: [] for k in _COLUMNS}}
     for part in np.array_split(np.arange(len(lines)), min(POINTS, len(lines))) if lines else []:
-        some = [lines[i] for i in part]
-        out["step"].append(some[-1]["step"])
+        part_lines = [lines[i] for i in part]
+        out["step"].append(part_lines[-1]["step"])
         for key in _COLUMNS:
-            values = [line[key] for line in some if key in line]
+            values = [line[key] for line in part_lines if key in line]
             out[key].append(float(np.mean(values)) if values else None)
     return out
 
 
 def last_line(path: Path, size: int = 4096) -> dict[str, Any]:
-    """The newest line of a log that tells a loss; empty if there is none."""
+    """The newest line of a log with a loss; empty if there is none."""
     try:
         with open(path, "rb") as f:
             f.seek(0, 2)

@@ -1,8 +1,8 @@
-"""One task of a reproduction, a process of its own: a chain of trainings, or a row's evaluation.
+"""Worker process of a reproduction: runs one task, a chain of trainings or a row's evaluation.
 
-`Job.argv()` is its command line; the last argument is the job, as JSON. It ends with 0, with 2 and a sentence on
-stderr, with `FATAL` and a sentence where nothing else can go on either, or with `STOPPED` after a checkpoint when it is
-told to (SIGINT, SIGTERM, or its parent's end).
+`Job.argv()` is the command line; its last argument is the job as JSON. The exit code is 0, or 2 with an error message
+on stderr, or `FATAL` with a message if no other task can continue either, or `STOPPED` after a checkpoint on SIGINT,
+SIGTERM, or the end of the parent.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .folder import Folder, locked
 from .job import FATAL, STOPPED, Job
 from .settings import TRAINED, Row, Settings, Stage
 
-# A stopped or killed run loses what it did since its last checkpoint.
+# A stopped or killed run loses its progress since the last checkpoint.
 CHECKPOINT_SECONDS = 30.0
-# A child that is not told to stop may outlive its parent by one step; the next one waits for it.
+# A worker may outlive its parent by one step; the next worker waits for it.
 _WAIT = 120.0
 
 
 class _Stop:
-    """Turns a signal, or the end of the parent, into a clean stop."""
+    """Stops the worker cleanly on a signal or at the end of the parent."""
 
     def __init__(self) -> None:
         self.trainer: Any = None
@@ -47,23 +47,23 @@ class _Stop:
         self.trainer.stopping = True
 
     def _watch(self) -> None:
-        """The parent holds the other end of stdin. (sys.stdin would be locked when the interpreter ends.)"""
+        """Wait for the end of stdin, whose other end the parent holds. (sys.stdin would be locked at exit.)"""
         while os.read(0, 1):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def train(folder: Folder, settings: Settings, row: Row, job: Job, stop: _Stop) -> None:
-    """Train the chain's stages that are not finished, each from the weights of the one before."""
+    """Train the chain's unfinished stages, each from the weights of the previous one."""
     start = folder.start(settings[row.init]) if row.init else None
     for stage in row.chains[job.chain].stages:
-        where = folder.stage(row, stage)
+        stage_folder = folder.stage(row, stage)
         if not folder.finished(row, stage):
-            _stage(where, stage, row, job, start, stop)
-        # The weights say that the stage is finished; warm starts may take gigabytes.
-        for left in ("last.safetensors", *(f.name for f in where.glob("store_*.bin"))):
-            (where / left).unlink(missing_ok=True)
-        start = where / "weights.safetensors"
+            _stage(stage_folder, stage, row, job, start, stop)
+        # The weights mark the stage as finished. Delete the checkpoint and warm starts, which may take gigabytes.
+        for name in ("last.safetensors", *(f.name for f in stage_folder.glob("store_*.bin"))):
+            (stage_folder / name).unlink(missing_ok=True)
+        start = stage_folder / "weights.safetensors"
 
 
 def _stage(where: Path, stage: Stage, row: Row, job: Job, start: Path | None, stop: _Stop) -> None:
@@ -85,12 +85,12 @@ def _stage(where: Path, stage: Stage, row: Row, job: Job, start: Path | None, st
     trainer.fit()
     stop.trainer = None
     if trainer.stopping:
-        # The signal came during the last step.
+        # The signal arrived during the last step.
         raise KeyboardInterrupt
 
 
 def score(folder: Folder, settings: Settings, row: Row, job: Job) -> None:
-    """Evaluate the row and write its figures down."""
+    """Evaluate the row and write its results."""
     import torch
 
     from .._version import __version__
@@ -100,10 +100,10 @@ def score(folder: Folder, settings: Settings, row: Row, job: Job) -> None:
 
     if job.threads:
         torch.set_num_threads(job.threads)
-    place = Placement(job.device)
-    with place.current():
-        scorer = Scorer(folder, settings, row, place.device)
-        found = scorer.result()
+    placement = Placement(job.device)
+    with placement.current():
+        scorer = Scorer(folder, settings, row, placement.device)
+        results = scorer.result()
     head = {
         **{k: getattr(row, k) for k in ("name", "label", "group", "method", "poster", "init", "weights", "recovery")},
         "ratio": row.problem.ratio,
@@ -111,13 +111,13 @@ def score(folder: Folder, settings: Settings, row: Row, job: Job) -> None:
         **{k: getattr(row, k) or None for k in ("compare", "setting", "unstated")},
         "value": row.value if row.compare else None,
     }
-    tail = {"machine": describe(place.device), "version": __version__, "command": job.command}
-    write_atomically(folder.result(row), json.dumps({**head, **found, "vs_tv": None, **tail}).encode())
+    tail = {"machine": describe(placement.device), "version": __version__, "command": job.command}
+    write_atomically(folder.result(row), json.dumps({**head, **results, "vs_tv": None, **tail}).encode())
     shutil.rmtree(scorer.kept, ignore_errors=True)
 
 
 def _full(error: BaseException | None) -> bool:
-    """Whether a full disk is at the root of an error."""
+    """Whether an error was caused by a full disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -126,13 +126,13 @@ def _full(error: BaseException | None) -> bool:
 
 
 def _vanished(folder: Folder) -> bool:
-    """Whether the folder of images is gone: every row needs it."""
+    """Whether the folder of images, which every row needs, has disappeared."""
     data = Settings.from_json(folder.settings.read_text(encoding="utf-8")).rows[0].problem.data
     return data != "embedded" and not Path(data).is_dir()
 
 
 def main() -> int:
-    """Run the job of the command line."""
+    """Run the job given on the command line."""
     job = Job(**json.loads(sys.argv[-1]))
     folder = Folder(Path(job.folder))
     try:

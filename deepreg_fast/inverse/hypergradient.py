@@ -117,7 +117,7 @@ def solve_adjoint(  # noqa: PLR0913 - the system is five things
 ) -> LinearSolution:
     """Solve `(A^T A + mu hess r) gamma = b` for each image, preconditioned by `(A^T A + mu c I)^{-1}`.
 
-    Where CG meets negative curvature its truncated iterate is returned (Steihaug 1983), with that status.
+    If CG finds negative curvature, the truncated iterate is returned (Steihaug 1983) with status NEGATIVE_CURVATURE.
     """
     adjoint = _Adjoint(lin, A, mu, curvature)
     matvec, preconditioner = adjoint.matvec, adjoint.precondition if A.has_shifted_inverse else None
@@ -144,22 +144,22 @@ def solve_adjoint(  # noqa: PLR0913 - the system is five things
         cg_options = CGOptions(options.max_iterations, options.tolerance, truncated_fallback=True)
         sol = cg(matvec, b, cg_options, x0=gamma0, preconditioner=preconditioner, capturable=capturable, reuse=reuse)
     length = norm(sol.x)
-    limit = options.bound * norm(b) / mu.double()
-    factor = torch.where(length > limit, limit / length.clamp_min(1e-300), 1.0)
-    sol.x = torch.where(expand(length > limit, sol.x), expand(factor, sol.x) * sol.x, sol.x)
-    cut = (length > limit) & (sol.status == int(Status.CONVERGED))
-    sol.status = torch.where(cut, int(Status.STAGNATED), sol.status)
+    max_norm = options.bound * norm(b) / mu.double()
+    factor = torch.where(length > max_norm, max_norm / length.clamp_min(1e-300), 1.0)
+    sol.x = torch.where(expand(length > max_norm, sol.x), expand(factor, sol.x) * sol.x, sol.x)
+    shortened = (length > max_norm) & (sol.status == int(Status.CONVERGED))
+    sol.status = torch.where(shortened, int(Status.STAGNATED), sol.status)
     return sol
 
 
 class _Adjoint:
-    """`A^T A + mu hess r` at a point, and its preconditioner."""
+    """The operator `A^T A + mu hess r` at a point, and its preconditioner."""
 
     def __init__(self, lin: Linearization, A: LinearOperator, mu: torch.Tensor, curvature: float) -> None:
         self.lin, self.A, self.mu, self.curvature = lin, A, mu.detach(), curvature
 
     def matvec(self, v: torch.Tensor) -> torch.Tensor:
-        """The product."""
+        """`(A^T A + mu hess r) v`."""
         return self.A.normal(v) + expand(self.mu, v) * self.lin.hvp(v)
 
     def precondition(self, v: torch.Tensor) -> torch.Tensor:
@@ -167,12 +167,12 @@ class _Adjoint:
         return self.A.shifted_inverse(v, self.mu * self.curvature)
 
     def reuse(self, b: torch.Tensor) -> Reuse | None:
-        """What lets a graph of products serve later solves: at other points, with other values of the parameters."""
+        """Key for reusing a graph of products in later solves, at other points and with other parameter values."""
         signature = getattr(self.lin, "signature", lambda: None)()
         return reuse_of(("adjoint", float(self.curvature)), self, signature, self.A.signature(b))
 
     def place(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """As `graphs.Inputs`."""
+        """Replace the input tensors; see `graphs.Inputs`."""
         self.mu, self.lin = put(self.mu), self.lin.moved(put)  # type: ignore[attr-defined]
 
 
@@ -249,7 +249,7 @@ def hypergradient(  # noqa: PLR0913 - the problem, then the options
 
 
 def initial_point(y: torch.Tensor, A: LinearOperator, reg: Regularizer) -> torch.Tensor:
-    """The point nearest to the regularizer's centre that has the measurements: `c + A^+ (y - A c)`."""
+    """The point closest to the regularizer's center c that matches the measurements: `c + A^+ (y - A c)`."""
     c = y.new_full((y.shape[0], *A.image_shape), reg.center)
     return c + A.A_dagger(y - A.A(c))
 
@@ -276,9 +276,9 @@ def unrolled_gradients(  # noqa: PLR0913 - a problem, a start and a schedule
     steps: int,
     weights: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Gradients of `sum_b w_b ||x_b - x_true_b||^2` (`w`, `[B]`, is 1 by default) in theta and log mu, backwards
-    through `steps` plain PGD steps of size `tau/2` from `x0`: the oracle of the implicit gradient. Memory grows with
-    the steps."""
+    """Gradients of `sum_b w_b ||x_b - x_true_b||^2` in theta and log mu, by backpropagation through `steps` plain PGD
+    steps of size `tau/2` from `x0`. `weights` is `w` `[B]`, 1 by default. This is the oracle for the implicit gradient.
+    Memory grows with the number of steps."""
     named = [(n, p) for n, p in reg.named_parameters() if p.requires_grad]
     names, params = [n for n, _ in named], [p for _, p in named]
     x_true, y, x0, tau = (detached(t) for t in (x_true, y, x0, tau))
@@ -292,5 +292,5 @@ def unrolled_gradients(  # noqa: PLR0913 - a problem, a start and a schedule
         error = (x - x_true).square()
         loss = (error if weights is None else expand(detached(weights), error) * error).sum()
         grads = torch.autograd.grad(loss, [*params, log_mu], allow_unused=True)
-    full = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, [*params, log_mu], strict=True)]
-    return dict(zip(names, full[:-1], strict=True)), full[-1].sum()
+    gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, [*params, log_mu], strict=True)]
+    return dict(zip(names, gradients[:-1], strict=True)), gradients[-1].sum()

@@ -1,4 +1,4 @@
-"""Measurement files: the numbers, and the description and fingerprint of the operator that made them."""
+"""Measurement files: the measurements with the description and fingerprint of their operator."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def save_measurements(path: str | Path, y: torch.Tensor, A: LinearOperator, sigm
 
 
 def load_measurements(path: str | Path) -> tuple[torch.Tensor, LinearOperator, float]:
-    """`(y, A, sigma)` of a file that `save_measurements` wrote.
+    """Read `(y, A, sigma)` from a file written by `save_measurements`.
 
     Raises
     ------
     DataError
-        If the file is missing, truncated or foreign.
+        If the file is missing, truncated or not a measurement file.
     OperatorMismatch
-        If the operator rebuilt here is not the one that measured.
+        If the rebuilt operator differs from the one that made the measurements.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,7 +67,7 @@ def load_measurements(path: str | Path) -> tuple[torch.Tensor, LinearOperator, f
         y, header = _read_npz(path) if path.suffix.lower() == ".npz" else _read_safetensors(path)
     except DataError:
         raise
-    except Exception as error:  # every reader has its own kinds
+    except Exception as error:  # each reader raises its own types
         raise DataError(
             f"{path} must be a whole measurement file, but cannot be read ({error}); write it again."
         ) from error
@@ -81,7 +81,7 @@ def load_measurements(path: str | Path) -> tuple[torch.Tensor, LinearOperator, f
     try:
         A = from_description(json.loads(header["operator"]))
         fingerprint, sigma = header["fingerprint"], checks.number(json.loads(header["sigma"]), "sigma", 0.0)
-    except Exception as error:  # whatever a damaged description holds
+    except Exception as error:  # a damaged description can raise anything
         raise DataError(
             f"{path} must describe its operator and its noise, but does not ({error}); write it again."
         ) from error

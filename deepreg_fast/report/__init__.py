@@ -1,4 +1,4 @@
-"""Self-contained HTML reports: figures inside the file, no script, no outside resource."""
+"""Self-contained HTML reports: embedded figures, no scripts, no external resources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of a report, from plain data, as SVG elements."""
+"""Figures of reports, from plain data, as SVG elements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DASHES = ("-", (0, (5, 1.6)), (0, (5, 1.5, 1, 1.5)))
 SMALL = 4.6
-"""Width in inches of a panel: its letters are readable on a phone as well as beside another panel."""
+"""Width in inches of a panel, chosen so that its text is readable on a phone and next to another panel."""
 _LETTERS = 8.5
 _LONGEST = 27
 _STEP = 0.14
@@ -26,24 +26,24 @@ _STEP = 0.14
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart, with its name written at its end."""
+    """One line of a chart, labeled at its end."""
 
     name: str
     x: Sequence[float] | np.ndarray
     y: Sequence[float] | np.ndarray
     style: int | None = 0
-    """Number of its colour and dashes; None for the reference, grey."""
+    """Number of its color and dashes; None for the reference, in gray."""
     smooth: bool = False
-    """Draw a running mean over the values, and these faintly."""
+    """Draw a running mean over faint values."""
 
     @property
     def color(self) -> str:
-        """Its colour."""
+        """The line's color."""
         return _color(self.style)
 
     @property
     def dashes(self) -> Any:
-        """Solid for the first half of the colours, and other dashes for each half after it."""
+        """Solid for the first half of the colors, then other dashes for each further half."""
         return ":" if self.style is None else DASHES[self.style * 2 // len(SERIES) % len(DASHES)]
 
 
@@ -54,22 +54,22 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def to_svg(figure: Figure, transparent: bool = True) -> str:
-    """The `<svg>` element of a figure, with text as shapes so that it looks the same everywhere."""
+    """The `<svg>` element of a figure, with text as shapes, so that it looks the same everywhere."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=transparent)
     text = buffer.getvalue()
     svg = text[text.index("<svg") :]
-    # The namespace of matplotlib's metadata is an outside address that nothing here needs.
+    # Matplotlib's metadata contains an external address, which is not needed.
     return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
 
 
 def lines_figure(
     lines: Sequence[Line], xlabel: str, ylabel: str, log: str = "", height: float = 3.2, *, opaque: bool = False
 ) -> str:
-    """A panel of lines with their names at their ends; `log` names the axes with a logarithmic scale ("x", "xy").
-    `opaque` gives it a ground of its own, for pages whose colour is unknown.
+    """A panel of lines with their names at their ends. `log` names the axes with a logarithmic scale ("x", "xy").
+    `opaque` draws a background, for pages of unknown color.
 
-    Points that are not finite, or not positive on a logarithmic scale, are left out.
+    Points that are not finite, or not positive on a logarithmic scale, are omitted.
     """
     figure = _figure(SMALL, height)
     axis = figure.subplots()
@@ -97,14 +97,14 @@ def lines_figure(
 
 
 def psnr_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
-    """Mean PSNR against gradient evaluations, one line a method: name -> (gradients, dB)."""
+    """Mean PSNR against gradient evaluations, one line per method: name -> (gradients, dB)."""
     lines = [Line(name, x, y, i) for i, (name, (x, y)) in enumerate(curves.items())]
     return lines_figure(lines, "evaluations of the gradient of r", "mean PSNR (dB)")
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Values of one kind in one row of a strip chart: every one a dot, their median a stroke."""
+    """Values of one kind in one row of a strip chart: a dot for each, a stroke for the median."""
 
     values: Sequence[float] | np.ndarray
     style: int | None = 0
@@ -117,27 +117,27 @@ def strips_figure(
     mark: float | None = None,
     legend: Sequence[tuple[str, int]] = (),
 ) -> str:
-    """Dots per image, one line of the chart for each name; `mark` draws a vertical line, `legend` names styles."""
+    """Strip chart with one row per name and a dot per image. `mark` draws a vertical line; `legend` names styles."""
     height = (1.0 if legend else 0.75) + sum(0.1 + _STEP * max(1, len(strips)) for strips in rows.values())
     figure = _figure(SMALL, height)
     axis = figure.subplots()
-    at, ticks = 0.0, []
+    y, ticks = 0.0, []
     for strips in rows.values():
-        ticks.append(at + _STEP * (len(strips) - 1) / 2)
+        ticks.append(y + _STEP * (len(strips) - 1) / 2)
         for strip in strips:
             values = np.asarray(strip.values, float)
             color = _color(strip.style)
-            axis.plot(values, np.full(len(values), at), "o", color=color, markersize=3.2, alpha=0.4, markeredgewidth=0)
-            axis.plot([np.median(values)], [at], "|", color=color, markersize=9, markeredgewidth=2)
-            at += _STEP
-        at += 0.1
+            axis.plot(values, np.full(len(values), y), "o", color=color, markersize=3.2, alpha=0.4, markeredgewidth=0)
+            axis.plot([np.median(values)], [y], "|", color=color, markersize=9, markeredgewidth=2)
+            y += _STEP
+        y += 0.1
     if log:
         axis.set_xscale("log")
         _logarithmic(axis.xaxis, [np.asarray(s.values, float) for strips in rows.values() for s in strips])
     if mark is not None:
         axis.axvline(mark, color=INK, linewidth=1, linestyle=DASHES[1])
     axis.set_yticks(ticks, list(rows))
-    axis.set_ylim(at, -0.15)
+    axis.set_ylim(y, -0.15)
     axis.set_xlabel(xlabel)
     _tidy(axis)
     axis.grid(visible=False, axis="y")
@@ -150,11 +150,11 @@ def strips_figure(
 
 
 def roofline_figure(points: Mapping[str, tuple[float, float, float]], flops: float, bandwidth: float) -> str:
-    """Rates under the machine's roof: name -> (flops, bytes, seconds); the bounds in GFLOP/s and GB/s."""
+    """Roofline plot of name -> (flops, bytes, seconds); the bounds are in GFLOP/s and GB/s."""
     figure = _figure(9.0, 4.0)
     axis = figure.subplots()
-    at = [f / b for f, b, _ in points.values()] or [1.0]
-    x = np.geomspace(min(0.1, *at) / 2, max(100.0, *at) * 2, 200)
+    intensities = [f / b for f, b, _ in points.values()] or [1.0]
+    x = np.geomspace(min(0.1, *intensities) / 2, max(100.0, *intensities) * 2, 200)
     axis.loglog(x, np.minimum(flops, bandwidth * x), color=SOFT, linewidth=1.5)
     axis.annotate(f"{flops:.0f} GFLOP/s of multiply-adds", (x[-1], flops), ha="right", va="bottom", fontsize=9)
     for i, (name, (f, b, s)) in enumerate(points.items()):
@@ -167,7 +167,7 @@ def roofline_figure(points: Mapping[str, tuple[float, float, float]], flops: flo
 
 
 def images_figure(columns: Sequence[str], rows: Sequence[Sequence[tuple[np.ndarray, str, str]]]) -> str:
-    """A grid of images: each cell is `(image [H, W], caption, kind)`, kind "gray" (0 to 1), "auto" or "error"."""
+    """A grid of images. Each cell is `(image [H, W], caption, kind)`, with kind "gray" (0 to 1), "auto" or "error"."""
     figure = _figure(2.2 * len(columns), 2.45 * len(rows))
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, row in enumerate(rows):
@@ -193,20 +193,20 @@ def _color(style: int | None) -> str:
 
 def _drawable(line: Line, log: str) -> Line:
     x, y = np.asarray(line.x, float), np.asarray(line.y, float)
-    good = np.isfinite(x) & np.isfinite(y) & ((x > 0) | ("x" not in log)) & ((y > 0) | ("y" not in log))
-    return replace(line, x=x[good], y=y[good])
+    drawable = np.isfinite(x) & np.isfinite(y) & ((x > 0) | ("x" not in log)) & ((y > 0) | ("y" not in log))
+    return replace(line, x=x[drawable], y=y[drawable])
 
 
 def _smoothed(line: Line) -> Line:
-    """The line's running mean over a thirtieth of it, if it is to be smoothed."""
+    """The running mean over a thirtieth of the line, if it is to be smoothed."""
     width = max(1, len(line.y) // 30) if line.smooth else 1
     y = np.convolve(np.asarray(line.y, float), np.ones(width) / width, "valid")
     return replace(line, x=line.x[width - 1 :], y=y)
 
 
 def _name_ends(axis: Axes, lines: Sequence[Line], height: float) -> None:
-    """Names to the right of the axis, each as near to its line's end as the others allow, and a thread from the end
-    along its height to the axis' edge and on to the name: threads do not cross."""
+    """Place the names to the right of the axis, each as close to the end of its line as the others allow, and draw
+    connectors from the ends to the names. Connectors do not cross."""
     from scipy.optimize import isotonic_regression
 
     if not lines:
@@ -218,18 +218,18 @@ def _name_ends(axis: Axes, lines: Sequence[Line], height: float) -> None:
     ends = sorted(zip(points, lines, strict=True), key=lambda end: end[0][1])
     gap = 1.25 * _LETTERS / (72 * (height - 0.6))
     steps = gap * np.arange(len(ends))
-    wished = np.array([y for (_, y), _ in ends]) - steps
-    placed = np.clip(isotonic_regression(wished).x, 0.0, max(0.0, 1.0 - gap * (len(ends) - 1))) + steps
-    for ((x, y), line), at in zip(ends, placed, strict=True):
+    target = np.array([y for (_, y), _ in ends]) - steps
+    placed = np.clip(isotonic_regression(target).x, 0.0, max(0.0, 1.0 - gap * (len(ends) - 1))) + steps
+    for ((x, y), line), label_y in zip(ends, placed, strict=True):
         style = {"color": line.color, "linewidth": 0.6, "alpha": 0.7, "transform": axis.transAxes, "clip_on": False}
-        axis.plot([x, 1.01, 1.06, 1.075], [y, y, at, at], **style)
+        axis.plot([x, 1.01, 1.06, 1.075], [y, y, label_y, label_y], **style)
         name = line.name if len(line.name) <= _LONGEST else line.name[: _LONGEST - 1] + "…"
         color = INK if line.style is None else line.color
-        axis.text(1.09, at, name, transform=axis.transAxes, va="center", fontsize=_LETTERS, color=color)
+        axis.text(1.09, label_y, name, transform=axis.transAxes, va="center", fontsize=_LETTERS, color=color)
 
 
 def _logarithmic(axis: Any, values: Sequence[np.ndarray]) -> None:
-    """Ticks at 1, 2, 5 where the values are within two decades, else at powers of ten; written out."""
+    """Ticks at 1, 2, 5 if the values are within two decades, otherwise at powers of ten; without exponents."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)

@@ -1,4 +1,4 @@
-"""Numbers as a report writes them: no digit more than the data carry, a dash where there is no number."""
+"""Number formatting for reports: significant digits only; a dash for missing values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ NONE = "–"
 
 
 def fixed(value: float | None, digits: int) -> str:
-    """With so many decimals: `27.76`."""
+    """A number with `digits` decimals: `27.76`."""
     return NONE if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
 def signed(value: float | None, digits: int = 2) -> str:
-    """The same with its sign: `+0.75`."""
+    """A number with its sign: `+0.75`."""
     return NONE if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
@@ -31,22 +31,22 @@ def difference(found: Mapping[str, Any] | None) -> str:
 
 
 def wins(found: Mapping[str, Any] | None) -> str:
-    """`27 of 30`."""
+    """Number of wins: `27 of 30`."""
     return f"{found['wins']} of {found['images']}" if found and "wins" in found and "images" in found else NONE
 
 
 def whole(value: float | None) -> str:
-    """Without decimals, thousands apart: `3,057`."""
+    """A number without decimals, with thousands separators: `3,057`."""
     return NONE if value is None else f"{value:,.0f}"
 
 
 def significant(value: float | None, digits: int = 2) -> str:
-    """With so many significant digits, without an exponent where it reads well: `0.0012`."""
+    """A number with `digits` significant digits, without an exponent if it is readable: `0.0012`."""
     return NONE if value is None else f"{value:#.{digits}g}".rstrip(".").replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:
-    """`8.1 s`, `12 min`, `3.1 h`."""
+    """A duration: `8.1 s`, `12 min`, `3.1 h`."""
     if seconds is None:
         return NONE
     if seconds < 90:
@@ -55,7 +55,7 @@ def duration(seconds: float | None) -> str:
 
 
 def milliseconds(seconds: float | None, count: int) -> str:
-    """Of one of `count`: `136`, `0.4`."""
+    """Milliseconds per item, for `count` items in `seconds`: `136`, `0.4`."""
     if seconds is None or not count:
         return NONE
     value = 1e3 * seconds / count
@@ -63,41 +63,41 @@ def milliseconds(seconds: float | None, count: int) -> str:
 
 
 def times(value: float | None) -> str:
-    """A ratio: `1.3 ×`."""
+    """A factor: `1.30 ×`."""
     return NONE if value is None else f"{value:.2f} ×"
 
 
 def median(values: np.ndarray) -> float | None:
-    """The median of the finite values, None without any."""
-    good = values[np.isfinite(values)]
-    return float(np.median(good)) if len(good) else None
+    """The median of the finite values; None if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else None
 
 
 def largest(values: np.ndarray) -> float | None:
-    """The largest of the finite values, None without any."""
-    good = values[np.isfinite(values)]
-    return float(good.max()) if len(good) else None
+    """The largest finite value; None if there is none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.max()) if len(finite) else None
 
 
 def ratio(value: float) -> str:
-    """A ratio of measurements as a fraction where it is one: `1/5`."""
+    """A ratio of measurements, as a fraction if possible: `1/5`."""
     fraction = Fraction(value).limit_denominator(50)
     return str(fraction) if abs(float(fraction) - value) < 1e-9 else f"{value:.3g}"
 
 
 def counted(status: Mapping[str, Any]) -> str:
-    """`28 converged, 2 max iterations`."""
-    known = {k: v for k, v in status.items() if isinstance(v, int) and v > 0}
-    return ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in sorted(known.items(), key=lambda p: -p[1])) or NONE
+    """Counts of statuses: `28 converged, 2 max iterations`."""
+    positive = {k: v for k, v in status.items() if isinstance(v, int) and v > 0}
+    return ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in sorted(positive.items(), key=lambda p: -p[1])) or NONE
 
 
 def listed(items: Sequence[str]) -> str:
-    """`a, b and c`."""
+    """A list in words: `a, b and c`."""
     return ", ".join(items[:-1]) + " and " + items[-1] if len(items) > 1 else "".join(items)
 
 
 def plain(value: Any) -> str:
-    """Any value of a settings file, without quotes or braces."""
+    """A value of a settings file, without quotes or braces."""
     if isinstance(value, dict):
         return pairs(value)
     if isinstance(value, bool):
@@ -108,5 +108,5 @@ def plain(value: Any) -> str:
 
 
 def pairs(values: Mapping[str, Any]) -> str:
-    """`max_iterations 500, tolerance 0.0001`."""
+    """Names with values: `max_iterations 500, tolerance 0.0001`."""
     return ", ".join(f"{k} {plain(v)}" for k, v in values.items() if v is not None) or NONE

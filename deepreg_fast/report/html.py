@@ -1,4 +1,4 @@
-"""An HTML page built section by section; every text is escaped."""
+"""HTML pages, built section by section; all text is escaped."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _NUMBER = re.compile(r"–?|[+−-]?\d[^a-z]*( (of \d+|s|min|h|×|dB))?")
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure: the `<svg>` element, the text under it, and what it shows in words for who cannot see it."""
+    """A figure: the `<svg>` element, its caption, and the alternative text for screen readers."""
 
     svg: str
     caption: str
@@ -75,18 +75,18 @@ class Panel:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a data URI, what it shows in words, and a bold and a plain line under it."""
+    """An image as a data URI, its alternative text, and a bold and a plain line below it."""
 
     uri: str
     alt: str
     title: str = ""
     caption: str = ""
     beside: tuple[str, str] = ("", "")
-    """Another image to its right, under the same text: data URI and words."""
+    """Another image to its right with the same caption: data URI and alternative text."""
 
 
 class Report:
-    """Sections in the order in which they are added; `write(path)` replaces the file in one step."""
+    """A page with sections in the order in which they are added; `write(path)` replaces the file atomically."""
 
     def __init__(self, title: str, lead: str) -> None:
         self.title = title
@@ -95,13 +95,13 @@ class Report:
         self._parts: list[str] = []
 
     def section(self, title: str, text: str = "") -> None:
-        """Begin a section, which the list at the top of the page names."""
+        """Start a section, which is listed at the top of the page."""
         self._sections.append(title)
         self._parts.append(f'<h2 id="section-{len(self._sections)}">{escape(title)}</h2>')
         self.text(text)
 
     def subsection(self, title: str, text: str = "") -> None:
-        """Begin a part of a section."""
+        """Start a subsection."""
         self._parts.append(f"<h3>{escape(title)}</h3>")
         self.text(text)
 
@@ -111,20 +111,20 @@ class Report:
             self._parts.append(f"<p>{escape(text)}</p>")
 
     def figure(self, svg: str, caption: str, wide: bool = False, alt: str = "") -> None:
-        """Add a figure, an `<svg>` element; on a narrow screen it scrolls instead of becoming unreadable.
+        """Add a figure, an `<svg>` element. On a narrow screen it scrolls instead of becoming unreadable.
 
-        `alt` is what a screen reader says instead of walking through the paths; by default the caption.
+        `alt` is the alternative text for screen readers; by default the caption.
         """
         self._parts.append(_figure(svg, caption, alt or caption, "pictures" if wide else "chart"))
 
     def panels(self, panels: Sequence[Panel]) -> None:
-        """Add small figures, side by side where there is room and one below the other on a phone."""
+        """Add small figures, side by side if there is room and stacked on a phone."""
         body = "".join(_figure(p.svg, p.caption, p.alt, "panel") for p in panels)
         self._parts.append(f'<div class="panels">{body}</div>' if panels else "")
 
     def pictures(self, pictures: Sequence[Picture], kind: str = "", sharp: bool = False) -> None:
-        """Add images in a grid; "four" makes it four columns (two on a phone), "small" many. `sharp` shows their pixels
-        as squares."""
+        """Add images in a grid. `kind` "four" makes four columns (two on a phone), "small" many. `sharp` disables
+        interpolation."""
         cells = []
         for p in pictures:
             images = _image(p.uri, p.alt) + (_image(*p.beside) if p.beside[0] else "")
@@ -136,7 +136,7 @@ class Report:
         self._parts.append(f'<div class="{names}">{"".join(cells)}</div>')
 
     def scale(self, picture: Picture, marks: Sequence[str]) -> None:
-        """Add a colour bar with the marks at even distances under it."""
+        """Add a color bar with evenly spaced marks below it."""
         spans = "".join(f"<i>{escape(m)}</i>" for m in marks)
         self._parts.append(
             f'<figure class="bar">{_image(picture.uri, picture.alt)}'
@@ -144,31 +144,31 @@ class Report:
         )
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str] | str], best: int | None = None) -> None:
-        """Add a table; row `best` is tinted, a row that is one string is a heading of those below it.
+        """Add a table. Row `best` is highlighted; a row that is one string is a heading for the rows below it.
 
-        Columns of numbers are set to the right, other ones to the left.
+        Columns of numbers are right-aligned, others left-aligned.
         """
-        whole = [r for r in rows if not isinstance(r, str)]
-        cls = [_column([r[i] for r in whole]) for i in range(len(head))]
+        full_rows = [r for r in rows if not isinstance(r, str)]
+        classes = [_column([r[i] for r in full_rows]) for i in range(len(head))]
         lines = ['<div class="scroll" tabindex="0"><table><thead><tr>']
-        lines += [f'<th scope="col" {c}>{escape(h)}</th>' for h, c in zip(head, cls, strict=True)]
+        lines += [f'<th scope="col" {c}>{escape(h)}</th>' for h, c in zip(head, classes, strict=True)]
         lines.append("</tr></thead><tbody>")
         for k, row in enumerate(rows):
             if isinstance(row, str):
                 lines.append(f'<tr class="part"><td colspan="{len(head)}">{escape(row)}</td></tr>')
                 continue
             lines.append('<tr class="best">' if k == best else "<tr>")
-            lines += [f"<td {c}>{escape(v)}</td>" for v, c in zip(row, cls, strict=True)]
+            lines += [f"<td {c}>{escape(v)}</td>" for v, c in zip(row, classes, strict=True)]
             lines.append("</tr>")
         lines.append("</tbody></table></div>")
         self._parts.append("".join(lines))
 
     def details(self, title: str, text: str) -> None:
-        """Add a text of fixed width that opens on demand."""
+        """Add a collapsible text in a fixed-width font."""
         self._parts.append(f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>")
 
     def html(self) -> str:
-        """The page."""
+        """The HTML of the page."""
         links = "".join(
             f'<a href="#section-{i}">{escape(title)}</a>' for i, title in enumerate(self._sections, start=1)
         )

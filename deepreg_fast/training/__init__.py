@@ -1,6 +1,6 @@
-"""Training: bi-level, and the baselines that it is compared with, on one loop.
+"""Bi-level training and the baselines, on a shared training loop.
 
-Names are loaded when they are first used: the settings do without torch.
+Names are imported on first use, so the settings do not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The methods that bi-level training is compared with, on the same loop, data and network (docs/math.md, M12)."""
+"""Baselines for bi-level training, with the same loop, data and network (docs/math.md, M12)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .config import BaselineConfig
 from .placement import Rows, read
 from .trainer import Trainer
 
-# The noise of validation: a key that no step has.
+# Random-number key of the validation noise; no training step has this number.
 _VALIDATION = 2**32 - 1
 
 
 class _Baseline(Trainer):
-    """Shares the noise of a step, a function of seed, step and sample alone."""
+    """Base of the baselines. The noise of a step is a function of (seed, step, sample)."""
 
     config: BaselineConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -62,12 +62,12 @@ class DenoiserTrainer(_Baseline):
     method = "denoiser"
 
     def build(self) -> Regularizer:
-        """The conv chain as a denoiser."""
+        """Build the denoiser from the conv chain."""
         c = self.config
         return DenoiserField(**c.chain())
 
     def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
-        """Mean squared error of the denoised images."""
+        """Gradient of the denoised images' mean squared error."""
         assert isinstance(self.reg, DenoiserField)
         error = self.reg.denoise(self._noisy(x, self.step_done)) - x
         loss = 1e3 * error.square().mean()
@@ -111,7 +111,7 @@ class GradientStepTrainer(_Baseline):
     method = "gradient_step"
 
     def build(self) -> Regularizer:
-        """The same regularizer as the bi-level one."""
+        """Build the same regularizer as bi-level training."""
         return regularizer_of(self.config)
 
     def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class AdversarialTrainer(_Baseline):
     method = "adversarial"
 
     def build(self) -> Regularizer:
-        """The input-convex network."""
+        """Build the input-convex network."""
         c = self.config
         return ICNN(c.channels, c.depth, c.rho, gain=c.gain, center=c.center, seed=c.seed)
 
@@ -174,7 +174,7 @@ class AdversarialTrainer(_Baseline):
         return c + A.A_dagger(A.A(x - c))
 
     def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
-        """The critic's loss."""
+        """Gradient of the critic's loss."""
         naive = self._naive(x)
         mixed = self._rng(self.step_done).random((len(x), 1, 1, 1), dtype=np.float32)
         t = self.placement.upload(torch.from_numpy(mixed))
@@ -184,11 +184,11 @@ class AdversarialTrainer(_Baseline):
         gap = self._critic(x).mean() - self._critic(naive).mean()
         loss = gap + self.config.gradient_penalty * excess
         self._set(loss)
-        told = read({"loss": loss, "gap": gap, "slope": norm(slope.detach()).mean()})
-        return {k: float(v) for k, v in told.items()}
+        stats = read({"loss": loss, "gap": gap, "slope": norm(slope.detach()).mean()})
+        return {k: float(v) for k, v in stats.items()}
 
     def validate(self) -> dict[str, Any]:
-        """How far the critic tells true from naive validation images, per unit of slope."""
+        """Gap of the critic between naive and true validation images."""
         with torch.no_grad():
             gap = float((self._critic(self._naive(self.validation)) - self._critic(self.validation)).mean())
         return {"val_gap": gap, "val_score": gap}

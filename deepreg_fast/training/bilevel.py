@@ -1,7 +1,7 @@
 """Bi-level training of theta, mu and the perturbations (Nair & Schniter 2022; docs/math.md, M7 and M11).
 
-Per visit of a batch: recover `xhat`, solve for `gamma`, take `d/dtheta` and `d/dlog mu`; ascend each image's
-perturbation, add the penalty's gradient where `beta_hat > beta`; Adam.
+Each step recovers `xhat` for a batch, solves for `gamma`, and computes `d/dtheta` and `d/dlog mu`. It then ascends each
+image's perturbation, adds the penalty's gradient for images with `beta_hat > beta`, and updates with Adam.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from .samples import Noise
 from .trainer import Trainer
 from .warm_starts import WarmStarts
 
-# Steps without any image to learn from until a training gives up: no run has come back from more than a few.
+# Training aborts after this many consecutive steps without a valid reconstruction. No run recovered after more than a
+# few.
 _PATIENCE = 100
 
 _MSE_SCALE, _MSE_FLOOR = 1e3, 1e-5
@@ -87,35 +88,35 @@ class BilevelTrainer(Trainer):
         self._idle = 0
 
     def build(self) -> Regularizer:
-        """The regularizer of the settings, or the one that was given."""
+        """The regularizer passed to the constructor, or the one that the settings name."""
         return regularizer_of(self.config) if self._given is None else as_regularizer(self._given)
 
     @property
     def adjoint(self) -> AdjointOptions:
-        """How the present step solves for gamma."""
+        """Options of the current step's adjoint solve."""
         c = self.config
         method = "jfb" if self.step_done < c.jfb_steps else c.adjoint
         return AdjointOptions(method, c.adjoint_iterations, c.adjoint_tolerance)
 
     def groups(self) -> list[dict[str, Any]]:
-        """theta and log mu, each with its own rate."""
+        """Parameter groups of theta and log mu, each with its own learning rate."""
         rate: float = self.config.mu_lr  # type: ignore[attr-defined]
         return [*super().groups(), {"params": [self.log_mu], "lr": rate, "peak": rate}]
 
     def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
-        """One visit of the samples `rows`. The host reads the device once, before the penalty's gradient."""
+        """One bi-level step on the samples `rows`. Synchronizes with the device once, before the penalty's gradient."""
         y = self._measure(rows, x)
         mu = torch.full((len(x),), self.mu, dtype=x.dtype, device=x.device)
-        sol, valid, seen = self._recover(rows, x, y, mu)
+        sol, valid, metrics_on_device = self._recover(rows, x, y, mu)
         error = dot(sol.x - x, sol.x - x)
         _, weights = self._loss(error, x)
         if self.adjoint.method == "unrolled":
-            theta, log_mu, found = self._unrolled_gradient(x, y, sol, valid, mu, weights)
+            theta, log_mu, gradient_stats = self._unrolled_gradient(x, y, sol, valid, mu, weights)
         else:
-            theta, log_mu, found = self._implicit_gradient(rows, x, sol, valid, mu, weights)
-        seen |= found | {"error": error, "log_mu": log_mu}
+            theta, log_mu, gradient_stats = self._implicit_gradient(rows, x, sol, valid, mu, weights)
+        metrics_on_device |= gradient_stats | {"error": error, "log_mu": log_mu}
         point, ascended = self._ascend(rows, x)
-        stats = read(seen | ascended)
+        stats = read(metrics_on_device | ascended)
         penalty = self._penalty_gradient(point, stats)
         for name, p in self.reg.named_parameters():
             if p.requires_grad:
@@ -137,18 +138,18 @@ class BilevelTrainer(Trainer):
         return {"loss": loss + self.config.xi * metrics.pop("penalty_sum"), "mse_loss": mse, **metrics}
 
     def begin(self) -> None:
-        """Make the files of the warm starts, if they live in files."""
+        """Create the files of the warm starts, if they are stored in files."""
         self.store.open()
 
     def after_update(self) -> None:
-        """Keep mu in its bounds."""
+        """Clamp mu to its bounds."""
         low, high = np.log(self.config.mu_min), np.log(self.config.mu_max)
         outside = not low <= float(self.log_mu.detach()) <= high
         self.counters.add("mu_clamped", outside)
         with torch.no_grad():
             self.log_mu.clamp_(low, high)
 
-    # -- the pieces of a visit -------------------------------------------------------------------------------------
+    # -- the parts of a step ---------------------------------------------------------------------------------------
 
     def _loss(self, error: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[B]` twice: each image's share of the loss, its derivative in the squared error (docs/math.md, M7).
@@ -164,29 +165,29 @@ class BilevelTrainer(Trainer):
         return 10.0 / len(x) * torch.log10(floored), 10.0 / (math.log(10.0) * len(x) * pixels) / floored
 
     def _measure(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
-        """`A x` with each sample's own noise, the same at every visit."""
+        """`A x` plus the sample's noise, which is the same in every epoch."""
         y = self.A.A(x)
         return y + self.config.sigma * self.noise.batch(rows) if self.config.sigma else y
 
     def _recover(
         self, rows: Rows, x: torch.Tensor, y: torch.Tensor, mu: torch.Tensor
     ) -> tuple[Solution, torch.Tensor, dict[str, torch.Tensor]]:
-        """Recovery from the warm start; an image that ran away starts cold at its next visit."""
+        """Recover from the warm starts. An invalid recovery makes the sample's next start cold."""
         c = self.config
         cold = initial_point(y, self.A, self.reg)
         visits = self.store.get("visits", rows)
-        seen = (visits > 0) & c.warm_start
-        x0 = torch.where(expand(seen, cold), self.store.get("x", rows), cold)
-        tau0 = torch.where(seen, self.store.get("tau", rows), 1.0)
+        warm = (visits > 0) & c.warm_start
+        x0 = torch.where(expand(warm, cold), self.store.get("x", rows), cold)
+        tau0 = torch.where(warm, self.store.get("tau", rows), 1.0)
         tolerance = self.accuracy.tolerance
-        # Known on the host from the order of the samples: each is drawn once in an epoch.
+        # Computed on the host, without reading `visits`: an epoch draws each sample at most once.
         first = self.step_done * len(rows) < len(self.samples)
         limit = (c.first_iterations if first else 0) or c.inner_iterations
         options = PGDOptions(limit, tolerance, c.acceleration, memory=c.memory, monotone=c.monotone)
         sol = pgd(y, self.A, self.reg, mu, options, x0, tau0)
         non_finite = (sol.status == int(Status.NON_FINITE)) | ~torch.isfinite(sol.x).flatten(1).all(1)
-        reach = 2.0 * norm(x - self.reg.center) + 0.1 * x[0].numel() ** 0.5
-        diverged = (sol.status == int(Status.RUNAWAY)) | (norm(sol.x - self.reg.center) > reach)
+        max_distance = 2.0 * norm(x - self.reg.center) + 0.1 * x[0].numel() ** 0.5
+        diverged = (sol.status == int(Status.RUNAWAY)) | (norm(sol.x - self.reg.center) > max_distance)
         valid = ~(non_finite | diverged)
         sol.x = torch.where(expand(valid, cold), sol.x, cold)
         self.store.put("x", rows, sol.x)
@@ -209,7 +210,7 @@ class BilevelTrainer(Trainer):
         mu: torch.Tensor,
         weights: torch.Tensor,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
-        """gamma from its warm start, then the parameter products."""
+        """Solve for gamma from its warm start, then compute the parameter products."""
         c = self.config
         lin = self.reg.linearize(sol.x)
         b = torch.where(expand(valid, x), x - sol.x, 0.0)
@@ -218,9 +219,9 @@ class BilevelTrainer(Trainer):
         negative = adj.status == int(Status.NEGATIVE_CURVATURE)
         usable = torch.isfinite(adj.x).flatten(1).all(1) & valid
         gamma = torch.where(expand(usable, x), adj.x, 0.0)
-        keep = usable & ~negative
-        self.store.put("gamma", rows, torch.where(expand(keep, x), gamma, 0.0))
-        # Both are linear in gamma; its warm start is kept without the weights, which change with every visit.
+        saved = usable & ~negative
+        self.store.put("gamma", rows, torch.where(expand(saved, x), gamma, 0.0))
+        # Both are linear in gamma. Its warm start is saved without the weights, which change from step to step.
         theta, log_mu = parameter_gradients(lin, mu, expand(weights, gamma) * gamma)
         unconverged = adj.status != int(Status.CONVERGED)
         stats = {"adjoint_iterations": adj.iterations, "negative": negative, "adjoint_unconverged": unconverged}
@@ -235,16 +236,25 @@ class BilevelTrainer(Trainer):
         mu: torch.Tensor,
         weights: torch.Tensor,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
-        """Back through `adjoint_iterations` further steps of the sound recoveries (whose number the host reads)."""
+        """Backpropagate through `adjoint_iterations` further steps of the valid recoveries. Synchronizes for their
+        number."""
         steps = self.config.adjoint_iterations
-        good = valid.nonzero()[:, 0]
+        valid_rows = valid.nonzero()[:, 0]
         theta, log_mu = unrolled_gradients(
-            x[good], y[good], self.A, self.reg, mu[good], sol.x[good], sol.tau[good], steps, weights[good]
+            x[valid_rows],
+            y[valid_rows],
+            self.A,
+            self.reg,
+            mu[valid_rows],
+            sol.x[valid_rows],
+            sol.tau[valid_rows],
+            steps,
+            weights[valid_rows],
         )
         return theta, log_mu, {"adjoint_iterations": torch.full_like(sol.iterations, steps)}
 
     def _ascend(self, rows: Rows, x: torch.Tensor) -> tuple[LipschitzQuotient | None, dict[str, torch.Tensor]]:
-        """Ascend the perturbations; what the penalty holds (`beta_hat` or `kappa`) at the last ones."""
+        """Ascend the perturbations. Returns the penalized quotient (`beta_hat` or `kappa`) at the last ones."""
         c = self.config
         if c.beta == 0 or c.xi == 0:
             return None, {}
@@ -253,26 +263,26 @@ class BilevelTrainer(Trainer):
         delta = self._perturbation(rows, x, radius)
         measure = PENALTIES[c.penalty]
         point = measure(self.reg, x, delta, grad_x)
-        kept = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        unchanged_steps = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         late = 3 * self.step_done >= 2 * c.steps
         for _ in range(c.delta_steps_late if late else c.delta_steps):
-            delta, still = point.gradient_step(radius) if c.delta_ball == "free" else point.power_step(radius)
-            kept += still
+            delta, unchanged = point.gradient_step(radius) if c.delta_ball == "free" else point.power_step(radius)
+            unchanged_steps += unchanged
             point = measure(self.reg, x, delta, grad_x)
         self.store.put("delta", rows, delta)
-        return point, {"beta_hat": point.beta, "kept": kept}
+        return point, {"beta_hat": point.beta, "kept": unchanged_steps}
 
     def _penalty_gradient(
         self, point: LipschitzQuotient | None, stats: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Gradient of `xi sum_b relu(beta_hat_b - beta)`; nothing where no image is above the bound."""
+        """Gradient of `xi sum_b relu(beta_hat_b - beta)`; empty if no image exceeds the bound."""
         if point is None or not bool((stats["beta_hat"] > self._beta()).any()):
             return {}
         above = (point.beta > self._beta()).to(point.x.dtype)
         return point.grad_theta(self.config.xi * above)
 
     def _count(self, stats: dict[str, torch.Tensor]) -> None:
-        """Count what each guard did."""
+        """Update the guards' counters."""
         for name, counter in (
             ("bad", "nonfinite_resets"),
             ("away", "runaway_resets"),
@@ -285,7 +295,7 @@ class BilevelTrainer(Trainer):
                 self.counters.add(counter, stats[name].sum())
 
     def _metrics(self, stats: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """What the log shows of a visit, and the `penalty_sum`."""
+        """The logged metrics of a step, and `penalty_sum`."""
         valid = stats["sound"] > 0
         metrics: dict[str, Any] = {
             "adjoint_iterations_mean": float(stats["adjoint_iterations"].mean()),
@@ -295,30 +305,32 @@ class BilevelTrainer(Trainer):
             "penalty_sum": 0.0,
         }
         if "beta_hat" in stats:
-            found, beta = stats["beta_hat"], self._beta()
-            metrics["penalty_sum"] = float((found - beta).clamp_min(0).sum())
-            metrics |= {"beta_hat": float(found.mean()), "beta_hat_max": float(found.max()), "beta": beta}
+            beta_hat, beta = stats["beta_hat"], self._beta()
+            metrics["penalty_sum"] = float((beta_hat - beta).clamp_min(0).sum())
+            metrics |= {"beta_hat": float(beta_hat.mean()), "beta_hat_max": float(beta_hat.max()), "beta": beta}
         return metrics
 
     def _beta(self) -> float:
-        """The bound in force: raised linearly from `beta_start` over the first half."""
+        """The current bound, raised linearly from `beta_start` over the first half."""
         c = self.config
         if c.beta_start == 0:
             return c.beta
         return c.beta_start + (c.beta - c.beta_start) * min(1.0, 2.0 * self.step_done / c.steps)
 
     def _perturbation(self, rows: Rows, x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-        """Each sample's kept perturbation, on the sphere with its norm set to `radius`; at the first visit its own
-        random one of that norm."""
+        """Each sample's saved perturbation, rescaled to norm `radius` for the sphere. Samples without one get a random
+        perturbation of that norm."""
         delta = self.store.get("delta", rows)
         blank = self.store.blank[rows.host]
-        fresh = np.flatnonzero(blank)
-        if len(fresh):
+        blank_indices = np.flatnonzero(blank)
+        if len(blank_indices):
             shape = tuple(x.shape[1:])
-            rngs = [np.random.Generator(np.random.PCG64([self.config.seed, 3, int(r)])) for r in rows.host[fresh]]
+            rngs = [
+                np.random.Generator(np.random.PCG64([self.config.seed, 3, int(r)])) for r in rows.host[blank_indices]
+            ]
             drawn = torch.from_numpy(np.stack([g.standard_normal(shape, dtype=np.float32) for g in rngs]))
             upload = self.placement.upload
-            delta.index_copy_(0, upload(torch.from_numpy(fresh)), upload(drawn))
+            delta.index_copy_(0, upload(torch.from_numpy(blank_indices)), upload(drawn))
         scale = radius / norm(delta).clamp_min(1e-30)
         if self.config.delta_ball == "free":
             scale = torch.where(self.placement.upload(torch.from_numpy(blank)), scale, 1.0)
@@ -331,7 +343,7 @@ class BilevelTrainer(Trainer):
         return {**super().validate(), **spectral}
 
     def extra_state(self) -> tuple[Mapping[str, Array], dict[str, Any]]:
-        """Warm starts and the inner accuracy."""
+        """Warm starts and the state of the tolerance schedule."""
         a = self.accuracy
         previous = a.previous if np.isfinite(a.previous) else None
         return self.store.state(), {
@@ -340,10 +352,10 @@ class BilevelTrainer(Trainer):
         }
 
     def load_extra_state(self, tensors: dict[str, np.ndarray], state: dict[str, Any]) -> None:
-        """Warm starts and the inner accuracy."""
+        """Restore what `extra_state` returned."""
         self.store.load(tensors)
         a = self.accuracy
         a.tolerance, previous, a.total, a.count = state["accuracy"]
         a.previous = float("inf") if previous is None else previous
-        # Checkpoints of older releases do not count them.
+        # Checkpoints of older releases lack this counter.
         self._idle = state.get("idle", 0)

@@ -1,4 +1,4 @@
-"""The regularizer that the settings of a training name."""
+"""Construction of the regularizer that a training's settings name."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from .config import TrainConfig
 
 
 def regularizer_of(c: TrainConfig) -> Regularizer:
-    """`RED`, `Ridge` or the `Sum` of both with the settings' fields and initial weights of their seed.
+    """Build `RED`, `Ridge` or the `Sum` of both from the settings; initial weights depend on the seed.
 
-    The network of the sum has `alpha = -1`, so that it adds nothing before it is trained.
+    The network in the sum has `alpha = -1`, so it contributes nothing before training.
     """
     if c.regularizer == "red":
         return RED(**c.chain(), alpha=c.alpha, head=c.head)

@@ -1,7 +1,7 @@
-"""Checkpoints: safetensors with JSON in its header, never pickle, replaced in one step.
+"""Checkpoints: safetensors with JSON in the header, never pickle, replaced atomically.
 
-The file is written and read piece by piece: the warm starts of a large data set live on disk or on a device and must
-not pass through the host's memory whole.
+Files are written and read in pieces, because the warm starts of a large data set are on disk or on a device and may not
+fit into host memory.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Array: TypeAlias = np.ndarray | torch.Tensor
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Array], state: dict[str, Any]) -> None:
-    """Write arrays, and tensors of any device, with a JSON-able state to one file."""
+    """Write arrays, tensors on any device and a JSON-serializable state to one file."""
     write_atomically(path, _pieces(tensors, {"format": FORMAT, "state": json.dumps(state)}))
 
 
 def _pieces(tensors: Mapping[str, Array], metadata: dict[str, str]) -> Iterator[bytes]:
     """The bytes of a safetensors file: length and text of the header, then the arrays."""
-    # Wide numbers first: every array then lies at a multiple of its item size.
+    # Widest dtypes first, so that every array is aligned to its item size.
     order = sorted(tensors, key=lambda k: -tensors[k].itemsize)
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -56,7 +56,7 @@ def _type(a: Array) -> str:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Read what `save_checkpoint` wrote; the arrays are mapped from the file, not read.
+    """Read a file of `save_checkpoint`. The arrays are memory-mapped.
 
     Raises
     ------
@@ -83,40 +83,40 @@ def load_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a whole safetensors file (its structure is checked before) as read-only views of it."""
+    """Read-only views of the arrays of a safetensors file whose structure has been checked."""
     with open(path, "rb") as f:
         start = 8 + int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(start - 8))
     data = np.memmap(path, np.uint8, "r", offset=0)
     types = {v: k for k, v in _DTYPES.items()}
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, entry in header.items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
-            found[name] = data[start + begin : start + end].view(types[entry["dtype"]]).reshape(entry["shape"])
-    return found
+            arrays[name] = data[start + begin : start + end].view(types[entry["dtype"]]).reshape(entry["shape"])
+    return arrays
 
 
 def moments(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Adam's step numbers and moments, by parameter number and name."""
     state = optimizer.state_dict()["state"]
-    # The type of the step numbers follows torch's default dtype.
+    # Adam creates step numbers in torch's default dtype.
     return {
         f"adam.{i}.{k}": (v.to(torch.float32) if k == "step" else v).reshape(-1)
-        for i, found in state.items()
-        for k, v in found.items()
+        for i, values in state.items()
+        for k, v in values.items()
     }
 
 
 def load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, np.ndarray]) -> None:
-    """Give an optimizer, on whatever device its parameters are, what `moments` returned."""
+    """Restore what `moments` returned, on the device of the optimizer's parameters."""
     adam = optimizer.state_dict()
-    # What the optimizer has learned since belongs to no checkpoint.
+    # Discard the current state, even for parameters that the checkpoint lacks.
     adam["state"] = {}
     for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         prefix = f"adam.{i}."
-        found = {k.removeprefix(prefix): np.array(v) for k, v in tensors.items() if k.startswith(prefix)}
-        if found:
-            shaped = {k: v.reshape(() if k == "step" else tuple(p.shape)) for k, v in found.items()}
+        values = {k.removeprefix(prefix): np.array(v) for k, v in tensors.items() if k.startswith(prefix)}
+        if values:
+            shaped = {k: v.reshape(() if k == "step" else tuple(p.shape)) for k, v in values.items()}
             adam["state"][i] = {k: torch.from_numpy(v) for k, v in shaped.items()}
     optimizer.load_state_dict(adam)

@@ -1,4 +1,4 @@
-"""Settings of a training run: frozen, validated, and the source of the command line's options."""
+"""Settings of a training run: frozen, validated, and the source of the command-line options."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DELTA_BALLS = ("sphere", "free")
 
 
 def option(default: Any, text: str) -> Any:
-    """A field with the sentence that the command line shows for it."""
+    """A dataclass field with its help text for the command line."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings that every training shares."""
+    """Settings shared by all trainings."""
 
     out: str = option("runs/train", "Folder of the run: checkpoints, logs, weights.")
     data: str = option("embedded", "Folder of images, or 'embedded' for the ones that scikit-image carries.")
@@ -71,7 +71,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         checks.plain_fields(self)
-        # Its own sentence names the devices.
+        # Checked first, because its error message lists the devices.
         checks.device_name(self.device)
         checks.fields_typed(self)
         for name in (
@@ -107,9 +107,9 @@ class TrainConfig:
         checks.number(self.checkpoint_seconds, "checkpoint_seconds", 0.0)
 
     def chain(self) -> dict[str, Any]:
-        """Arguments of the network that `RED` and `DenoiserField` share."""
-        same = ("channels", "depth", "norm", "norm_place", "gain", "center", "seed")
-        return {name: getattr(self, name) for name in same} | {
+        """Network arguments shared by `RED` and `DenoiserField`."""
+        shared = ("channels", "depth", "norm", "norm_place", "gain", "center", "seed")
+        return {name: getattr(self, name) for name in shared} | {
             "kernel_size": self.kernel_size if self.kernel_size and self.regularizer == "red" else 3,
             "eps": self.norm_eps,
         }
@@ -120,12 +120,12 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls: type[T], text: str) -> T:
-        """Settings from `to_json`'s answer; unknown names are an error.
+        """Settings from the output of `to_json`; unknown names are an error.
 
         Raises
         ------
         InputError
-            If the text is no JSON object, or a setting is unknown or not what it must be.
+            If the text is not a JSON object, or a setting is unknown or invalid.
         """
         try:
             return cls.from_values(json.loads(text))
@@ -134,7 +134,7 @@ class TrainConfig:
 
     @classmethod
     def from_values(cls: type[T], values: object) -> T:
-        """Settings from their values by name, as JSON has them."""
+        """Settings from a dictionary of JSON values by name."""
         if not isinstance(values, dict):
             raise InputError(f"Settings must be an object of names and values, but are {checks.describe(values)}.")
         known = {f.name for f in dataclasses.fields(cls)}
@@ -208,7 +208,7 @@ class BilevelConfig(TrainConfig):
     memory_budget_mb: int = option(2048, "Host memory for warm starts; beyond it they live in files of the run.")
 
     def __post_init__(self) -> None:
-        # Here, not above: the command line's help lists the settings and does without torch.
+        # Imported here because the command-line help lists the settings without importing torch.
         from ..inverse.hypergradient import METHODS
         from ..regularizers.lipschitz import PENALTIES
         from ..solvers import ACCELERATIONS

@@ -1,4 +1,4 @@
-"""Guards that keep bi-level training alive, each with a counter (docs/design.md)."""
+"""Safeguards of bi-level training, each with a counter (docs/design.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Counters:
-    """How often each guard acted, in all."""
+    """Total number of interventions of each guard."""
 
     NAMES = (
         "clipped",
@@ -27,14 +27,14 @@ class Counters:
         self.values: dict[str, int] = dict.fromkeys(self.NAMES, 0)
 
     def add(self, name: str, count: int | torch.Tensor) -> None:
-        """Count `count` more."""
+        """Add `count` to a counter."""
         self.values[name] += int(count)
 
 
 class MedianClip:
-    """Scales a gradient down to `factor` times the running median of its norm over the last `window` steps.
+    """Clips a gradient's norm to `factor` times its running median over the last `window` steps.
 
-    The norm is read on the host, all parameters by one transfer.
+    One transfer reads the norms of all parameters on the host.
     """
 
     def __init__(self, factor: float, window: int = 100) -> None:
@@ -42,7 +42,7 @@ class MedianClip:
         self.norms: deque[float] = deque(maxlen=window)
 
     def __call__(self, params: Sequence[torch.Tensor]) -> tuple[float, bool]:
-        """Clip `p.grad` in place; the norm before, and whether it was clipped."""
+        """Clip `p.grad` in place. Returns the norm before clipping and whether it was clipped."""
         grads = [p.grad for p in params if p.grad is not None]
         squares = torch.stack([g.double().square().sum() for g in grads]).cpu().tolist() if grads else []
         norm = math.sqrt(sum(squares))
@@ -57,7 +57,7 @@ class MedianClip:
 
 
 class ToleranceSchedule:
-    """Tolerance of the inner solve: loose at first, halved whenever the loss stalls (< 1 % over a window)."""
+    """Tolerance of the inner solve: loose at first, halved when the loss falls by less than 1 % over a window."""
 
     def __init__(self, start: float, end: float, window: int) -> None:
         self.tolerance, self.end, self.window = start, end, window
@@ -65,7 +65,7 @@ class ToleranceSchedule:
         self.total, self.count = 0.0, 0
 
     def observe(self, loss: float) -> None:
-        """Take one step's loss into account."""
+        """Update with one step's loss."""
         self.total += loss
         self.count += 1
         if self.count == self.window:

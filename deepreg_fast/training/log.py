@@ -1,6 +1,6 @@
-"""Where a run tells how it goes: JSON lines, TensorBoard, and a progress bar or a line now and then.
+"""Training logs: JSON lines, TensorBoard, and a progress bar or periodic lines.
 
-Whatever fails here is told once and ends nothing: the checkpoints matter more.
+A failure here is reported once and never stops the training.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ..errors import InputError
 from ..files import write_atomically
 from ..terminal import Pulse, console, is_terminal, say
 
-# Lines that a full disk did not take, in bytes; they are written when it has room again.
+# Most bytes of log lines held in memory while the disk is full; they are written when it has space again.
 _PENDING = 2**22
 _EVENT_FILES = itertools.count()
 
 
 class RunLog:
-    """`metrics.jsonl` and TensorBoard events in the run's folder; how far it is on stderr.
+    """`metrics.jsonl` and TensorBoard events in the run's folder; progress on stderr.
 
-    `progress` True shows a bar, False nothing, None a bar on a terminal and else a line every half minute.
+    `progress=True` shows a bar, False nothing. None shows a bar on a terminal and otherwise a line every half minute.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RunLog:
         if tensorboard:
             try:
                 self._board = _Board(folder / "tensorboard", start)
-            except Exception as error:  # an import, a protocol, a file: none is worth the training
+            except Exception as error:  # no failure of TensorBoard stops the training
                 self._tell("TensorBoard's events", error)
         self._bar: Any = None
         self._pulse: Pulse | None = None
@@ -75,15 +75,15 @@ class RunLog:
         return bar
 
     def _truncate(self, start: int) -> None:
-        """Drop lines of steps that a resumed run will do again."""
+        """Drop lines of steps that the resumed run will repeat."""
         if self.path.exists():
             lines = self.path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith(b"\n") and _step(line) <= start]
-            if len(kept) < len(lines):
-                write_atomically(self.path, b"".join(kept))
+            remaining = [line for line in lines if line.endswith(b"\n") and _step(line) <= start]
+            if len(remaining) < len(lines):
+                write_atomically(self.path, b"".join(remaining))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics after step `step`."""
+        """Log the metrics of step `step`."""
         self._pending += (json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n").encode()
         self._flush()
         if self._board is not None:
@@ -104,7 +104,7 @@ class RunLog:
                 self._bar = None
 
     def _flush(self) -> None:
-        """Write what is to be written, as far as the disk takes it."""
+        """Write the pending lines; keep what the disk rejects."""
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) or 0 :]
@@ -138,7 +138,7 @@ class RunLog:
 
 
 def _step(line: bytes) -> float:
-    """The step of a line; infinite if it is damaged."""
+    """The step number of a line; infinite if the line is damaged."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -147,28 +147,28 @@ def _step(line: bytes) -> float:
 
 
 class _Board:
-    """TensorBoard's event file, written here and now: its own writer has a thread, whose errors nobody can catch."""
+    """Synchronous writer of TensorBoard event files. TensorBoard's own writer uses a thread whose errors are lost."""
 
     def __init__(self, folder: Path, start: int) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        # Type checkers cannot see what protocol buffers make when they are loaded.
+        # Protocol buffers create these classes at import, invisible to type checkers.
         events: Any = event_pb2
         summaries: Any = summary_pb2
         self._event, self._summary, self._records = events.Event, summaries.Summary, RecordWriter
         folder.mkdir(parents=True, exist_ok=True)
-        # Two files of one second, host and process must still be two.
+        # The number keeps names unique within one second, host and process.
         number = next(_EVENT_FILES)
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{number}"
         self._file: BinaryIO = open(folder / name, "ab", buffering=0)
         self._write(self._event(wall_time=time.time(), step=start, file_version="brain.Event:2"))
-        # TensorBoard then drops later steps of the run's earlier files.
+        # With this event TensorBoard drops later steps of the run's earlier files.
         session = events.SessionLog(status=events.SessionLog.START)
         self._write(self._event(wall_time=time.time(), step=start, session_log=session))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One event with these scalars."""
+        """Write one event with these scalars."""
         scalars = [self._summary.Value(tag=k, simple_value=float(v)) for k, v in values.items()]
         self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))
 

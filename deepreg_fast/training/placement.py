@@ -1,6 +1,6 @@
-"""Where a training computes and keeps its numbers per sample, and the few crossings between host and device.
+"""Placement of a training's per-sample data, and the transfers between host and device.
 
-A step reads the host through `read` alone (and once in `MedianClip`); what goes the other way does not wait.
+A step synchronizes only in `read` and once in `MedianClip`. Transfers to the device are asynchronous.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..errors import InputError
 from ..files import make_folder
 from .checkpoint import Array
 
-# What samples and warm starts may take of the memory that is free when a training begins; the rest is the solvers'.
+# Fraction of the free device memory at the start that samples and warm starts may use. The rest is for the solvers.
 DEVICE_SHARE = 0.5
 _PIECE = 256
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Sample numbers `[B]`, all different: on the host, and as an index on the device."""
+    """Distinct sample numbers `[B]`: on the host, and as an index on the device (`here`)."""
 
     host: np.ndarray
     here: torch.Tensor
@@ -38,45 +38,45 @@ class Rows:
 
 
 def upload(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on `device`; through pinned memory, so that the host does not wait."""
+    """Copy a host tensor to `device` asynchronously, through pinned memory."""
     return t if device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
 
 
 def read(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same numbers on the host in float64, by one transfer, for which the host waits."""
+    """Copy tensors to the host in float64, with one synchronizing transfer."""
     flat = torch.cat([t.detach().reshape(-1).double() for t in tensors.values()]).cpu()
     parts = flat.split([t.numel() for t in tensors.values()])
     return {k: p.reshape(t.shape) for (k, t), p in zip(tensors.items(), parts, strict=True)}
 
 
 class Placement:
-    """The device of a training, and how much of its memory is left for numbers per sample.
+    """The device of a training, and how much of its memory is left for per-sample data.
 
     Parameters
     ----------
     name : str
         "cpu", "cuda", "cuda:1" or "auto".
     budget_mb : int
-        Memory of the device for samples and warm starts; 0 takes `DEVICE_SHARE` of what is free.
+        Device memory for samples and warm starts; 0 uses `DEVICE_SHARE` of the free memory.
     """
 
     def __init__(self, name: str, budget_mb: int = 0) -> None:
         self.device = checks.device(name)
-        # A device whose memory is not the host's. (A test sets this for the CPU.)
+        # True if the device has its own memory (a test overrides this on the CPU).
         self.has_own_memory = self.device.type != "cpu"
         self.left = budget_mb * 2**20
         if self.has_own_memory and not budget_mb:
             self.left = int(DEVICE_SHARE * torch.cuda.mem_get_info(self.device)[0])
 
     def take(self, count: int) -> bool:
-        """Set `count` bytes of the device aside, if so much of the budget is left."""
+        """Reserve `count` bytes of the device if the budget allows. Returns whether it did."""
         if not self.has_own_memory or count > self.left:
             return False
         self.left -= count
         return True
 
     def location(self, count: int, host_mb: int) -> str:
-        """Where `count` bytes go: "device", else "pinned" memory of the host up to `host_mb`, else "disk"."""
+        """Location of `count` bytes: "device", else "pinned" host memory up to `host_mb`, else "disk"."""
         if self.take(count):
             return "device"
         if count > host_mb * 2**20:
@@ -84,22 +84,22 @@ class Placement:
         return "pinned" if self.has_own_memory else "device"
 
     def rows(self, host: np.ndarray) -> Rows:
-        """These sample numbers on both sides."""
+        """Sample numbers on host and device."""
         return Rows(host, self.upload(torch.from_numpy(host)))
 
     def upload(self, t: torch.Tensor) -> torch.Tensor:
-        """A host tensor on the device."""
+        """Copy a host tensor to the device."""
         return upload(t, self.device)
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Makes the device the current one, where kernels are launched, and torch's convolutions there float32 proper
-        (TF32's rounding, their default, ends tight solves early) and the same at every run."""
+        """Make the device current, so that kernels launch there, and make torch's convolutions on it deterministic and
+        true float32. (Their default, TF32, ends tight solves early by its rounding.)"""
         if self.device.type == "cpu":
             yield
             return
-        proper = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        with torch.cuda.device(self.device), proper:
+        reproducible = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with torch.cuda.device(self.device), reproducible:
             yield
 
 
@@ -115,7 +115,7 @@ class SampleTable(Protocol):
         ...
 
     def array(self) -> Array:
-        """All rows, where they lie."""
+        """All rows, without a copy."""
         ...
 
     def fill(self, array: np.ndarray) -> None:
@@ -124,7 +124,7 @@ class SampleTable(Protocol):
 
 
 class DeviceSamples:
-    """Rows in the device's own memory."""
+    """Rows in device memory."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.data = torch.zeros(shape, dtype=dtype, device=device)
@@ -148,7 +148,7 @@ class DeviceSamples:
 
 
 class PinnedSamples:
-    """Rows in pinned memory of the host: copied one by one, in the order of the stream, without waiting."""
+    """Rows in pinned host memory, copied one by one and asynchronously in stream order."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self.device = device
@@ -171,7 +171,7 @@ class PinnedSamples:
             self.data[row].copy_(value[i].detach(), non_blocking=True)
 
     def _wait(self) -> np.ndarray:
-        """The rows, when every copy to or from them has ended."""
+        """The rows, after all pending copies have completed."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self.data.numpy()
@@ -186,8 +186,8 @@ class PinnedSamples:
 
 
 class FileSamples:
-    """Rows in a file, for what no memory holds. The file is made at the first `put`: until then it may be another
-    run's, and the rows are zeros or those of the checkpoint that `fill` was given."""
+    """Rows in a file, for data that fits into no memory. `open` or the first `put` creates the file; before that, a
+    file at `path` may belong to another run, and the rows are zeros or the array passed to `fill`."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], device: torch.device) -> None:
         self.path, self.shape, self.device = path, shape, device
@@ -195,7 +195,7 @@ class FileSamples:
         self._before: np.ndarray | None = None
 
     def open(self) -> np.ndarray:
-        """The rows as they lie in the file, which is made if it is not there yet."""
+        """The rows, mapped from the file, which is created if needed."""
         if self._file is None:
             make_folder(self.path.parent)
             try:
@@ -221,7 +221,7 @@ class FileSamples:
         self.open()[rows.host] = value.detach().cpu().numpy()
 
     def array(self) -> np.ndarray:
-        """All rows, where they lie."""
+        """All rows, without a copy."""
         if self._file is not None:
             return np.asarray(self._file)
         return self._before if self._before is not None else np.broadcast_to(np.float32(0), self.shape)
@@ -235,7 +235,7 @@ class FileSamples:
 
 
 def _reserve(f: BinaryIO, size: int) -> None:
-    """Give a file its room on the disk now: a hole that cannot be filled later would end the process by a signal."""
+    """Allocate a file's disk space now: writing to a mapped hole on a full disk would kill the process by a signal."""
     if size and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(f.fileno(), 0, size)

@@ -1,6 +1,6 @@
-"""The training samples: every image in its orientations, each with one crop that stays put.
+"""The training samples: every image in each orientation, with one fixed crop.
 
-Warm starts need the crop, the noise and the measurements of a sample to be the same at every visit.
+Warm starts require a sample's crop, noise and measurements to be the same in every epoch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Pictures:
 
 
 class Samples:
-    """Crops by sample number, and the order in which an epoch visits them."""
+    """Crops by sample number, and their order in an epoch."""
 
     def __init__(self, images: ImageSet | Pictures, crop: int, orientations: int, seed: int) -> None:
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in images.x]
@@ -60,7 +60,7 @@ class Samples:
         self.top, self.left = (self._places(rng, [n[k] for n in sizes], self.size[k]) for k in (0, 1))
 
     def _places(self, rng: np.random.Generator, sides: list[int], crop: int) -> np.ndarray:
-        """Where each sample's crop begins along one side."""
+        """First row or column of each sample's crop."""
         room: int | np.ndarray = sides[0] - crop + 1
         if len(set(sides)) > 1:
             room = np.repeat(np.array(sides) - crop + 1, self.orientations)
@@ -68,8 +68,8 @@ class Samples:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of names and pixels: a run may only go on with the images it began with. The names count in their
-        portable form, so that a folder may move to a system that stores another one."""
+        """SHA-256 of names and pixels: a run continues only with the images it started with. Names are hashed in their
+        portable form, so a folder may move to a system with another Unicode form."""
         digest = hashlib.sha256(json.dumps([portable(n) for n in self.images.names]).encode())
         if isinstance(self.images.x, torch.Tensor):
             digest.update(self.images.x.numpy().tobytes())
@@ -91,26 +91,27 @@ class Samples:
         return torch.cat(out)
 
     def indices(self, step: int, batch: int) -> np.ndarray:
-        """Samples of step `step`: a function of seed and step alone, so that a resumed run goes on unchanged."""
+        """Samples of step `step`, a function of (seed, step), so a resumed run continues unchanged."""
         per_epoch = max(1, len(self) // batch)
-        epoch, place = divmod(step, per_epoch)
+        epoch, position = divmod(step, per_epoch)
         order = np.random.Generator(np.random.PCG64([self.seed, 2, epoch])).permutation(len(self))
-        return order[place * batch : (place + 1) * batch]
+        return order[position * batch : (position + 1) * batch]
 
     def epoch(self, step: int, batch: int) -> float:
-        """Epochs done after `step` steps."""
+        """Number of epochs completed after `step` steps."""
         return step / max(1, len(self) // batch)
 
 
 class PlacedSamples:
-    """The crops on the device: all at once where its budget holds them, else cut on the host batch by batch."""
+    """The crops on the device: all at once if they fit its budget, otherwise cut on the host for each batch."""
 
     def __init__(self, samples: Samples, placement: Placement) -> None:
         self.samples, self.placement = samples, placement
 
     @cached_property
     def table(self) -> DeviceSamples | None:
-        """All crops `[N, 1, crop, crop]`, or None; made at the first visit, when warm starts have had their part."""
+        """All crops `[N, 1, crop, crop]`, or None. Created at the first use, after the warm starts took their share of
+        the budget."""
         count, shape = len(self.samples), (1, *self.samples.size)
         if not self.placement.take(4 * count * shape[1] * shape[2]):
             return None
@@ -127,8 +128,8 @@ class PlacedSamples:
 
 
 class Noise:
-    """Standard normal numbers `[m]` of each sample, the same at every visit: made on the host, kept on the device where
-    its budget holds them."""
+    """Standard normal numbers `[m]` for each sample, the same in every epoch. They are generated on the host and stored
+    on the device if they fit its budget."""
 
     def __init__(self, seed: int, shape: tuple[int, int], placement: Placement) -> None:
         self.seed, self.shape, self.placement = seed, shape, placement
@@ -136,7 +137,7 @@ class Noise:
 
     @cached_property
     def table(self) -> DeviceSamples | None:
-        """The numbers made so far `[N, m]`, or None."""
+        """The numbers generated so far `[N, m]`, or None."""
         if not self.placement.take(4 * self.shape[0] * self.shape[1]):
             return None
         return DeviceSamples(self.shape, torch.float32, self.placement.device)
@@ -160,16 +161,18 @@ def load_samples(config: TrainConfig) -> tuple[Samples, torch.Tensor]:
     """Training samples and validation images `[N, 1, h, w]` of the configured source."""
     names, images = load_training_images(config)
     train_names, val_names = _carve(names, config)
-    row = dict(zip(names, images, strict=True))
-    train = [row[n] for n in train_names]
-    same = len({x.shape for x in train}) == 1
-    pictures = ImageSet(tuple(train_names), torch.stack(train)) if same else Pictures(tuple(train_names), tuple(train))
-    val = _validation([row[n] for n in val_names], val_names, config)
+    image_of = dict(zip(names, images, strict=True))
+    train = [image_of[n] for n in train_names]
+    one_shape = len({x.shape for x in train}) == 1
+    pictures = (
+        ImageSet(tuple(train_names), torch.stack(train)) if one_shape else Pictures(tuple(train_names), tuple(train))
+    )
+    val = _validation([image_of[n] for n in val_names], val_names, config)
     return Samples(pictures, config.crop, AUGMENTATIONS if config.augment else 1, config.seed), val
 
 
 def _validation(images: list[torch.Tensor], names: list[str], config: TrainConfig) -> torch.Tensor:
-    """The validation images `[N, 1, h, w]`, cropped to the smallest of them where the settings' crop is larger."""
+    """The validation images `[N, 1, h, w]`, cropped to `validation_crop` or to the smallest side if that is less."""
     if not images:
         return torch.zeros(0, 1, 1, 1, dtype=torch.float32, device="cpu")
     if config.validation_crop:
@@ -186,7 +189,7 @@ def _validation(images: list[torch.Tensor], names: list[str], config: TrainConfi
 
 
 def _carve(names: tuple[str, ...], config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Names for training and validation; no embedded picture gives crops to both."""
+    """Names for training and validation. With embedded images the two never share a photograph."""
     if config.data != "embedded":
         if config.validation >= len(names):
             raise DataError(
@@ -198,15 +201,15 @@ def _carve(names: tuple[str, ...], config: TrainConfig) -> tuple[list[str], list
     if config.validation == 0:
         return list(names), []
     pictures = sorted({n.rpartition("-")[0] for n in names})
-    kept = set(carve_validation(tuple(pictures), 2, config.seed)[1])
-    train = [n for n in names if n.rpartition("-")[0] not in kept]
-    val = [n for n in names if n.rpartition("-")[0] in kept]
+    validation_pictures = set(carve_validation(tuple(pictures), 2, config.seed)[1])
+    train = [n for n in names if n.rpartition("-")[0] not in validation_pictures]
+    val = [n for n in names if n.rpartition("-")[0] in validation_pictures]
     if config.validation > len(val):
         raise DataError(
             f"The embedded images give at most {len(val)} validation crops, but validation is {config.validation}; "
             "lower it or name a folder of images."
         )
-    # Spread over both pictures, in a fixed order.
+    # Spread over both photographs, in a fixed order.
     return train, [val[i * len(val) // config.validation] for i in range(config.validation)]
 
 

@@ -1,4 +1,4 @@
-"""The loop that every training shares: order, schedule, clipping, checkpoints, validation, logs."""
+"""The shared training loop: order, schedule, clipping, checkpoints, validation, logs."""
 
 from __future__ import annotations
 
@@ -34,20 +34,19 @@ from .placement import Placement, Rows
 from .samples import PlacedSamples, load_samples
 
 FILES = ("last.safetensors", "best.safetensors", "weights.safetensors", "config.json", "metrics.jsonl")
-"""What a run writes over in its folder."""
+"""Files that a run overwrites in its folder."""
 
 
 class Trainer:
-    """Base of the trainings: a subclass builds its regularizer and turns a batch into gradients.
+    """Base of the trainings: a subclass builds its regularizer and computes the gradients of a batch.
 
-    `fit()` trains to the end; `resume(path)` takes a run's last checkpoint and goes on from it, to the same bits as
-    if it had never stopped, also on a trainer whose `fit()` was interrupted. A run's folder belongs to one process at
-    a time: `fit()` and `resume()` hold its lock, and nothing else writes there. Parameters, their moments and the
-    samples live on `device`; `log_mu` and every decision that takes single numbers (clipping, schedule, guards) stay
-    on the host, which a step reads twice.
+    `fit()` trains to the end. `resume(path)` continues from a run's last checkpoint to the same bits as an
+    uninterrupted run, even on a trainer whose `fit()` was interrupted. A run's folder has one writer: `fit()` and
+    `resume()` hold its lock, and nothing else writes there. Parameters, their moments and the samples are on `device`.
+    `log_mu` and all scalar decisions (clipping, schedule, guards) are on the host; a step synchronizes twice.
 
-    `stopping`, set by another thread or a signal's handler, ends `fit()` after the step at hand with a checkpoint and
-    a `KeyboardInterrupt`.
+    Another thread or a signal handler may set `stopping`: `fit()` then ends after the current step with a checkpoint
+    and a `KeyboardInterrupt`.
     """
 
     method: ClassVar[str] = "train"
@@ -84,13 +83,13 @@ class Trainer:
         self.counters = Counters()
 
     def start_from(self, path: str | Path) -> None:
-        """Take theta, and mu if it is told and `init_mu` is set, from a weight file, which may be of a smaller
-        regularizer, or of the ridge of ridge+red (`initialize_from`).
+        """Initialize theta from a weight file, and mu if the file contains it and `init_mu` is set. The file may hold a
+        smaller regularizer or the ridge of ridge+red (`initialize_from`).
 
         Raises
         ------
         InputError
-            If the file holds another regularizer than the settings make.
+            If the file's regularizer does not match the settings.
         """
         reg, meta = load(path)
         if not initialize_from(reg, self.reg):
@@ -99,13 +98,13 @@ class Trainer:
                 f"holds {reg.describe()}; change the settings or the file."
             )
         with torch.no_grad():
-            told = meta if self.config.init_mu else {}
-            self.log_mu.fill_(math.log(float(told.get("mu", self.config.mu0))))
+            notes = meta if self.config.init_mu else {}
+            self.log_mu.fill_(math.log(float(notes.get("mu", self.config.mu0))))
 
-    # -- what a training defines ---------------------------------------------------------------------------------
+    # -- defined by subclasses -----------------------------------------------------------------------------------
 
     def build(self) -> Regularizer:
-        """The regularizer to be trained."""
+        """Build the regularizer to be trained."""
         raise NotImplementedError
 
     def gradients(self, rows: Rows, x: torch.Tensor) -> dict[str, Any]:
@@ -113,7 +112,7 @@ class Trainer:
         raise NotImplementedError
 
     def groups(self) -> list[dict[str, Any]]:
-        """Adam's parameter groups, each with the largest rate as `peak`."""
+        """Adam's parameter groups, each with its largest learning rate as `peak`."""
         return [{"params": self.params, "lr": self.config.lr, "peak": self.config.lr}]
 
     def extra_state(self) -> tuple[Mapping[str, Array], dict[str, Any]]:
@@ -121,10 +120,10 @@ class Trainer:
         return {}, {}
 
     def load_extra_state(self, tensors: dict[str, np.ndarray], state: dict[str, Any]) -> None:
-        """Take back what `extra_state` gave."""
+        """Restore what `extra_state` returned."""
 
     def begin(self) -> None:
-        """Called when the run's folder is held and a training begins or goes on."""
+        """Called with the run's folder locked, before a training starts or continues."""
 
     def after_update(self) -> None:
         """Called after Adam's step."""
@@ -138,28 +137,28 @@ class Trainer:
 
     @property
     def checkpoint_path(self) -> Path:
-        """Where the last checkpoint is."""
+        """Path of the last checkpoint."""
         return self.folder / "last.safetensors"
 
     @full_precision
     @outside_inference
     @torch.enable_grad()
     def fit(self) -> Regularizer:
-        """Train from the present step to the last; the regularizer is returned and saved as `weights.safetensors`.
+        """Train to the last step. The regularizer is returned and saved as `weights.safetensors`.
 
         Raises
         ------
         TrainingDiverged
-            If a loss or gradient is not finite, the last good checkpoint being kept and named; or if a bi-level
-            training has recovered no image for 100 steps.
+            If a loss or gradient is not finite (the message names the last good checkpoint), or if a bi-level training
+            has recovered no image for 100 steps.
         OutOfMemory
-            If a step does not fit the device; the last checkpoint is kept and named.
+            If a step does not fit the device; the message names the last checkpoint.
         CheckpointError
             If the folder holds another run.
         InputError
-            If another process trains in the folder, or the disk is full; the last checkpoint is kept.
+            If another process trains in the folder, or the disk is full; the last checkpoint stays.
         KeyboardInterrupt
-            If `stopping` was set; a checkpoint of the last step is there.
+            If `stopping` was set; a checkpoint of the last step has been saved.
         """
         if self.config.init and not self._resumed:
             check_outputs(
@@ -167,7 +166,7 @@ class Trainer:
             )
         with self._lock():
             if self._broken:
-                # A step that was interrupted half-way leaves numbers of no step.
+                # An interrupted step leaves an inconsistent state.
                 self.load_state()
             elif self.step_done == 0 and not self._resumed and self.checkpoint_path.exists():
                 raise CheckpointError(
@@ -186,7 +185,7 @@ class Trainer:
             self.begin()
             if self.step_done == 0:
                 self.save_checkpoint()
-            # Until the end, whatever is raised leaves the last checkpoint as the only whole state.
+            # If anything raises before the end, only the last checkpoint is consistent.
             self._broken = True
             with self.placement.current():
                 self._loop(log)
@@ -203,7 +202,7 @@ class Trainer:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Hold the run's folder, once however often it is asked for."""
+        """Lock the run's folder (reentrant)."""
         if self._holds_lock:
             yield
             return
@@ -243,17 +242,17 @@ class Trainer:
                 f"norm {norm}; the last good checkpoint is {self.checkpoint_path}: lower lr or raise warmup and resume."
             )
         self.counters.add("clipped", clipped)
-        # Adam makes its numbers at its first step.
+        # Adam allocates its step numbers at the first step.
         with on_cpu():
             self.optimizer.step()
         self.after_update()
         epoch = self.samples.epoch(self.step_done + 1, min(c.batch, len(self.samples)))
         seconds = time.perf_counter() - began
-        more = {"grad_norm": norm, "mu": self.mu, "epoch": epoch, "seconds": seconds, "device": str(self.device)}
-        return {**metrics, **more, **self.counters.values}
+        run_metrics = {"grad_norm": norm, "mu": self.mu, "epoch": epoch, "seconds": seconds, "device": str(self.device)}
+        return {**metrics, **run_metrics, **self.counters.values}
 
     def _schedule(self, step: int) -> float:
-        """Linear warm-up, then a cosine to `final_lr`."""
+        """Factor of the learning rate: linear warm-up, then a cosine to `final_lr`."""
         c = self.config
         if step < c.warmup:
             return (step + 1) / c.warmup
@@ -261,7 +260,7 @@ class Trainer:
         return c.final_lr + (1.0 - c.final_lr) * 0.5 * (1.0 + math.cos(math.pi * t))
 
     def _validate(self) -> dict[str, Any]:
-        """Score the validation images; a better score than ever is saved as `best.safetensors`."""
+        """Score the validation images and save a new best as `best.safetensors`."""
         metrics = self.validate()
         score = metrics["val_score"]
         if score > self.best:
@@ -270,7 +269,7 @@ class Trainer:
         return metrics
 
     def validate(self) -> dict[str, Any]:
-        """Recover the validation images from a cold start: mean and median PSNR and SSIM."""
+        """Mean and median PSNR and mean SSIM of the validation images, recovered from a cold start."""
         from ..evaluation.metrics import ssim
 
         x = self.validation
@@ -278,7 +277,7 @@ class Trainer:
         y = add_noise(A.A(x), self.config.sigma, seed=self.config.seed + 1)
         sol = recover(y, A, self.reg, self.mu, options=PGDOptions(300, 1e-4, acceleration="fista"))
         score = psnr(sol.x, x)
-        ended = {f"val_{k}": v for k, v in counts(sol.status).items()}
+        statuses = {f"val_{k}": v for k, v in counts(sol.status).items()}
         mean = float(score.mean())
         return {
             "val_psnr": mean,
@@ -286,11 +285,11 @@ class Trainer:
             "val_ssim": float(ssim(sol.x, x).mean()),
             "val_gradients": float(sol.gradients.double().mean()),
             "val_score": mean if math.isfinite(mean) else -math.inf,
-            **ended,
+            **statuses,
         }
 
     def meta(self) -> dict[str, Any]:
-        """What a weight file says about its origin."""
+        """Provenance that is stored in a weight file."""
         return {
             "method": self.method,
             "mu": self.mu,
@@ -300,16 +299,16 @@ class Trainer:
 
     def _operator(self, size: tuple[int, int]) -> SRM:
         c = self.config
-        kind = {"transform": c.transform, "randomizer": c.randomizer, "seed": c.operator_seed, "keep_dc": c.keep_dc}
-        return SRM((1, *size), c.ratio, **kind).to(self.device)
+        options = {"transform": c.transform, "randomizer": c.randomizer, "seed": c.operator_seed, "keep_dc": c.keep_dc}
+        return SRM((1, *size), c.ratio, **options).to(self.device)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
-        """Write the whole state to `last.safetensors`, the same file whatever the device."""
+        """Write the complete state to `last.safetensors`; the format does not depend on the device."""
         theta = {f"theta.{k}": v for k, v in self.reg.state_dict().items()}
-        more, values = self.extra_state()
-        tensors = {**theta, "log_mu": self.log_mu.reshape(1), **moments(self.optimizer), **more}
+        extra_tensors, values = self.extra_state()
+        tensors = {**theta, "log_mu": self.log_mu.reshape(1), **moments(self.optimizer), **extra_tensors}
         state = {
             "method": self.method,
             "config": json.loads(self.config.to_json()),
@@ -324,12 +323,12 @@ class Trainer:
         save_checkpoint(self.checkpoint_path, tensors, state)
 
     def resume(self, path: str | Path | None = None) -> Regularizer:
-        """Take the state of `path` (a run's folder or checkpoint file; default: this run's) and go on to the end.
+        """Load the state of `path` (a run's folder or checkpoint file; default: this run's) and train to the end.
 
         Raises
         ------
         CheckpointError
-            If there is no whole checkpoint, or it belongs to another method or other settings.
+            If there is no valid checkpoint, or it belongs to another method, other settings or other images.
         """
         with self._lock():
             self.load_state(path)
@@ -337,15 +336,15 @@ class Trainer:
 
     @outside_inference
     def load_state(self, path: str | Path | None = None) -> None:
-        """Take the state of a checkpoint without training on; nothing is written."""
-        where = Path(path) if path is not None else self.checkpoint_path
-        tensors, state = load_checkpoint(where / "last.safetensors" if where.is_dir() else where)
-        self._check_same_run(state, where)
+        """Load the state of a checkpoint. Neither trains nor writes."""
+        source = Path(path) if path is not None else self.checkpoint_path
+        tensors, state = load_checkpoint(source / "last.safetensors" if source.is_dir() else source)
+        self._check_same_run(state, source)
         shapes = self.reg.state_dict()
-        found = {k: a.shape for k, a in tensors.items() if k.startswith("theta.")}
-        if found != {f"theta.{k}": tuple(v.shape) for k, v in shapes.items()}:
+        stored = {k: a.shape for k, a in tensors.items() if k.startswith("theta.")}
+        if stored != {f"theta.{k}": tuple(v.shape) for k, v in shapes.items()}:
             raise CheckpointError(
-                f"{where} must hold the parameters of {type(self.reg).__name__}, but holds {sorted(found)}; resume "
+                f"{source} must hold the parameters of {type(self.reg).__name__}, but holds {sorted(stored)}; resume "
                 "with the regularizer that the run began with."
             )
         self.reg.load_state_dict(
@@ -363,12 +362,12 @@ class Trainer:
         self._resumed, self._broken, self.stopping = True, False, False
 
     def _check_same_run(self, state: dict[str, Any], where: Path) -> None:
-        """Settings that change the result must be those of the checkpoint."""
+        """Check that the settings that change the result match the checkpoint."""
         if state["method"] != self.method:
             raise CheckpointError(
                 f"{where} must be a {self.method!r} run, but is a {state['method']!r} run; resume that one."
             )
-        free = {
+        ignored = {
             "out",
             "init",
             "threads",
@@ -378,13 +377,15 @@ class Trainer:
             "device_budget_mb",
             "memory_budget_mb",
         }
-        mine = json.loads(self.config.to_json())
-        # Settings that did not exist when the run began had the value that is now their default.
-        theirs = {f.name: f.default for f in dataclasses.fields(self.config)} | state["config"]
-        changed = sorted(k for k in mine if k not in free and mine[k] != theirs[k])
+        settings = json.loads(self.config.to_json())
+        # Settings that did not exist when the run started take their default values.
+        saved = {f.name: f.default for f in dataclasses.fields(self.config)} | state["config"]
+        changed = sorted(k for k in settings if k not in ignored and settings[k] != saved[k])
         if changed:
-            told = ", ".join(f"{k}={theirs[k]!r} (now {mine[k]!r})" for k in changed)
-            raise CheckpointError(f"A resumed run must keep its settings, but {told}; restore them or start a new run.")
+            changes = ", ".join(f"{k}={saved[k]!r} (now {settings[k]!r})" for k in changed)
+            raise CheckpointError(
+                f"A resumed run must keep its settings, but {changes}; restore them or start a new run."
+            )
         if state["samples"] != self.samples.fingerprint:
             raise CheckpointError(
                 f"A resumed run must find the images it began with, but those of {self.config.data} differ; restore "

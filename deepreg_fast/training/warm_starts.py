@@ -1,4 +1,4 @@
-"""What each sample keeps between two visits: recovery, adjoint, perturbation, step size."""
+"""Warm starts of each sample: recovery, adjoint solution, perturbation and step size."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FIELDS = ("x", "gamma", "delta")
 
 
 class WarmStarts:
-    """Images `[N, 1, h, w]` on the device where its budget holds them, else in the host's memory up to `host_mb`, else
-    in files of the run's folder; step sizes and visits are on the device.
+    """Images `[N, 1, h, w]`: on the device if they fit its budget, else in host memory up to `host_mb`, else in files
+    in the run's folder. Step sizes and numbers of visits are on the device.
 
-    `blank` `[N]` is true, on the host, for the samples that have no perturbation yet.
+    `blank` `[N]`, on the host, is true for samples that have no perturbation yet.
     """
 
     def __init__(self, count: int, image: tuple[int, ...], placement: Placement, host_mb: int, folder: Path) -> None:
@@ -37,17 +37,17 @@ class WarmStarts:
         self.blank = np.ones(count, bool)
 
     def open(self) -> None:
-        """Make the files, where the images live in files; whoever calls this holds the run's folder."""
+        """Create the files, if the images are stored in files. The caller must hold the run's lock."""
         for table in self.tables.values():
             if isinstance(table, FileSamples):
                 table.open()
 
     def get(self, name: str, rows: Rows) -> torch.Tensor:
-        """A copy of these samples' values, on the device."""
+        """A copy of the values of the samples `rows`, on the device."""
         return self.tables[name].get(rows)
 
     def put(self, name: str, rows: Rows, value: torch.Tensor) -> None:
-        """Keep these samples' values."""
+        """Save the values of the samples `rows`."""
         self.tables[name].put(rows, value)
         if name == "delta":
             self.blank[rows.host] = False
@@ -57,7 +57,7 @@ class WarmStarts:
         return {f"store.{k}": t.array() for k, t in self.tables.items()}
 
     def load(self, tensors: dict[str, np.ndarray]) -> None:
-        """Take the arrays of a checkpoint."""
+        """Restore the arrays of a checkpoint."""
         for k, t in self.tables.items():
             t.fill(tensors[f"store.{k}"])
         self.blank = ~np.any(tensors["store.delta"], axis=(1, 2, 3))

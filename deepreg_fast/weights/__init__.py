@@ -1,1 +1,1 @@
-"""Weight files, their model cards, and the trained regularizers that ship with the package."""
+"""Weight files, model cards, and the trained regularizers shipped with the package."""

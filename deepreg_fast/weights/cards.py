@@ -1,6 +1,6 @@
-"""The trained regularizers that the package carries: weight files, each with a model card in its header.
+"""The shipped trained regularizers: weight files with a model card in the header.
 
-`deepreg_fast.load("cs5-beta10")` loads one; `benchmarks/ship_weights.py` writes one from a row of a reproduction.
+`deepreg_fast.load("cs5-beta10")` loads one. `benchmarks/ship_weights.py` creates them from the rows of a reproduction.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ FIELDS: dict[str, str] = {
     "licence": "of the numbers",
     "citation": "of the method",
 }
-"""What a card tells, by field."""
+"""The fields of a card and their meaning."""
 
 EXPECTATION = ("what", "images", "size", "ratio", "operator_seed", "sigma", "mu", "psnr_mean", "tv_psnr_mean")
-"""What every entry of `expectations` tells: its label, the number of images, [H, W], the problem, the weight mu that
-the recovery was given, and mean PSNR in dB beside that of tuned TV. An entry may tell more."""
+"""The fields of every entry of `expectations`: label, number of images, [H, W], the problem, the weight mu of the
+recovery, and the mean PSNR in dB of the recovery and of tuned TV. An entry may have more fields."""
 
 
 def names() -> tuple[str, ...]:
-    """The names of the shipped weights, sorted."""
+    """Sorted names of the shipped weights."""
     return tuple(sorted(p.stem for p in FOLDER.glob("*.safetensors")))
 
 
@@ -62,20 +62,20 @@ def card(name: str) -> dict[str, Any]:
     path = find(name)
     if path is None:
         raise CheckpointError(unknown(name))
-    # The format's header, read here: safetensors would import torch for it.
+    # The header is parsed here because safetensors would import torch.
     with path.open("rb") as f:
         header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
     return json.loads(header["__metadata__"]["meta"])["card"]
 
 
 def card_of(meta: dict[str, Any]) -> dict[str, Any]:
-    """The model card in the `meta` of a weight file; empty where it holds none."""
-    found = meta.get("card")
-    return found if isinstance(found, dict) and set(FIELDS) <= set(found) else {}
+    """The model card in the `meta` of a weight file; empty if there is none."""
+    candidate = meta.get("card")
+    return candidate if isinstance(candidate, dict) and set(FIELDS) <= set(candidate) else {}
 
 
 def unknown(name: str) -> str:
-    """The sentence for a name that is none of the shipped ones."""
+    """Error message for a name that is not among the shipped ones."""
     return (
         f"Weights must be a file or one of the shipped {', '.join(names())}, but {name!r} is neither; "
         "'deepreg-fast info' lists what is shipped."

@@ -1,6 +1,6 @@
-"""Weight files: safetensors, with the regularizer's description and the caller's notes in the header.
+"""Weight files: safetensors with the regularizer's description and the caller's `meta` in the header.
 
-Shipped weights (`deepreg_fast.weights`) are loaded by their names.
+Shipped weights (`deepreg_fast.weights`) are loaded by name.
 """
 
 from __future__ import annotations
@@ -56,28 +56,28 @@ def save(reg: Regularizer, path: str | Path, meta: dict[str, Any] | None = None)
         "regularizer": json.dumps(reg.describe()),
         "meta": json.dumps(meta or {}),
     }
-    # Copies: tied weights share their memory, which the format refuses.
+    # Copies, because tied weights share memory, which the format rejects.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in reg.state_dict().items()}
-    # An empty safetensors file cannot carry a header in every release; TV has no parameter.
+    # Some releases cannot store a header in an empty safetensors file, and TV has no parameters.
     tensors = tensors or {"no_parameters": torch.zeros(1, dtype=torch.float32, device="cpu")}
     write_atomically(Path(path), to_bytes(tensors, metadata=header))
 
 
 def locate(weights: str | Path) -> Path:
-    """The file that `weights` names: that file if there is one, else, for a bare name, the shipped one.
+    """The path of a weight file: `weights` if that file exists, otherwise the shipped file of that name.
 
     Raises
     ------
     CheckpointError
-        If there is neither.
+        If neither exists.
     """
     path = Path(weights)
     if path.is_file():
         return path
-    bare = path.name == str(weights)
-    shipped = cards.find(path.name) if bare else None
+    is_bare_name = path.name == str(weights)
+    shipped = cards.find(path.name) if is_bare_name else None
     if shipped is None:
-        if bare and not path.suffix:
+        if is_bare_name and not path.suffix:
             raise CheckpointError(cards.unknown(path.name))
         raise CheckpointError(f"Weights must be a file, but there is none at {path}; check the path.")
     return shipped
@@ -127,9 +127,11 @@ def load(path: str | Path, reg: Regularizer | None = None) -> tuple[Regularizer,
     if reg is None:
         reg = _build(path, description, header.get("version"))
     tensors.pop("no_parameters", None)
-    bad = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
-    if bad:
-        raise CheckpointError(f"Weights must be finite, but {path} holds NaN or infinity in {bad}; use an older file.")
+    non_finite = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
+    if non_finite:
+        raise CheckpointError(
+            f"Weights must be finite, but {path} holds NaN or infinity in {non_finite}; use an older file."
+        )
     if tensors:
         reg.to(next(iter(tensors.values())).dtype)
     try:
@@ -140,13 +142,13 @@ def load(path: str | Path, reg: Regularizer | None = None) -> tuple[Regularizer,
 
 
 def _notes(path: Path, header: dict[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The description and the meta of a header of this release's format."""
-    form = header.get("format")
-    if form != FORMAT:
-        revision = str(form).removeprefix(KIND)
-        if form is None or revision == form or not revision.isdecimal():
+    """The description and `meta` of a header in this release's format."""
+    file_format = header.get("format")
+    if file_format != FORMAT:
+        revision = str(file_format).removeprefix(KIND)
+        if file_format is None or revision == file_format or not revision.isdecimal():
             raise CheckpointError(
-                f"{path} must hold weights written by deepreg_fast.save, but its format is {form!r}; "
+                f"{path} must hold weights written by deepreg_fast.save, but its format is {file_format!r}; "
                 "load foreign weights into a regularizer with load_state_dict and save that."
             )
         newer = int(revision) > REVISION
@@ -169,7 +171,7 @@ def _notes(path: Path, header: dict[str, str]) -> tuple[dict[str, Any], dict[str
 
 
 def _build(path: Path, description: dict[str, Any], version: str | None) -> Regularizer:
-    """The regularizer of a description; where another release wrote it, the error says so."""
+    """The regularizer of a description. If another release wrote it, the error message says so."""
     try:
         return from_description(description)
     except InputError as error:

@@ -1,1 +1,1 @@
-"""The report of an experiment: tables, curves, images and provenance on one page."""
+"""Report of an experiment: tables, curves, images and provenance on one page."""

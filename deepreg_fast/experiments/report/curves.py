@@ -1,4 +1,4 @@
-"""The curves of a reproduction's report: recovery, training, Lipschitz constants."""
+"""Curves of a reproduction's report: recovery, training, Lipschitz constants."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 def parts(record: Record) -> Iterator[tuple[str, list[tuple[Row, int | None]]]]:
-    """What stands together in a figure: a ratio's rows of one group, with TV as the reference, and their styles."""
+    """Title and rows of each figure: the rows of one ratio and group, with TV as the reference, and their styles."""
     for ratio in record.ratios:
         tv = record.tv(ratio)
         for group in ("paper", "beyond"):
@@ -31,7 +31,7 @@ def parts(record: Record) -> Iterator[tuple[str, list[tuple[Row, int | None]]]]:
 
 
 def recovery(report: Report, record: Record) -> None:
-    """PSNR against iterations of plain PGD, and against gradients of each row's own recovery."""
+    """Add PSNR against iterations of plain PGD, and against gradients of each row's recovery."""
     report.section(
         "PSNR on the way",
         "Left: plain proximal gradient descent with backtracking, as on the poster, whatever recovery a row has "
@@ -78,7 +78,7 @@ def _overshoot(report: Report, rows: Sequence[tuple[Row, int | None]]) -> None:
 
 
 def training(report: Report, record: Record) -> None:
-    """Loss, validation PSNR and mu by step."""
+    """Add loss, validation PSNR and mu by step."""
     report.section(
         "Training",
         "Loss at each visit (faint) and its running mean; validation PSNR from a cold start; the weight mu. The loss "
@@ -103,7 +103,7 @@ def training(report: Report, record: Record) -> None:
 
 
 def lipschitz(report: Report, record: Record) -> None:
-    """beta_hat in training and on test images beside the extreme eigenvalues of hess s, and what is convex."""
+    """Add beta_hat in training and on test images, the extreme eigenvalues of hess s, and where r is convex."""
     report.section(
         "Lipschitz constants",
         "The penalty holds β̂, the largest quotient ‖∇s(x) − ∇s(x+δ)‖ / ‖δ‖ that its δ finds, below β on training "
@@ -133,19 +133,19 @@ def lipschitz(report: Report, record: Record) -> None:
 
 
 def convexity(record: Record, rows: Sequence[Row]) -> str:
-    """The sentence on where r is convex, counted."""
+    """A sentence with the number of test images at which r is convex."""
     counts = {f"“{row.label}”": _convex(record, row) for row in rows}
-    some = [f"{c[0]} of {c[1]} test images for {label}" for label, c in counts.items() if c and c[0]]
-    none = [label for label, c in counts.items() if c and not c[0]]
+    convex = [f"{c[0]} of {c[1]} test images for {label}" for label, c in counts.items() if c and c[0]]
+    not_convex = [label for label, c in counts.items() if c and not c[0]]
     unknown = [label for label, c in counts.items() if c is None]
-    told = [f"on {w.listed(some)}"] if some else []
-    told += [f"on none for {w.listed(none)}"] if none else []
-    text = f"λmax ≤ 1 + α, so that r is convex as far as the estimates tell, {'; '.join(told)}." if told else ""
+    phrases = [f"on {w.listed(convex)}"] if convex else []
+    phrases += [f"on none for {w.listed(not_convex)}"] if not_convex else []
+    text = f"λmax ≤ 1 + α, so that r is convex as far as the estimates tell, {'; '.join(phrases)}." if phrases else ""
     return text + (f" Not counted, alpha not being recorded: {w.listed(unknown)}." if unknown else "")
 
 
 def gradients(report: Report, record: Record) -> None:
-    """Gradients to convergence of every image."""
+    """Add the number of gradients to convergence of every image."""
     panels = []
     for title, rows in parts(record):
         strips = {}
@@ -197,8 +197,8 @@ def _spectra(record: Record, rows: Sequence[Row]) -> list[Panel]:
     kinds = (("lambda_min", "λmin(∇²s)", 1), ("beta_hat", "β̂", 2), ("lambda_max", "λmax(∇²s)", 0))
     strips = {}
     for row in rows:
-        found = [(row.numbers("lipschitz", key), style) for key, _, style in kinds]
-        strips[row.label] = [Strip(v[np.isfinite(v)], style) for v, style in found if np.isfinite(v).any()]
+        series = [(row.numbers("lipschitz", key), style) for key, _, style in kinds]
+        strips[row.label] = [Strip(v[np.isfinite(v)], style) for v, style in series if np.isfinite(v).any()]
     alphas = {record.alpha(r) for r in rows}
     alpha = alphas.pop() if len(alphas) == 1 else None
     mark = None if alpha is None else 1.0 + alpha
@@ -226,7 +226,7 @@ def _panel(
     log: str = "",
     smooth: bool = False,
 ) -> list[Panel]:
-    """One chart of the rows that have such a curve; none if no row has. Losses below 0 take a linear scale."""
+    """A chart of the rows that have this curve; empty if none has. Negative values force a linear scale."""
     lines = []
     for row, style in rows:
         x, y = curve(row)

@@ -1,4 +1,4 @@
-"""The demo's report: pictures first, then figures, curves, filters and settings."""
+"""Report of the demo: images first, then results, curves, filters and settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = tuple(_LABELS)
 
 
 def page(found: Found) -> Report:
-    """The whole report."""
+    """Build the report."""
     results, (_, _, height, width) = found.results, found.test.x.shape
     gain, best = (results[name]["vs_tv"] for name in (TRAINED, BEST))
     report = Report(
@@ -45,13 +45,13 @@ def page(found: Found) -> Report:
 
 
 def _by_gain(found: Found) -> list[int]:
-    """The held-out images by the gain over TV of what was trained here, the smallest first."""
+    """The held-out images sorted by the gain of the trained regularizer over TV, smallest first."""
     gain = np.array(found.results[TRAINED]["psnr"]) - np.array(found.results["tv"]["psnr"])
     return [int(i) for i in np.argsort(gain, kind="stable")]
 
 
 def _first(report: Report, found: Found, i: int) -> None:
-    """One image by all methods, and a detail of each."""
+    """Add one image by all methods, and a detail of each."""
     name = found.test.names[i]
     report.section("Original and recoveries")
     report.pictures(_row(found, i), "four")
@@ -73,14 +73,14 @@ def _first(report: Report, found: Found, i: int) -> None:
 
 
 def _row(found: Found, i: int) -> list[Picture]:
-    """The original and what each shown method makes of it, with its PSNR."""
+    """The original and each shown method's recovery, with its PSNR."""
     name, truth = found.test.names[i], _truth(found, i)
     row = [Picture(png(truth, "gray"), f"{name}, the original", "Original", name)]
     reference = found.results["tv"]["psnr"][i]
     for method in _SHOWN:
         value = found.results[method]["psnr"][i]
-        told = f"{value:.2f} dB" + ("" if method == "tv" else f", {_signed(value - reference)} against TV")
-        row.append(Picture(png(_image(found, method, i), "gray"), f"{name} by {method}", _LABELS[method], told))
+        caption = f"{value:.2f} dB" + ("" if method == "tv" else f", {_signed(value - reference)} against TV")
+        row.append(Picture(png(_image(found, method, i), "gray"), f"{name} by {method}", _LABELS[method], caption))
     return row
 
 
@@ -93,7 +93,7 @@ def _image(found: Found, method: str, i: int) -> np.ndarray:
 
 
 def _detail(found: Found, i: int) -> tuple[int, int, int]:
-    """Top, left and side of the square of a third of the image whose gray values vary most."""
+    """Top, left and side of the detail with the most contrast: a square with a third of the image's shorter side."""
     truth = _truth(found, i)
     side = min(truth.shape) // 3
     step = max(1, side // 8)
@@ -107,7 +107,7 @@ def _detail(found: Found, i: int) -> tuple[int, int, int]:
 
 
 def _others(report: Report, found: Found, order: list[int]) -> None:
-    """The other held-out images, by their gain."""
+    """Add the other held-out images, by their gain."""
     report.section("The other held-out images", "The one with the smallest gain over total variation comes first.")
     middle = order[len(order) // 2]
     for i in order:
@@ -133,15 +133,15 @@ def _table(report: Report, found: Found) -> None:
     )
     rows = []
     for name, f in results.items():
-        against = f.get("vs_tv")
+        vs_tv = f.get("vs_tv")
         rows.append(
             (
                 name,
                 f"{f['psnr_mean']:.2f}",
                 f"{f['psnr_median']:.2f}",
                 f"{f['ssim_mean']:.3f}",
-                _signed(against["mean"]) if against else "",
-                f"{against['wins']} of {against['images']}" if against else "",
+                _signed(vs_tv["mean"]) if vs_tv else "",
+                f"{vs_tv['wins']} of {vs_tv['images']}" if vs_tv else "",
                 f"{np.mean(f['gradients']):.0f}",
                 f"{f['seconds']:.1f}",
             )
@@ -151,7 +151,7 @@ def _table(report: Report, found: Found) -> None:
 
 
 def _curves(report: Report, found: Found) -> None:
-    """The recoveries against their gradients, and the training."""
+    """Add the curves of the recoveries and of the training."""
     curves = {_LABELS[n]: found.recoveries[n].curve for n in _SHOWN}
     lines = [Line(name, np.arange(1, len(c) + 1), np.array(c), style) for style, (name, c) in enumerate(curves.items())]
     ends = ", ".join(f"{name} {c[-1]:.2f} dB after {len(c)}" for name, c in curves.items())
@@ -171,13 +171,13 @@ def _curves(report: Report, found: Found) -> None:
             *_training(found),
         ]
     )
-    acted = {k: v for k, v in found.trainer.counters.values.items() if v}
-    report.table(("guard", "times"), [(k, str(v)) for k, v in acted.items()] or [("none acted", "")])
+    active_guards = {k: v for k, v in found.trainer.counters.values.items() if v}
+    report.table(("guard", "times"), [(k, str(v)) for k, v in active_guards.items()] or [("none acted", "")])
 
 
 def _training(found: Found) -> list[Panel]:
     path = found.trainer.folder / "metrics.jsonl"
-    told = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     panels = []
     for key, axis, caption, smooth in (
         ("val_psnr", "validation PSNR (dB)", "Validation images, recovered from a cold start.", False),
@@ -188,14 +188,14 @@ def _training(found: Found) -> list[Panel]:
             True,
         ),
     ):
-        steps, values = zip(*((d["step"], d[key]) for d in told if key in d), strict=True)
+        steps, values = zip(*((d["step"], d[key]) for d in lines if key in d), strict=True)
         svg = lines_figure([Line("", steps, values, smooth=smooth)], "step", axis, "y" if smooth else "")
         panels.append(Panel(svg, caption, f"{caption} At last {values[-1]:.4g}."))
     return panels
 
 
 def _filters(report: Report, found: Found) -> None:
-    """The trained filters, in the order of their strength at small responses."""
+    """Add the trained filters, sorted by their strength at small responses."""
     with torch.no_grad():
         filters, coefficients = found.reg.net.numbers()
     strength = coefficients.sum(1) * filters.square().sum((1, 2, 3))

@@ -1,4 +1,4 @@
-"""The pictures of a reproduction's report: what was measured, what each method makes of it, and the errors."""
+"""Images of a reproduction's report: measurements, recoveries and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ...report.html import Picture, Report
 from .record import DIRECT, Record, Row
 
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
-"""Ends of the errors' scale to choose from."""
+"""Candidate limits of the error scale."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class _Scene:
 
 
 def pictures(report: Report, record: Record) -> None:
-    """The worst, the median and the best test image of the best bi-level row, by its difference to TV."""
+    """Add the worst, the median and the best test image of the best bi-level row, ranked by its difference to TV."""
     best = record.best_bilevel()
     if best is None or best.ratio is None or len(best.psnr) == 0:
         report.section("Pictures", "No bi-level row has a result yet, so there is no worst and no best image.")
@@ -67,10 +67,10 @@ def pictures(report: Report, record: Record) -> None:
     )
     rows = _shown(record, best)
     for title, i in (("Worst", order[0]), ("Median", order[len(order) // 2]), ("Best", order[-1])):
-        told = f"“{best.label}” {w.fixed(float(best.psnr[i]), 2)} dB"
+        caption = f"“{best.label}” {w.fixed(float(best.psnr[i]), 2)} dB"
         if difference is not None:
-            told += f", {w.signed(float(difference[i]))} dB against TV"
-        report.subsection(f"{title}: {scene.test.names[i]}", f"{told}.")
+            caption += f", {w.signed(float(difference[i]))} dB against TV"
+        report.subsection(f"{title}: {scene.test.names[i]}", f"{caption}.")
         report.pictures(_inputs(scene, i))
         report.pictures([_recovered(scene, r, i, tv) for r in rows if r.name in scene.recovered])
     absent = [r.label for r in rows if r.name not in scene.recovered]
@@ -78,7 +78,7 @@ def pictures(report: Report, record: Record) -> None:
 
 
 def _shown(record: Record, best: Row) -> list[Row]:
-    """The rows whose images are shown; those without iterations are computed anew."""
+    """The rows whose images are shown. Images of methods without iterations are recomputed."""
     return [r for r in record.rows if r.ratio == best.ratio and r.group != "ledger" and r.method not in DIRECT]
 
 
@@ -87,7 +87,7 @@ def _scale_text(end: float) -> str:
 
 
 def _scene(record: Record, best: Row) -> _Scene | str:
-    """Everything that the pictures show, or the sentence that says why there are none."""
+    """The data of the images, or a message that says why there are none."""
     try:
         test = measure(_problem(record, best))
     except DeepRegError as error:
@@ -101,29 +101,29 @@ def _scene(record: Record, best: Row) -> _Scene | str:
     x = recovered.get(best.name)
     if x is None:
         return f"Not shown, because rows/{best.name}/images.npz is missing or not of the shape {list(shape)}."
-    again = _psnr(x, test.x)
-    if len(again) != len(best.psnr) or not np.nanmax(np.abs(again - best.psnr)) < 0.1:
+    recomputed = _psnr(x, test.x)
+    if len(recomputed) != len(best.psnr) or not np.nanmax(np.abs(recomputed - best.psnr)) < 0.1:
         return (
             f"Not shown, because the images at hand are not those of this run: with them "
-            f"“{best.label}” has {w.fixed(float(np.nanmean(again)), 2)} dB instead of "
+            f"“{best.label}” has {w.fixed(float(np.nanmean(recomputed)), 2)} dB instead of "
             f"{w.fixed(best.number('psnr_mean'), 2)} dB."
         )
     truth = test.x[:, 0].numpy()
     errors = np.concatenate([np.abs(x - truth).ravel()[::7] for x in recovered.values()])
-    reach = float(np.nanquantile(errors, 0.98))
-    scale = next((s for s in SCALES if s >= reach), SCALES[-1])
+    quantile = float(np.nanquantile(errors, 0.98))
+    scale = next((s for s in SCALES if s >= quantile), SCALES[-1])
     return _Scene(test, recovered, scale)
 
 
 def _problem(record: Record, row: Row) -> Problem:
-    """The problem of a row, of what the settings say of it or else of what all rows share."""
-    own = record.declared.get(row.name, {}).get("problem")
-    told = {**record.problem, "ratio": row.ratio, **(own if isinstance(own, dict) else {})}
-    return Problem(**{f.name: told[f.name] for f in fields(Problem) if f.name in told})
+    """The problem of a row: from its settings if recorded, otherwise the problem shared by all rows."""
+    row_problem = record.declared.get(row.name, {}).get("problem")
+    values = {**record.problem, "ratio": row.ratio, **(row_problem if isinstance(row_problem, dict) else {})}
+    return Problem(**{f.name: values[f.name] for f in fields(Problem) if f.name in values})
 
 
 def _images(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The recovered images of a row, float32 of this shape; None if the file is not there or is another's."""
+    """The recovered images of a row, float32 of this shape; None if the file is missing or does not match."""
     try:
         with np.load(path, allow_pickle=False) as file:
             x = np.asarray(file["x"], np.float32)
@@ -140,29 +140,31 @@ def _inputs(scene: _Scene, i: int) -> list[Picture]:
     """The truth, the measurements in the plane of the transform, `A^T y`, and the minimum-norm solution."""
     test, name = scene.test, scene.test.names[i]
     y, A, x = test.y[i : i + 1], test.A, test.x[i : i + 1]
-    least = initial_point(y, A, TV())
-    kept = f"{A.measurements:,} of {x.numel():,} coefficients, the darker the larger"
-    quality = f"{w.fixed(float(psnr(least, x)[0]), 2)} dB"
+    minimum_norm = initial_point(y, A, TV())
+    coefficients = f"{A.measurements:,} of {x.numel():,} coefficients, the darker the larger"
+    quality = f"{w.fixed(float(psnr(minimum_norm, x)[0]), 2)} dB"
     return [
         Picture(png(x[0, 0], "gray"), f"{name}, the true image", "Truth", name),
-        Picture(_measured(y[0], A), f"Measurements of {name}: size of the kept coefficients", "y, as log |y|", kept),
+        Picture(
+            _measured(y[0], A), f"Measurements of {name}: size of the kept coefficients", "y, as log |y|", coefficients
+        ),
         Picture(png(A.A_adjoint(y)[0, 0], "stretched"), f"{name}: back-projection", "Aᵀy", "stretched"),
-        Picture(png(least[0, 0], "gray"), f"{name}: minimum-norm solution", "Minimum norm", quality),
+        Picture(png(minimum_norm[0, 0], "gray"), f"{name}: minimum-norm solution", "Minimum norm", quality),
     ]
 
 
 def _recovered(scene: _Scene, row: Row, i: int, tv: Row | None) -> Picture:
     x, truth = scene.recovered[row.name][i], scene.test.x[i, 0].numpy()
     name, value = scene.test.names[i], float(_psnr(x[None], scene.test.x[i : i + 1])[0])
-    told = f"{w.fixed(value, 2)} dB"
+    caption = f"{w.fixed(value, 2)} dB"
     if tv is not None and tv is not row and i < len(tv.psnr):
-        told += f", {w.signed(value - float(tv.psnr[i]))} against TV"
+        caption += f", {w.signed(value - float(tv.psnr[i]))} against TV"
     error = png(x - truth, "error", scene.scale), f"{name}: error of {row.label}"
-    return Picture(png(x, "gray"), f"{name} recovered by {row.label}, {told}", row.label, told, error)
+    return Picture(png(x, "gray"), f"{name} recovered by {row.label}, {caption}", row.label, caption, error)
 
 
 def _measured(y: torch.Tensor, A: SRM) -> str:
-    """The measurements at their places in the plane of the transform; what was not measured is blue-grey."""
+    """The measurements at their positions in the plane of the transform; unmeasured coefficients are blue-gray."""
     size = np.log10(np.abs(y.numpy()) + 1e-6)
     low, high = np.quantile(size, [0.02, 0.999])
     level = np.clip((high - size) / max(high - low, 1e-9), 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""How a reproduction's recoveries ended, and what made its numbers: settings, seeds, machine."""
+"""Status of a reproduction's recoveries, and provenance of its numbers: settings, seeds, machine."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _TRAINING = ("xi", "adjoint", "steps", "batch", "crop", "lr", "mu0", "seed", "in
 
 
 def statuses(report: Report, record: Record) -> None:
-    """How the recoveries ended, by row, what that means, and what is missing of the run."""
+    """Add the statuses of the recoveries by row, their meaning, and the missing files of the run."""
     report.section("How the recoveries ended", "Images by the status of their recovery; an empty cell is none.")
     solved = [r for r in record.rows if r.method not in DIRECT]
     names = [s.name.lower() for s in Status]
     present = [n for n in names if any(r.number("status", n) for r in solved)]
-    bad = [int((~np.isfinite(r.psnr)).sum()) for r in solved]
+    non_finite = [int((~np.isfinite(r.psnr)).sum()) for r in solved]
     head = ["method", "ratio", *(n.replace("_", " ") for n in present), "PSNR not finite"]
     lines: list[tuple[str, ...] | str] = []
     group = "paper"
-    for row, failed in zip(solved, bad, strict=True):
+    for row, failed in zip(solved, non_finite, strict=True):
         if row.group != group:
             group = row.group
             lines.append(GROUPS.get(group, group))
@@ -43,7 +43,7 @@ def statuses(report: Report, record: Record) -> None:
 
 
 def settings(report: Report, record: Record) -> None:
-    """What made the numbers: settings, seeds, machine, versions, commands."""
+    """Add settings, seeds, machine, versions and commands."""
     report.section("Settings, seeds, machine")
     _key_values(report, "The problem", record.problem, "neither results.json nor settings.json tells it")
     _trainings(report, [r for r in record.rows if r.config])
@@ -58,8 +58,8 @@ def settings(report: Report, record: Record) -> None:
     _key_values(report, "The machine", machine, "no row tells it")
     report.subsection("Versions and commands")
     for title, key in (("version", "version"), ("command", "command")):
-        found = _shared(record.rows, lambda r, key=key: r.text(key) or "(not recorded)")
-        report.table((title, "rows"), [(value, rows) for value, rows in found])
+        values = _shared(record.rows, lambda r, key=key: r.text(key) or "(not recorded)")
+        report.table((title, "rows"), [(value, rows) for value, rows in values])
     if record.settings:
         report.details("All settings, as JSON", json.dumps(record.settings, indent=1, ensure_ascii=False))
 
@@ -75,9 +75,9 @@ def _trainings(report: Report, rows: list[Row]) -> None:
     )
     lines = []
     for r in rows:
-        seconds, every = r.number("training", "seconds"), r.number("training", "seconds_all")
+        seconds, seconds_all = r.number("training", "seconds"), r.number("training", "seconds_all")
         rate = w.significant(r.number("training", "images_per_second"), 3)
-        times = (w.duration(seconds), w.duration(every if every != seconds else None), rate)
+        times = (w.duration(seconds), w.duration(seconds_all if seconds_all != seconds else None), rate)
         lines.append((r.name, *(w.plain(r.config.get(k)) for k in keys), str(len(r.get("training", "stages"))), *times))
     report.table(("row", *keys, "stages", "time", "with all choices", "images/s"), lines)
 
@@ -90,10 +90,10 @@ def _evaluated(row: Row) -> tuple[str, ...]:
 def _shared(rows: Iterable[Row], key: Callable[[Row], str]) -> list[tuple[str, str]]:
     """Each value of `key` with the rows that have it, or "all"."""
     rows = list(rows)
-    found: dict[str, list[str]] = {}
+    names_by_value: dict[str, list[str]] = {}
     for row in rows:
-        found.setdefault(key(row), []).append(row.name)
-    return [(value, "all" if len(names) == len(rows) else ", ".join(names)) for value, names in found.items()]
+        names_by_value.setdefault(key(row), []).append(row.name)
+    return [(value, "all" if len(names) == len(rows) else ", ".join(names)) for value, names in names_by_value.items()]
 
 
 def _key_values(report: Report, title: str, values: dict[str, Any], otherwise: str) -> None:

@@ -1,4 +1,4 @@
-"""What a reproduction's folder holds, read so that a missing or damaged piece is named instead of an error."""
+"""Contents of a reproduction's folder. Missing or damaged files are listed instead of raising errors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DIRECT = ("adjoint", "minimum_norm")
 
 
 class Row:
-    """One row's `result.json`. A field that is missing or of another kind is None, empty, or NaN in an array."""
+    """One row's `result.json`. A field that is missing or of another type is None, empty, or NaN in an array."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self.data = data
         self.name = self.text("name")
-        # "β = 10" stays on one line.
+        # Keep "β = 10" on one line.
         self.label = (self.text("label") or self.name).replace(" = ", "\u00a0=\u00a0")
         self.group = self.text("group") or "paper"
         self.method = self.text("method")
@@ -44,7 +44,7 @@ class Row:
         return value if math.isfinite(value) else None
 
     def numbers(self, *keys: str) -> np.ndarray:
-        """The list of numbers under nested keys, float64, NaN where an entry is none; empty if there is no list."""
+        """The list of numbers under nested keys, float64, with NaN for other entries; empty if there is no list."""
         values = self.get(*keys)
         return np.array([as_number(v) for v in values] if isinstance(values, list) else [], float)
 
@@ -59,83 +59,83 @@ class Row:
         return value if isinstance(value, dict) else {}
 
     def curve(self, x: str, y: str, *keys: str) -> tuple[np.ndarray, np.ndarray]:
-        """Two lists under `keys` as far as both go, without the places where one is not finite."""
+        """Two lists under `keys`, cut to the shorter one, without entries where either is not finite."""
         a, b = self.numbers(*keys, x), self.numbers(*keys, y)
         n = min(len(a), len(b))
-        good = np.isfinite(a[:n]) & np.isfinite(b[:n])
-        return a[:n][good], b[:n][good]
+        finite = np.isfinite(a[:n]) & np.isfinite(b[:n])
+        return a[:n][finite], b[:n][finite]
 
     @property
     def config(self) -> dict[str, Any]:
-        """Settings of the last stage of the training; empty without one."""
+        """Settings of the last stage of the training; empty if there is none."""
         stages = self.get("training", "stages")
         last = stages[-1] if isinstance(stages, list) and stages else None
         return last["config"] if isinstance(last, dict) and isinstance(last.get("config"), dict) else {}
 
     def against(self, other: Row | None) -> dict[str, Any] | None:
-        """Paired differences of the PSNR to another row (`evaluation.paired`) over images where both are finite."""
+        """Paired PSNR differences to another row (`evaluation.compare.paired`), over images where both are finite."""
         if other is None or len(self.psnr) == 0 or len(self.psnr) != len(other.psnr):
             return None
-        good = np.isfinite(self.psnr) & np.isfinite(other.psnr)
-        return paired(self.psnr[good], other.psnr[good]) if good.any() else None
+        finite = np.isfinite(self.psnr) & np.isfinite(other.psnr)
+        return paired(self.psnr[finite], other.psnr[finite]) if finite.any() else None
 
 
 @dataclass
 class Record:
-    """A reproduction's folder: its finished rows in the order of the settings, and what is not there."""
+    """A reproduction's folder: its finished rows in the order of the settings, and its missing files."""
 
     folder: Path
     rows: list[Row] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-    """A phrase for each file that should be there and is not, or cannot be read."""
+    """A phrase for each expected file that is missing or unreadable."""
 
     @property
     def declared(self) -> dict[str, dict[str, Any]]:
-        """What the settings say of each row, by name."""
+        """The settings of each row, by name."""
         rows = self.settings.get("rows")
-        found = [r for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []
-        return {str(r.get("name")): r for r in found}
+        row_settings = [r for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []
+        return {str(r.get("name")): r for r in row_settings}
 
     @property
     def problem(self) -> dict[str, Any]:
-        """What is measured, of which images: from the results, or else of the first row of the settings."""
+        """The measurement problem: from the results, otherwise from the first row of the settings."""
         first = next(iter(self.declared.values()), {})
         return next((p for s in (self.results, first) if isinstance(p := s.get("problem"), dict)), {})
 
     @property
     def ratios(self) -> list[float]:
-        """Ratios of measurements to pixels among the rows, the problem's own first."""
-        own = as_number(self.problem.get("ratio"))
-        return sorted({r.ratio for r in self.rows if r.ratio is not None}, key=lambda v: (v != own, v))
+        """The rows' ratios of measurements to pixels, with the problem's ratio first."""
+        problem_ratio = as_number(self.problem.get("ratio"))
+        return sorted({r.ratio for r in self.rows if r.ratio is not None}, key=lambda v: (v != problem_ratio, v))
 
     def at(self, ratio: float, *groups: str) -> list[Row]:
-        """The rows of a ratio, of these groups or of all."""
+        """The rows with this ratio, in these groups or in all."""
         return [r for r in self.rows if r.ratio == ratio and (not groups or r.group in groups)]
 
     def named(self, name: str) -> Row | None:
-        """The row of this name."""
+        """The row with this name, or None."""
         return next((r for r in self.rows if r.name == name), None)
 
     def tv(self, ratio: float | None) -> Row | None:
-        """The total variation row of a ratio."""
+        """The total variation row with this ratio, or None."""
         return next((r for r in self.rows if r.method == "tv" and r.ratio == ratio), None)
 
     def alpha(self, row: Row) -> float | None:
-        """alpha of a row's regularizer, from its training or from that of the row whose weights it has."""
+        """alpha of a row's regularizer, from its training or from that of the row whose weights it uses."""
         seen: set[str] = set()
-        at: Row | None = row
-        while at is not None and at.name not in seen:
-            value = as_number(at.config.get("alpha"))
+        current: Row | None = row
+        while current is not None and current.name not in seen:
+            value = as_number(current.config.get("alpha"))
             if math.isfinite(value):
                 return value
-            seen.add(at.name)
-            at = self.named(str(self.declared.get(at.name, {}).get("weights")))
+            seen.add(current.name)
+            current = self.named(str(self.declared.get(current.name, {}).get("weights")))
         return None
 
     def best_bilevel(self, *groups: str) -> Row | None:
-        """The bi-level row with the highest mean PSNR at the problem's ratio, of these groups or all but the ledger."""
+        """The bi-level row with the best mean PSNR at the problem's ratio, in `groups` or in all except the ledger."""
         rows = self.at(self.ratios[0], *(groups or ("paper", "beyond"))) if self.ratios else []
         scored = [(v, r) for r in rows if r.method == "bilevel" and (v := r.number("psnr_mean")) is not None]
         return max(scored, key=lambda pair: pair[0])[1] if scored else None
@@ -147,7 +147,7 @@ def read(folder: Path) -> Record:
     Raises
     ------
     InputError
-        If it is no folder, or holds neither settings nor rows.
+        If it is not a folder, or contains neither settings nor rows.
     """
     if not folder.is_dir():
         raise InputError(f"A report needs the folder of a reproduction, but {folder} is none; check the path.")

@@ -1,4 +1,4 @@
-"""The tables of a reproduction's report."""
+"""Tables of a reproduction's report."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PAIRS = (
     (("bilevel", 10.0), ("bilevel", 3.0)),
     (("bilevel", 3.0), ("bilevel", 1.0)),
 )
-"""The rows, by method and beta, whose differences on the poster are compared."""
+"""Pairs of rows, by method and beta, whose differences are compared with the poster's."""
 
 
 def summary(record: Record) -> str:
-    """The finding in a sentence or two."""
+    """The main result in a sentence or two."""
     best = record.best_bilevel()
     if best is None or best.ratio is None:
         return "No bi-level row has a result yet; what there is stands below."
@@ -40,33 +40,33 @@ def summary(record: Record) -> str:
 
 
 def _above_tv(record: Record, row: Row) -> str:
-    found = row.against(record.tv(row.ratio))
-    if not found:
+    stats = row.against(record.tv(row.ratio))
+    if not stats:
         return ""
-    low, high = found["interval"]
+    low, high = stats["interval"]
     return (
-        f": {w.signed(found['mean'])} dB against tuned total variation on the same images (95 % bootstrap interval "
-        f"{w.signed(low)} to {w.signed(high)}), better than it on {w.wins(found)}"
+        f": {w.signed(stats['mean'])} dB against tuned total variation on the same images (95 % bootstrap interval "
+        f"{w.signed(low)} to {w.signed(high)}), better than it on {w.wins(stats)}"
     )
 
 
 def poster_fit(record: Record) -> str:
-    """Which ratio the poster's numbers are nearest to, over the rows that carry them."""
+    """A sentence about the ratio at which our numbers are closest to the poster's, over the rows that have both."""
     distances = {}
     for ratio in record.ratios:
-        both = [(r.number("psnr_mean"), r.number("poster", "psnr")) for r in record.at(ratio)]
-        apart = [abs(a - b) for a, b in both if a is not None and b is not None]
-        if apart:
-            distances[ratio] = (float(np.mean(apart)), len(apart))
+        pairs = [(r.number("psnr_mean"), r.number("poster", "psnr")) for r in record.at(ratio)]
+        errors = [abs(a - b) for a, b in pairs if a is not None and b is not None]
+        if errors:
+            distances[ratio] = (float(np.mean(errors)), len(errors))
     if len(distances) < 2:
         return ""
     nearest = min(distances, key=lambda ratio: distances[ratio][0])
-    told = [f"{d:.1f} dB at ratio {w.ratio(ratio)} ({n} rows)" for ratio, (d, n) in distances.items()]
-    return f"The poster's PSNR fits ratio {w.ratio(nearest)}: ours are apart from it by {w.listed(told)} on average."
+    texts = [f"{d:.1f} dB at ratio {w.ratio(ratio)} ({n} rows)" for ratio, (d, n) in distances.items()]
+    return f"The poster's PSNR fits ratio {w.ratio(nearest)}: ours are apart from it by {w.listed(texts)} on average."
 
 
 def headline(report: Report, record: Record) -> None:
-    """Every row's figures beside the poster's, one table a ratio."""
+    """Add every row's results next to the poster's, one table per ratio."""
     report.section(
         "The table",
         "PSNR in dB and SSIM on the same test images. The poster's 30 images are unknown, so its numbers stand beside "
@@ -104,15 +104,15 @@ def headline(report: Report, record: Record) -> None:
 
 def _headline_row(record: Record, row: Row) -> tuple[str, ...]:
     tv = record.tv(row.ratio)
-    found = None if row is tv else row.against(tv) or row.table("vs_tv")
+    stats = None if row is tv else row.against(tv) or row.table("vs_tv")
     return (
         row.label,
         w.fixed(row.number("psnr_mean"), 2),
         w.fixed(row.number("psnr_median"), 2),
         w.fixed(row.number("ssim_mean"), 3),
         _poster(row),
-        w.difference(found),
-        w.wins(found),
+        w.difference(stats),
+        w.wins(stats),
         w.whole(row.number("parameters") or None),
         w.duration(row.number("training", "seconds")),
         w.NONE if row.method in DIRECT else w.whole(w.median(row.numbers("gradients"))),
@@ -122,7 +122,7 @@ def _headline_row(record: Record, row: Row) -> tuple[str, ...]:
 
 
 def differences(report: Report, record: Record) -> None:
-    """The poster's differences between its rows, ours beside them."""
+    """Add the poster's differences between rows, next to ours."""
     report.section(
         "The poster's differences",
         "Differences between methods do not move with the draw of the images as means do. Ours are paired, image by "
@@ -137,13 +137,13 @@ def differences(report: Report, record: Record) -> None:
             if first is None or second is None:
                 missing.append(f"{_kind(*a)} − {_kind(*b)} at {w.ratio(ratio)}")
                 continue
-            found = first.against(second)
-            theirs = _minus(first.number("poster", "psnr"), second.number("poster", "psnr"))
-            ours = found["mean"] if found else None
+            stats = first.against(second)
+            poster = _minus(first.number("poster", "psnr"), second.number("poster", "psnr"))
+            ours = stats["mean"] if stats else None
             name = f"{first.label} − {second.label}"
-            middle = w.signed(found["median"] if found else None)
-            apart = w.signed(_minus(ours, theirs))
-            lines.append((name, w.difference(found), middle, w.wins(found), w.signed(theirs), apart))
+            median = w.signed(stats["median"] if stats else None)
+            excess = w.signed(_minus(ours, poster))
+            lines.append((name, w.difference(stats), median, w.wins(stats), w.signed(poster), excess))
         if lines:
             report.subsection(f"Ratio {w.ratio(ratio)}")
             report.table(head, lines)
@@ -151,7 +151,7 @@ def differences(report: Report, record: Record) -> None:
 
 
 def convergence(report: Report, record: Record) -> None:
-    """Iterations, gradients and time of every row's own recovery."""
+    """Add iterations, gradients and time of every row's recovery."""
     head = (
         "method",
         "acceleration",
@@ -185,7 +185,7 @@ def convergence(report: Report, record: Record) -> None:
 
 
 def ledger(report: Report, record: Record) -> None:
-    """What the PSNR does when a setting that the paper does not state changes; nothing without such rows."""
+    """Add the changes of the PSNR if a setting that the paper does not state changes; nothing without such rows."""
     rows = [r for r in record.rows if r.group == "ledger" and r.text("compare")]
     if not rows:
         return
@@ -199,28 +199,28 @@ def ledger(report: Report, record: Record) -> None:
     lines = []
     for row in sorted(rows, key=lambda r: r.text("unstated")):
         base = record.named(row.text("compare"))
-        found = row.against(base)
+        stats = row.against(base)
         lines.append(
             (
                 row.text("unstated") or row.text("setting") or row.label,
                 _setting(base, row.text("setting")),
                 w.plain(row.get("value")),
-                w.difference(found),
-                w.wins(found),
+                w.difference(stats),
+                w.wins(stats),
                 w.times(_over(row.number("training", "seconds"), base and base.number("training", "seconds"))),
                 w.times(_over(row.number("seconds"), base and base.number("seconds"))),
                 w.fixed(row.number("psnr_mean"), 2),
             )
         )
     report.table(head, lines)
-    absent = sorted({r.text("compare") for r in rows if record.named(r.text("compare")) is None})
-    report.text(f"Not there to compare with: {w.listed(absent)}." if absent else "")
+    missing = sorted({r.text("compare") for r in rows if record.named(r.text("compare")) is None})
+    report.text(f"Not there to compare with: {w.listed(missing)}." if missing else "")
 
 
 def _pick(record: Record, ratio: float, method: str, beta: float | None) -> Row | None:
-    """The paper's row of this method and beta, one with the poster's number before another."""
-    found = [r for r in record.at(ratio, "paper") if r.method == method and (beta is None or r.number("beta") == beta)]
-    return min(found, key=lambda r: r.number("poster", "psnr") is None, default=None)
+    """The paper's row of this method and beta; rows with a number on the poster are preferred."""
+    rows = [r for r in record.at(ratio, "paper") if r.method == method and (beta is None or r.number("beta") == beta)]
+    return min(rows, key=lambda r: r.number("poster", "psnr") is None, default=None)
 
 
 def _kind(method: str, beta: float | None) -> str:
@@ -228,7 +228,7 @@ def _kind(method: str, beta: float | None) -> str:
 
 
 def _setting(row: Row | None, name: str) -> str:
-    """A row's value of a setting of its training, of its recovery, or of its own."""
+    """A row's value of a setting of its training, of its recovery, or of the row itself."""
     if row is None or not name:
         return w.NONE
     sources: Iterable[dict[str, Any]] = (row.config, row.table("recovery"), row.data)

@@ -1,4 +1,4 @@
-"""The report of `deepreg-fast reproduce`, from the folder alone."""
+"""Report of `deepreg-fast reproduce`, built from the folder only."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .record import read
 
 
 def write_report(folder: Path) -> Path:
-    """Write `folder/report.html` from settings.json, results.json, and rows/*; returns its path.
+    """Write `folder/report.html` from settings.json, results.json and rows/*; return its path.
 
-    A run that is not finished, or a field that is missing, makes a shorter report that names what is not there.
+    If the run is unfinished or fields are missing, the report is shorter and lists what is missing.
 
     Raises
     ------
     InputError
-        If the folder is not that of a reproduction, or the report cannot be written.
+        If the folder does not belong to a reproduction, or the report cannot be written.
     """
     record = read(Path(folder))
     report = Report("The bi-level compressed sensing experiment, reproduced", tables.summary(record))
