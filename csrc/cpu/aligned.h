@@ -6,7 +6,7 @@
 
 namespace DR_ISA {
 
-// Zeroed floats on cache-line boundaries: a pixel of 16 channels then lies in one line.
+// Zeroed floats on cache-line boundaries, so that a pixel of 16 channels lies in one line.
 template <class T>
 struct Aligned {
     using value_type = T;

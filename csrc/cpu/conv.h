@@ -1,7 +1,7 @@
-// 3 x 3 convolutions of pairs of rows, a piece at a time: the loops that a sweep spends its time in.
+// 3 x 3 convolutions of pairs of rows, one piece at a time: the innermost loops of a sweep.
 //
-// Included once per instruction set (DR_ISA names it). A piece is N, or n, registers of tiles from v0 on (a constant where the sums stay in registers); `raw` and `cot` are laid
-// out [row][channel][parity][register][lane] (layout.h).
+// Included once per instruction set (DR_ISA names it). A piece is N or n registers of tiles starting at v0 (N, a constant, if
+// the sums stay in registers); the layout of `raw` and `cot` is [row][channel][parity][register][lane] (layout.h).
 #pragma once
 #include <vector>
 
@@ -10,7 +10,7 @@
 
 namespace DR_ISA {
 
-// The four columns that a tile and its neighbours span, in four rows about a pair: [row][2 t - 1, 2 t, 2 t + 1, 2 t + 2].
+// The four columns of a tile and its neighbors, in four rows around a pair: [row][2 t - 1, 2 t, 2 t + 1, 2 t + 2].
 struct Patch {
     Part d[4][4];
     DR_INLINE Patch(const Rows& in, size_t even_line, size_t line) {
@@ -47,7 +47,7 @@ static DR_CALL void expand(const Rows& in, int v0, int n, const Layout& y, const
 static DR_CALL void reduce(const Rows& in, int v0, int n, const Layout& y, const float* w, float bias,
                            float* out, size_t row) {
     for (int v = 0; v < n; ++v) {
-        // One sum for each row of the filter: the units are busy with twelve.
+        // One sum for each row of the filter: twelve sums keep the units busy.
         Part acc[3][4] = {};
         const float* f = w;
         size_t line = static_cast<size_t>(v0 + v) * LANES;
@@ -77,7 +77,7 @@ static DR_CALL void direct(const Rows& in, int v0, int n, const Layout& y, const
                   raw + static_cast<size_t>(c) * 2 * n * LANES, static_cast<size_t>(y.channels) * 2 * n * LANES);
 }
 
-// Winograd's F(2 x 2, 3 x 3): 16 products make 4 pixels, where the direct sum takes 36 (Lavin and Gray 2016).
+// Winograd's F(2 x 2, 3 x 3): 16 products for 4 pixels instead of the direct sum's 36 (Lavin and Gray 2016).
 // Row I of the 4 x 4 transformed patches, of all channels: u[4][channel][register][lane].
 template <int I>
 static DR_INLINE Part mix(const Rows& in, std::ptrdiff_t o) {
@@ -104,7 +104,7 @@ static DR_INLINE void patches(const Rows& in, int v0, const Layout& y, float* u)
     }
 }
 
-// Outputs that are summed at once; outputs whose filters lie together.
+// Outputs summed at once; outputs whose filters are contiguous.
 constexpr int OUTPUTS = LANES == 16 ? 8 : 4;
 constexpr int GROUP = 8;
 
@@ -129,7 +129,7 @@ static DR_INLINE void products(const float* u, int channels, const float* w, Par
         for (int v = 0; v < N; ++v) sum[o][v] = acc[o][v];
 }
 
-// What row I of the products adds to an output's two rows, after the sum over its positions.
+// Add row I of the products to an output's two rows, after the sum over its positions.
 template <int I>
 static DR_INLINE void add_row(Part s, Part start, float* top, float* bottom) {
     if (I == 0) put(top, s + start);
@@ -176,10 +176,10 @@ static DR_INLINE void winograd(const Rows& in, int v0, int n, const Layout& y, c
     if (n == 3) winograd<3>(in, v0, y, w, bias, u, raw);
 }
 
-// Filters [C_out, C_in, 3, 3] to the order in which the loops above read them.
+// Reorder filters [C_out, C_in, 3, 3] for the loops above.
 static void pack(const float* w, const dr::Layer& layer, bool transpose, dr::Form form, float* packed) {
-    // The transpose exchanges the channels and turns the filter about its centre. Filters before a LayerNorm over
-    // channels are centred over their outputs: it subtracts that mean anyway, and so need not compute it.
+    // The transpose exchanges the channels and rotates the filter by half a turn. Filters before a LayerNorm over
+    // channels are centered over their outputs: the LayerNorm subtracts this mean, and then need not compute it.
     const int to = transpose ? layer.in : layer.out, from = transpose ? layer.out : layer.in;
     std::vector<double> mean(layer.in * 9, 0.0);
     for (int k = 0; k < layer.out && layer.centred; ++k)

@@ -7,10 +7,10 @@ namespace dr {
 
 constexpr int MAX_DEPTH = 16;
 
-// How the filters of a convolution are laid out, after the loop that reads them: [out][in][9], or Winograd's.
+// Layout of a convolution's filters: [out][in][9] for the direct loop, or Winograd's.
 enum class Form { direct, winograd };
 
-// What `pack` has to know of one convolution.
+// Description of one convolution for `pack`.
 struct Layer {
     int out, in;
     double scale;  // of the filters: the input gain or its inverse
@@ -41,15 +41,15 @@ struct Batch {
 struct Kernels {
     const char* name;
     void (*pack)(const float* w, const Layer&, bool transpose, Form, float* packed);
-    // Floats that the gradient's sweep keeps for the products (kept.h).
+    // Floats that the gradient's sweep saves for the products (sweep.h).
     std::size_t (*kept)(const Chain&, const Batch&);
     // value [B], grad [B, H, W]; `kept` may be null.
     void (*gradient)(const Chain&, const Batch&, const float* x, double* value, float* grad, float* kept);
     void (*hvp)(const Chain&, const Batch&, const float* x, const float* v, const float* kept, float* out);
-    // d/dtheta sum_b <grad r(x_b), v_b>: for each convolution [C_out, C_in, 9] then its bias [C_out]; with a LayerNorm
-    // then for each gamma [C] and beta [C].
+    // d/dtheta sum_b <grad r(x_b), v_b>: for each convolution [C_out, C_in, 9], then its bias [C_out]; with LayerNorms,
+    // then gamma [C] and beta [C] of each.
     void (*param_vjp)(const Chain&, const Batch&, const float* x, const float* v, const float* kept, double* out);
-    // What the multiply-add units can do: `count` rounds of independent ones on each thread; returns the flops.
+    // Peak of the multiply-add units: `count` rounds of independent multiply-adds on each thread; returns the flops.
     double (*multiply_adds)(int threads, long count, float* sink);
 };
 

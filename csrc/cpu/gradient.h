@@ -107,7 +107,7 @@ class GradientSweep : public Sweep {
                     continue;
                 }
                 Part m[2 * N];
-                // The mean of t is left out: the transpose of centred filters takes constants to zero.
+                // The mean of t is omitted: the transpose of centered filters maps constants to zero.
                 means<N>(y, k, v0, m, [&](int, int, size_t o, size_t) {
                     const Part g = part(raw + o), t = g * part(sl + o);
                     if (plane) put(plane + o, g);

@@ -1,4 +1,4 @@
-// One register of floats: arithmetic of GCC's vector extensions, and what these lack.
+// One register of floats: arithmetic of GCC's vector extensions, and operations that they lack.
 //
 // Included once per instruction set (DR_ISA names it).
 #pragma once
@@ -18,7 +18,7 @@ static DR_INLINE Part part(const float* p) {
 static DR_INLINE void put(float* p, Part v) { std::memcpy(p, &v, sizeof v); }
 static DR_INLINE Part same(float s) { return s - Part{}; }
 
-// Lanes where the mask has all bits set; zeros elsewhere, whatever was there.
+// Lanes whose mask has all bits set; zeros elsewhere, even for a NaN.
 static DR_INLINE Part masked(Part v, IntPart mask) {
     IntPart bits;
     std::memcpy(&bits, &v, sizeof bits);
@@ -55,17 +55,17 @@ static DR_INLINE Part masked(Part v, IntPart mask) {
 #define DR_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntPart{__VA_ARGS__})
 #endif
 
-// Of two neighbouring registers: the lanes one before those of `b`; one after those of `a`.
+// Lanes of two neighboring registers, shifted by one: those before `b`; those after `a`.
 static DR_INLINE Part before(Part a, Part b) { return DR_SHUFFLE(a, b, DR_BEFORE); }
 static DR_INLINE Part after(Part a, Part b) { return DR_SHUFFLE(a, b, DR_AFTER); }
 // a0 b0 a1 b1 ..: the first half, the second half.
 static DR_INLINE Part low(Part a, Part b) { return DR_SHUFFLE(a, b, DR_LOW); }
 static DR_INLINE Part high(Part a, Part b) { return DR_SHUFFLE(a, b, DR_HIGH); }
-// The inverse of these.
+// The inverses.
 static DR_INLINE Part even(Part a, Part b) { return DR_SHUFFLE(a, b, DR_EVEN); }
 static DR_INLINE Part odd(Part a, Part b) { return DR_SHUFFLE(a, b, DR_ODD); }
 
-// Exchanges the registers and the lanes of a square, by perfect shuffles.
+// Transpose a square of registers and lanes, by perfect shuffles.
 static DR_INLINE void transpose(Part (&a)[LANES]) {
     Part b[LANES];
 #pragma GCC unroll 4
@@ -80,7 +80,7 @@ static DR_INLINE void transpose(Part (&a)[LANES]) {
 static DR_INLINE Double wide(Part v) { return __builtin_convertvector(v, Double); }
 
 static DR_INLINE Part clamp(Part a, float least, float most) {
-    // A NaN stays: minps and maxps return their second operand if either is one; comparisons with it fail.
+    // Preserves a NaN: minps and maxps return their second operand if either is NaN; comparisons with it fail.
 #if DR_LANES == 16
     return (Part)_mm512_max_ps(_mm512_set1_ps(least), _mm512_min_ps(_mm512_set1_ps(most), (__m512)a));
 #elif DR_LANES == 8
@@ -93,7 +93,7 @@ static DR_INLINE Part clamp(Part a, float least, float most) {
 
 static DR_INLINE Part reciprocal(Part a) {
 #if DR_LANES == 16
-    // 14 bits from the table, 28 after one Newton step: below half an ulp of rounding more than a division.
+    // 14 bits from the table, 28 after one Newton step: less than half an ulp of rounding more than a division.
     const __m512 x = (__m512)a, y = _mm512_rcp14_ps(x);
     return (Part)_mm512_fmadd_ps(y, _mm512_fnmadd_ps(x, y, _mm512_set1_ps(1.0f)), y);
 #else
@@ -125,7 +125,7 @@ static DR_INLINE Part sigmoid(Part n) {
     p = p * r + 9.9999994e-1f;
     return reciprocal(1.0f + (Part)_mm512_scalef_ps((__m512)p, (__m512)t));
 #else
-    // The nearest integer instead of the one below; adding the constant leaves it in the low bits.
+    // The nearest integer instead of the floor; adding the constant puts it into the low bits.
     const Part shifted = t + 12582912.0f, r = t - (shifted - 12582912.0f);
     Part p = r * 1.3276472e-3f + 9.675541e-3f;
     p = p * r + 5.550713e-2f;

@@ -1,7 +1,7 @@
-// How a band of an image lies in memory while a sweep works on it.
+// Memory layout of a band of an image during a sweep.
 //
-// Two rows by two columns are a tile; a register holds the same pixel of LANES neighbouring tiles, of one channel. So a
-// row of a channel is two lines, its even and its odd columns, and nothing in a sweep ever adds up the lanes.
+// A tile is two rows by two columns; a register holds the same pixel of LANES neighboring tiles, of one channel. So a row
+// of a channel is two lines, its even and its odd columns, and no sweep ever sums over lanes.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -15,10 +15,10 @@ namespace DR_ISA {
 
 using std::size_t;
 
-// Registers of tiles that a loop takes at once, a piece: all about a piece stays in the L1 cache.
+// Registers of tiles that a loop processes at once, a piece: all data of a piece stays in the L1 cache.
 constexpr int MOST = 3;
 
-// Columns beyond which an image is worked on in strips.
+// Images with more columns are processed in strips.
 constexpr int WIDEST = 400;
 
 struct Layout {
@@ -29,18 +29,18 @@ struct Layout {
     Layout(int width_, int channels_)
         : width(width_), channels(channels_), tiles((width + 1) / 2), vectors((tiles + LANES - 1) / LANES),
           line(static_cast<size_t>(vectors + 1) * LANES) {
-        // Lines apart by a multiple of 256 bytes would crowd in few sets of the L1 cache.
+        // Lines a multiple of 256 bytes apart would share few sets of the L1 cache.
         if (line % 64 == 0) line += LANES;
     }
-    // Floats of a pair of rows as a pointwise stage keeps it: piece by piece, each [row][channel][parity][register][lane].
+    // Floats of a pair of rows in a pointwise stage: piece by piece, each [row][channel][parity][register][lane].
     size_t block(int of) const { return static_cast<size_t>(of) * 4 * vectors * LANES; }
     size_t block() const { return block(channels); }
-    // Where the piece that begins at register v0 lies in it.
+    // Offset in it of the piece that begins at register v0.
     size_t piece(int of, int v0) const { return static_cast<size_t>(of) * 4 * v0 * LANES; }
     size_t piece(int v0) const { return piece(channels, v0); }
 };
 
-// Calls body(v0, n) for the pieces of a row: n <= MOST registers from v0 on.
+// Call body(v0, n) for the pieces of a row: n <= MOST registers starting at v0.
 template <class F>
 static DR_INLINE void any_pieces(const Layout& y, F body) {
     const int count = (y.vectors + MOST - 1) / MOST;
@@ -62,7 +62,7 @@ static DR_INLINE void pieces(const Layout& y, F body) {
 }
 
 // For row k of the pair and each channel and register of a piece: body(channel, q, in_piece, in_lines), with q = N parity
-// + register and the places in a piece and in a row of lines.
+// + register and the offsets in a piece and in a row of lines.
 template <int N, class F>
 static DR_INLINE void each(const Layout& y, int k, int v0, F body) {
     for (int c = 0; c < y.channels; ++c)
@@ -72,7 +72,7 @@ static DR_INLINE void each(const Layout& y, int k, int v0, F body) {
                  (2 * c + q / N) * y.line + static_cast<size_t>(v0 + q % N) * LANES);
 }
 
-// The same where nothing of a register stays in registers, in a loop that is not unrolled: body(channel, q, in_piece,
+// The same for bodies whose values do not stay in registers, in a loop that is not unrolled: body(channel, q, in_piece,
 // in_lines).
 template <int N, class F>
 static DR_INLINE void each_alone(const Layout& y, int k, int v0, F body) {
@@ -93,12 +93,12 @@ static DR_INLINE void means(const Layout& y, int k, int v0, Part (&mean)[2 * N],
     for (Part& m : mean) m *= 1.0f / y.channels;
 }
 
-// Four rows about a pair, or a row and its neighbours: pointers to their first lines.
+// Four rows around a pair, or a row and its neighbors: pointers to their first lines.
 struct Rows {
     const float* at[4];
 };
 
-// The last rows of an image that convolutions still read. Rows outside the image are zeros.
+// The most recent rows of an image, as far as convolutions still read them. Rows outside the image are zeros.
 class Ring {
   public:
     Ring(int size, const Layout& y, int channels, int height)
@@ -112,7 +112,7 @@ class Ring {
     }
     float* row(int r) { return data_.data() + stride_ * (r < size_ ? r : r % size_) + LANES; }
     Rows around(int r) const { return {{padded(r - 1), padded(r), padded(r + 1), padded(r + 2)}}; }
-    // Zeros right of the image's last column: convolutions read them.
+    // Write zeros to the right of the image's last column, for the convolutions.
     void trim(int r) {
         float* p = row(r) + last_;
         for (int k = 0; k < lines_; ++k, p += line_) put(p, masked(part(p), mask_[k % 2]));
@@ -129,7 +129,7 @@ class Ring {
     Floats data_;
 };
 
-// Blocks of the last pairs of rows, for pointwise stages.
+// Blocks of the most recent pairs of rows, for pointwise stages.
 class Pairs {
   public:
     Pairs(int size, size_t block) : size_(size), block_(block), data_(size * block, 0.0f) {}
@@ -141,14 +141,14 @@ class Pairs {
     Floats data_;
 };
 
-// Columns [first, last) of an image, worked on as an image of their own that reaches from `begin` to `end`: as far beyond
-// as a sweep's stages look, so that the columns' bits do not depend on it.
+// Columns [first, last) of an image, processed as a separate image that extends from `begin` to `end`: by the reach of a
+// sweep's stages, so that the columns' bits do not depend on the strip.
 struct Strip {
     int first, last, begin, end;
     int width() const { return end - begin; }
 };
 
-// Wide images are cut so that a sweep's rows stay in the L2 cache, in the way that repeats the fewest columns.
+// Cut wide images so that a sweep's rows stay in the L2 cache and the fewest columns are repeated.
 static std::vector<Strip> strips(int width, int reach) {
     const auto cut = [&](int n) {
         std::vector<Strip> found;

@@ -1,5 +1,5 @@
-// The Python module deepreg_fast._cpu. Tensors cross as Python's objects, so that one build serves every release of
-// torch; each is asked for its dtype, device, layout and size before its memory is touched (tensor.h).
+// The Python module deepreg_fast._cpu. Tensors are passed as Python objects, so one build serves every release of PyTorch;
+// dtype, device, layout and size of each are checked before its memory is touched (tensor.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #ifdef _OPENMP
@@ -47,10 +47,10 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-// A forked child has none of its parent's OpenMP threads and would wait for them for ever: it works alone.
+// A forked child has none of its parent's OpenMP threads and would wait for them forever, so it uses one thread.
 bool forked = false;
 
-// Threads to use of those asked for: no more than this process may run on, since waiting ones spin.
+// Number of threads to use: at most the processors available to this process, because waiting threads spin.
 int team(int asked) {
 #ifdef _OPENMP
     return forked ? 1 : std::max(1, std::min(asked, omp_get_num_procs()));
@@ -77,7 +77,7 @@ struct Packed {
 
 using Tensors = std::vector<py::object>;
 
-// The size of a batch of images of one channel.
+// The size of a batch of one-channel images.
 struct Batch : dr::Batch {
     std::size_t numbers() const { return static_cast<std::size_t>(count) * height * width; }
 };
@@ -86,7 +86,7 @@ Batch batch(int b, int height, int width, int threads) {
     return {{b, height, width, team(threads)}};
 }
 
-// A kernel's work, without Python's lock and with all of its numbers.
+// Run a kernel without Python's lock and with subnormals.
 template <class F>
 void run(F work) {
     py::gil_scoped_release free;
@@ -106,7 +106,7 @@ class ConvChain {
         if (channels < 1 || head < 0 || head > 2 || depth < 2 || depth > dr::MAX_DEPTH || biases.size() != weights.size() || gammas.size() != betas.size() ||
             (norm && gammas.size() + 1 != weights.size()))
             throw std::invalid_argument("2 <= depth <= 16, a head of three, and a bias for each filter");
-        // With few channels Winograd's additions round more than the products that it saves.
+        // With few channels Winograd's additions add more rounding error than the saved products.
         chain_ = dr::Chain{depth, channels, head, norm && !whole, norm && whole, channels >= MOST_DIRECT, alpha, center, eps, {}, {}, {}, {}, {}};
         const std::size_t C = channels;
         for (int l = 0; l < depth; ++l) {
@@ -135,7 +135,7 @@ class ConvChain {
 
     std::string isa() const { return kernels_->name; }
 
-    // Whether these tensors, in the constructor's order, have the values that were packed.
+    // Whether these tensors, in the constructor's order, equal the packed values.
     bool current(const Tensors& weights, const Tensors& biases, const Tensors& gammas, const Tensors& betas) const {
         auto packed = given_.begin();
         if (weights.size() + biases.size() + gammas.size() + betas.size() != given_.size()) return false;
@@ -150,7 +150,7 @@ class ConvChain {
         return true;
     }
 
-    // Floats that `gradient` keeps for the products if it is given memory for them.
+    // Floats that `gradient` saves for the products if `kept` is passed.
     std::size_t kept(int b, int height, int width) const { return kernels_->kept(chain_, batch(b, height, width, 1)); }
 
     void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
@@ -210,7 +210,7 @@ class ConvChain {
     std::vector<std::vector<float>> given_;  // in the order weight, bias, gamma, beta of each layer
 };
 
-// The twiddles of an FFT of n points as srm.inc walks through them, and the angles of a DCT.
+// The twiddles of an FFT of n points in the order of srm.inc, and the angles of a DCT.
 dr::Lines dct_lines(int n) {
     const double pi = 3.14159265358979323846;
     dr::Lines plan;
@@ -240,7 +240,7 @@ dr::Lines dct_lines(int n) {
     return plan;
 }
 
-// `matrix` [n, n] of +-1: which signed sums an output takes (srm.h).
+// For `matrix` [n, n] of +-1: the signed sums that each output uses (srm.h).
 dr::Lines hadamard_lines(int n, const std::int8_t* matrix) {
     dr::Lines plan;
     plan.n = n;
@@ -258,7 +258,7 @@ dr::Lines hadamard_lines(int n, const std::int8_t* matrix) {
     return plan;
 }
 
-// As srm.h has them.
+// The layout of `Srm::sign_bits` (srm.h).
 std::vector<std::int32_t> sign_bits(const std::int8_t* signs, std::size_t n) {
     std::vector<std::uint32_t> bits((n + 511) / 512 * 16);
     for (std::size_t i = 0; i < n; ++i)
@@ -266,7 +266,7 @@ std::vector<std::int32_t> sign_bits(const std::int8_t* signs, std::size_t n) {
     return {bits.begin(), bits.end()};
 }
 
-// The table of this machine's best instruction set, or of the one that is named.
+// The table of this machine's best instruction set, or of `isa`.
 template <class Table>
 const Table& table(const std::string& isa, const Table& avx512, const Table& avx2, const Table& portable) {
     const std::string name = kernels(isa).name;
@@ -280,7 +280,7 @@ const Table& table(const std::string& isa, const Table& avx512, const Table& avx
 
 class Srm {
   public:
-    // `rows` and `perm` are int64, `signs` and the Hadamard matrices of the two sizes int8; None where there is none.
+    // `rows` and `perm` are int64, `signs` and the Hadamard matrices of the two sizes int8; None if absent.
     Srm(int transform, int channels, int height, int width, int block, int measurements, py::handle rows, py::handle signs,
         py::handle perm, py::handle columns_matrix, py::handle lines_matrix, const std::string& isa)
         : kernels_(&table(isa, DR_TABLES(srm))) {
@@ -325,12 +325,12 @@ class Srm {
         }
     }
 
-    // Whether these buffers have the values that the operator was made of.
+    // Whether these buffers equal those of the constructor.
     bool current(py::handle rows, py::handle signs, py::handle perm) const {
         return same(rows, rows_) && same(signs, signs_) && same(perm, perm_);
     }
 
-    // `x`, `y` and `weight` are None where a product has none; without a `weight`, `one` is every image's.
+    // `x`, `y` and `weight` are None if the product does not use them; without `weight`, `one` applies to every image.
     void apply(int product, int count, int threads, py::handle x, py::handle y, py::handle weight, float one, py::handle out) const {
         const bool by_x = product != 1, by_y = product == 1 || product == 3;
         if (product < 0 || product > 3 || count < 0 || x.is_none() == by_x || y.is_none() == by_y)
@@ -362,7 +362,7 @@ class Srm {
     std::vector<std::int8_t> signs_;
 };
 
-// A ridge energy with copies of its numbers.
+// A ridge energy with copies of its parameters.
 class Ridge {
   public:
     // Floats: filters [filters, side, side], coefficients [filters, steps], scales [steps].
@@ -379,7 +379,7 @@ class Ridge {
     Ridge(const Ridge&) = delete;
     Ridge& operator=(const Ridge&) = delete;
 
-    // Floats that `gradient` keeps of each image for `hvp` if it is given memory for them.
+    // Floats per image that `gradient` saves for `hvp` if `kept` is passed.
     std::size_t kept(int height, int width) const { return kernels_->kept(ridge_, height, width); }
 
     void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
@@ -423,7 +423,7 @@ class Tv {
         if (channels < 1 || !(eps > 0)) throw std::invalid_argument("at least one channel, and eps > 0");
     }
 
-    // Floats that `gradient` keeps of each image for `hvp` if it is given memory for them.
+    // Floats per image that `gradient` saves for `hvp` if `kept` is passed.
     std::size_t kept(int height, int width) const { return kernels_->kept(tv_, height, width); }
 
     void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
@@ -448,7 +448,7 @@ class Tv {
     dr::Tv tv_;
 };
 
-// The solvers' vector work.
+// The solvers' vector operations.
 class Vectors {
   public:
     explicit Vectors(const std::string& isa) : kernels_(&table(isa, DR_TABLES(vectors))) {}
@@ -468,7 +468,7 @@ class Vectors {
             kernels_->add(count, n, team(threads), x, s, p, rows, out, size);
         });
     }
-    // `idx` are places in the batch of `batch` images that x and g hold.
+    // `idx` are indices into the `batch` images of x and g.
     void secant(int count, std::size_t n, int threads, py::handle idx, int batch, py::handle candidate, py::handle candidate_g,
                 py::handle x, py::handle g, py::handle out) const {
         const std::size_t all = total(count, n), whole = total(batch, n);

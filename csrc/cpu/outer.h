@@ -1,11 +1,11 @@
-// The parameters' gradients: products of what enters a convolution with the cotangents of what leaves it, summed over a
-// piece of a pair of rows. Included once per instruction set (DR_ISA names it).
+// The parameters' gradients: products of a convolution's input with the cotangents of its output, summed over a piece of a
+// pair of rows. Included once per instruction set (DR_ISA names it).
 #pragma once
 #include "conv.h"
 
 namespace DR_ISA {
 
-// sums[9][lane] += the tiles' four pixels g times the patch around them, one tap after the other.
+// sums[9][lane] += the tiles' four pixels g times the patch around them, one tap after another.
 static DR_INLINE void nine_sums(const Part (&g)[4], const Patch& p, float* sums) {
 #pragma GCC unroll 9
     for (int tap = 0; tap < 9; ++tap) {
@@ -32,7 +32,7 @@ static DR_CALL void edge_one(const Rows& one, const float* cot, int v0, int n, c
     }
 }
 
-// dw[channel][9][lane] += sum over the tiles of cot(x) many(x + tap), of a cotangent of one channel.
+// dw[channel][9][lane] += sum over the tiles of cot(x) many(x + tap), for a cotangent of one channel.
 static DR_CALL void edge_many(const Rows& many, const float* cot, int v0, int n, const Layout& y, float* dw) {
     for (int v = 0; v < n; ++v) {
         Part g[4];
@@ -46,7 +46,7 @@ static DR_CALL void edge_many(const Rows& many, const float* cot, int v0, int n,
     }
 }
 
-// Inputs whose sums with LANES outputs are held in registers.
+// Inputs whose sums with LANES outputs fit in registers.
 constexpr int INPUTS = LANES == 16 ? 16 : 8;
 
 // Floats of scratch that `outer` needs.
@@ -65,7 +65,7 @@ static DR_INLINE void cotangents(const float* g, float* to) {
     }
 }
 
-// dw[in][LANES] += sum over the tiles of a register of u[in][tile] row[tile][lane]. Few sums fill the registers.
+// dw[in][LANES] += sum over the tiles of a register of u[in][tile] row[tile][lane]. A few sums fill the registers.
 template <class Count>
 static DR_INLINE void rank_one(const float* u, const float* row, Count count, float* dw) {
     Part acc[INPUTS] = {};
@@ -103,8 +103,8 @@ static DR_INLINE void outer_row(const Rows& in, int v, const Layout& y, int b, f
 }
 
 // Winograd's own gradient: dw[16 positions][out / LANES][in][LANES] += sum over the tiles of in's transformed patches
-// times the transformed cotangents; `filters` makes the filters' gradient of it. A register of tiles at a time: more than
-// that, and the sums, do not fit the L1 cache.
+// times the transformed cotangents; `filters` computes the filters' gradient from it. One register of tiles at a time: more
+// of them, with the sums, would not fit in the L1 cache.
 static DR_CALL void outer(const Rows& in, const float* cot, int v0, int n, const Layout& y, float* u, float* scratch, float* dw) {
     const size_t row = static_cast<size_t>(y.channels) * 2 * n * LANES;
     for (int v = 0; v < n; ++v)
@@ -128,7 +128,7 @@ static size_t outer_size(int channels) {
     return static_cast<size_t>(16) * ((channels + LANES - 1) / LANES) * channels * LANES;
 }
 
-// To [out][in][9]. The transform's -1 of the last row and column, left out above, is in F.
+// Convert to [out][in][9]. F contains the transform's -1 of the last row and column, omitted above.
 static void filters(const double* dw, int channels, double* out) {
     constexpr double F[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, -1}};
     const size_t blocks = (channels + LANES - 1) / LANES;

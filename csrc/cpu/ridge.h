@@ -18,12 +18,12 @@ struct Ridge {
 };
 
 struct RidgeKernels {
-    // Floats that the gradient's sweep keeps of each image for `hvp`.
+    // Floats per image that the gradient's sweep saves for `hvp`.
     std::size_t (*kept)(const Ridge&, int height, int width);
     // value [B], grad [B, H, W]; `kept` may be null.
     void (*gradient)(const Ridge&, const Batch&, const float* x, double* value, float* grad, float* kept);
     void (*hvp)(const Ridge&, const Batch&, const float* v, const float* kept, float* out);
-    // sum_b <grad r(x_b), v_b> by w [filters, side, side] and by c [filters, steps].
+    // Derivatives of sum_b <grad r(x_b), v_b> in w [filters, side, side] and in c [filters, steps].
     void (*param_vjp)(const Ridge&, const Batch&, const float* x, const float* v, double* dw, double* dc);
 };
 

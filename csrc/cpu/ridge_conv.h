@@ -1,14 +1,14 @@
-// What a ridge energy spends its time in: correlations of one channel with many filters, and the profiles.
+// Innermost loops of a ridge energy: correlations of one channel with many filters, and the profiles.
 //
-// Included once per instruction set (DR_ISA names it). Lines are padded to whole registers and images by the filter's
-// reach, so that no loop here asks where the image ends.
+// Included once per instruction set (DR_ISA names it). Lines are padded to complete registers and images by the
+// filter's reach, so no loop here tests for the end of the image.
 #pragma once
 #include "lanes.h"
 
 namespace DR_ISA {
 
-constexpr int GROUP = LANES == 16 ? 8 : 4;  // filters, or rows, that are summed at once
-constexpr int WIDE = 3;                     // registers of pixels that are summed at once
+constexpr int GROUP = LANES == 16 ? 8 : 4;  // filters, or rows, summed at once
+constexpr int WIDE = 3;                     // registers of pixels summed at once
 
 // raw[filter][register] = w_filter * u over V registers of one row: u at the first tap of the first pixel, filters
 // [tap][GROUP].
@@ -33,8 +33,8 @@ static DR_CALL void responses(const float* u, size_t line, int side, const float
         for (int v = 0; v < V; ++v) put(raw[f] + v * LANES, acc[f][v]);
 }
 
-// The transpose: adds to `rows` rows of `out` what a group's planes [GROUP][GROUP + K - 1][line], `s` at the first tap of
-// the first pixel, give by filters [filter][column][row], turned by half a turn.
+// The transpose: add to `rows` rows of `out` the convolution of a group's planes [GROUP][GROUP + K - 1][line], `s` at the
+// first tap of the first pixel, with filters [filter][column][row], rotated by half a turn.
 template <int K, int V>
 static void transposed(const float* s, size_t plane, size_t line, const float* w, float* out, size_t out_line, int rows) {
     Part acc[GROUP][V] = {};
@@ -98,7 +98,7 @@ static DR_CALL void correlate(const Planes& p, Double* total) {
         for (int t = 0; t < T; ++t) total[f * p.side * p.side + t] += wide(acc[f][t]);
 }
 
-// 1 / sqrt(a), 1 <= a < 1e37, to about the rounding of a product.
+// 1 / sqrt(a), 1 <= a < 1e37, accurate to about the rounding of a product.
 static DR_INLINE Part inverse_root(Part a) {
 #if DR_LANES == 16
     const Part y = (Part)_mm512_rsqrt14_ps((__m512)a), e = 1.0f - a * y * y;
@@ -116,10 +116,10 @@ struct Profile {
     const float *c, *s2;
     int steps;
 };
-// Beyond this every step is flat to rounding, and its square does not overflow.
+// Beyond this every step is constant to rounding, and its square does not overflow.
 constexpr float FAR = 1e15f;
 
-// psi', psi'' and, where asked for, psi.
+// psi', psi'' and, if requested, psi.
 struct Curve {
     Part slope, bend, value;
 };

@@ -1,4 +1,4 @@
-// Sixteen floats at a time, in as many registers as the instruction set needs.
+// Sixteen floats at a time, in as many registers as the instruction set requires.
 //
 // Included once per instruction set, inside the namespace DR_ISA, so that no two builds share a symbol.
 #include <cstdint>
@@ -19,7 +19,7 @@
 
 #define DR_INLINE inline __attribute__((always_inline))
 #define DR_LAMBDA __attribute__((always_inline))
-// Called once a piece: a copy at each call would cost the compiler more than the calls cost at run time.
+// For functions called once per piece: inlining would cost more compile time than the calls cost run time.
 #define DR_CALL __attribute__((noinline))
 
 namespace DR_ISA {
@@ -57,7 +57,7 @@ DR_INLINE V operator*(V a, V b) {
     DR_EACH a.r[k] *= b.r[k];
     return a;
 }
-// a * b + c; one rounding where the instruction set has it (-ffp-contract=fast).
+// a * b + c; one rounding if the instruction set has it (-ffp-contract=fast).
 DR_INLINE V fma(V a, V b, V c) {
     DR_EACH c.r[k] = a.r[k] * b.r[k] + c.r[k];
     return c;

@@ -13,22 +13,22 @@ struct Lines {
     // DCT: the radices of a complex FFT of n points and its twiddles, pass by pass; cos and sin of pi k / (2 n), scaled.
     std::vector<int> radices;
     std::vector<float> twiddles, angles;
-    // Hadamard: which of the 32 signed sums of each GROUPED inputs goes into each output, of H and of H^T: [n][chunks], a
-    // byte for each group of the chunk, 8 times the signs of its inputs as bits.
+    // Hadamard: which of the 32 signed sums of each GROUPED inputs each output uses, for H and for H^T: [n][chunks], a byte
+    // for each group of the chunk, 8 times the signs of its inputs as bits.
     static constexpr int GROUPED = 5, CHUNK = 8;
     std::vector<std::uint64_t> choice[2];
     int groups() const { return (n + GROUPED - 1) / GROUPED; }
     int chunks() const { return (groups() + CHUNK - 1) / CHUNK; }
-    // The first group of a chunk: chunks are as even as can be.
+    // The first group of a chunk; the sizes of chunks differ by at most one.
     int first(int chunk) const { return chunk * groups() / chunks(); }
 };
 
 struct Srm {
     Transform transform;
     int channels, height, width, block, measurements;
-    std::vector<std::uint16_t> kept;  // the kept coefficients, a bit each
+    std::vector<std::uint16_t> kept;  // the selected coefficients, a bit each
     std::vector<float> signs;         // or empty
-    // The same for the Walsh-Hadamard transform: of each 32 times 16 signs 16 words, the first 16 signs in their top bits.
+    // The same for the Walsh-Hadamard transform: 16 words for each 32 times 16 signs, the first 16 signs in the top bits.
     std::vector<std::int32_t> sign_bits;
     std::vector<std::int32_t> perm;   // or empty
     Lines columns, lines;             // of length `height` and of length `width`
@@ -42,7 +42,7 @@ enum class Product {
 };
 
 struct SrmKernels {
-    // x [B, C, H, W], y [B, m], weight [B]; those that a product does not have are null.
+    // x [B, C, H, W], y [B, m], weight [B]; null if the product does not use them.
     void (*apply)(const Srm&, Product, int count, int threads, const float* x, const float* y, const float* weight,
                   float* out);
 };

@@ -1,5 +1,5 @@
-// Numbers below 2^-126, which a program can have its processor flush to zero (torch.set_flush_denormal): a bit of each
-// thread, so that results would depend on which thread computed them.
+// Numbers below 2^-126. A program can set its processor to flush them to zero (torch.set_flush_denormal). The setting is a
+// bit of each thread, so results would depend on the thread that computed them.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@
 
 namespace dr {
 
-// While it lives, this thread computes with them.
+// During its lifetime, this thread computes with subnormals.
 class Subnormals {
   public:
     Subnormals() : before_(state()) {
@@ -27,7 +27,7 @@ class Subnormals {
     static std::uint64_t state() { return _mm_getcsr(); }
     static void set(std::uint64_t bits) {
         _mm_setcsr(static_cast<unsigned>(bits));
-        asm volatile("" ::: "memory");  // what follows reads its operands after this
+        asm volatile("" ::: "memory");  // later code reads its operands after this
     }
 #elif defined(__aarch64__)
     static constexpr std::uint64_t FLUSH = 1u << 24;

@@ -1,6 +1,6 @@
-// What the sweeps share. A sweep moves down the image once, two rows at a time. At tick t, stage s works on the pair of
-// rows t - s: forward convolutions 1..L, then the transposed convolutions L..1, each needing the rows above and below of
-// the stage before it, which are done by then. Rows live in rings that stay in the L2 cache. docs/kernels.md has the
+// Base of the sweeps. A sweep moves down the image once, two rows at a time. At tick t, stage s processes the pair of rows
+// t - s: forward convolutions 1..L, then the transposed convolutions L..1. Each needs the rows above and below from the
+// previous stage, which are complete by then. Rows are stored in rings that stay in the L2 cache. docs/kernels.md has the
 // formulas. Included once per instruction set (DR_ISA names it).
 #pragma once
 #include <array>
@@ -13,9 +13,9 @@ namespace DR_ISA {
 using dr::Batch;
 using dr::Chain;
 
-// What is kept of one strip of one image: for the hidden layers 2.. what enters gamma . + beta and SiLU, for those before
-// the last one the cotangent above SiLU (of the others a convolution of one channel makes them again); with a LayerNorm of
-// all of them rs = 1 / sqrt(var + eps) and rs mean(t xhat); h of the pixels. All in the blocks of layout.h.
+// Saved values of one strip of one image, in the blocks of layout.h: for the hidden layers 2.. the input of gamma . + beta
+// and SiLU, for all hidden layers but the last the cotangent of SiLU's output (the remaining ones are recomputed by a
+// convolution of one channel); with a LayerNorm rs = 1 / sqrt(var + eps) and rs mean(t xhat) of all layers; h.
 class Kept {
   public:
     Kept(float* memory, const Chain& c, const Layout& y, int height)
@@ -23,7 +23,7 @@ class Kept {
           scalars_(c.norm ? 2 * hidden_ : c.whole ? hidden_ : 0) {}
     size_t size() const { return pairs_ * (planes_ * y_->block() + (scalars_ + 1) * y_->block(1)); }
     explicit operator bool() const { return memory_ != nullptr; }
-    // Of hidden layer l = 1..: null where it is made again.
+    // Of hidden layer l = 1..: null if it is recomputed.
     float* z(int l, int pair) const { return l > 1 ? plane(l - 2, pair) : nullptr; }
     float* g(int l, int pair) const { return l < hidden_ ? plane(hidden_ - 2 + l, pair) : nullptr; }
     float* rs(int l, int pair) const { return scalar(2 * l - 1, pair); }
@@ -43,8 +43,8 @@ class Kept {
     size_t pairs_, planes_, scalars_;
 };
 
-// The outer function phi(u, h): its value, d/dh and the direct part of d/du; alpha/2 u^2 with the latter. It is
-// quadratic: its derivatives are linear in (u, h), and so their own tangents.
+// The outer function phi(u, h): its value, d/dh and the direct part of d/du, which includes alpha/2 u^2. It is
+// quadratic: its derivatives are linear in (u, h), and therefore equal to their tangents.
 struct Outer {
     int head;
     float alpha;
@@ -59,15 +59,15 @@ struct Outer {
     }
 };
 
-// A piece of work: rows [first, last) of a strip of an image. A band repeats the rows that its neighbours' stages need.
-// The bits of a pixel do not depend on the bands, so their number may follow the number of threads; they begin at even
+// A unit of work: rows [first, last) of a strip of an image. A band recomputes rows of its neighbors that its stages need.
+// The bits of a pixel do not depend on the bands, so their number may depend on the number of threads; they begin at even
 // rows.
 struct Band {
     int image, first, last;
     Strip strip;
     int column;  // which strip
 };
-// A result looks 2 depth pixels away; with a LayerNorm over the image everywhere.
+// A result depends on pixels up to 2 depth away; with a LayerNorm over the image, on all of them.
 static std::vector<Strip> strips_of(const Chain& c, const Batch& batch) {
     if (c.whole) return {{0, batch.width, 0, batch.width}};
     return strips(batch.width, 2 * c.depth);
@@ -81,7 +81,7 @@ static std::vector<Band> bands(const Chain& c, const Batch& batch, int height) {
                 found.push_back({i, r, c.whole ? batch.height : std::min(batch.height, r + height), columns[k], k});
     return found;
 }
-// Bands for all threads, if the images are too few for them.
+// Bands for all threads, even if there are fewer images than threads.
 static std::vector<Band> shared_bands(const Chain& c, const Batch& batch) {
     int per_image = 1;
     const int columns = static_cast<int>(strips_of(c, batch).size());
@@ -89,7 +89,7 @@ static std::vector<Band> shared_bands(const Chain& c, const Batch& batch) {
     const int pairs = (batch.height + 1) / 2;
     return bands(c, batch, std::max(2, 2 * ((pairs + per_image - 1) / per_image)));
 }
-// Calls work(band) for all.
+// Call work(band) for all bands.
 template <class F>
 static void for_bands(const std::vector<Band>& list, int threads, F work) {
     each_of(static_cast<int>(list.size()), threads, [&](int i) { work(list[i]); });
@@ -112,7 +112,7 @@ class Sweep {
             }
     }
 
-    // Calls load(r) for input rows and stage(s, pair), in an order in which all that is needed is there.
+    // Call load(r) for input rows and stage(s, pair), in an order that makes all inputs available.
     template <class Load, class Stage>
     DR_INLINE void run(Load load, Stage stage) {
         const int begin = least(0), end = (band_.last - 1) / 2 + stages_;
@@ -126,15 +126,15 @@ class Sweep {
 
   protected:
     const Strip& strip() const { return band_.strip; }
-    // Rows that stay in a ring until a stage `lag` pairs later has read them with their neighbours; pairs that stay until
-    // that stage has read them. Where stage follows stage, all stay.
+    // Rows that a ring holds until a stage `lag` pairs later has read them with their neighbors; pairs that it holds until
+    // that stage has read them. If the stages run one after another, all are held.
     int rows_for(int lag) const { return c.whole ? H : 2 * lag + 4; }
     int pairs_for(int lag) const { return c.whole ? (H + 1) / 2 : lag + 1; }
 
     bool inside(int pair) const { return 2 * pair >= band_.first && 2 * pair < band_.last; }
     int rows(int pair) const { return std::min(2, H - 2 * pair); }
 
-    // A row of an image into the lines of a ring.
+    // Split a row of an image into the lines of a ring.
     void split(const float* image, int r, float shift, Ring& ring) const {
         const float* p = image + static_cast<size_t>(r) * outside + strip().begin;
         float *e = ring.row(r), *o = e + y.line;
@@ -149,7 +149,7 @@ class Sweep {
         }
     }
 
-    // A convolution of all rows.
+    // Convolve all rows.
     DR_CALL void fill(const Ring& in, bool one, const float* w, const float* bias, Pairs& to) {
         for (int pair = 0; 2 * pair < H; ++pair)
             convolve(in, one, pair, w, bias, [&](int v0, auto count, float* raw) {
@@ -158,8 +158,8 @@ class Sweep {
     }
 
     // A convolution to all channels at a pair of rows, from one channel or from all: body(v0, integral_constant<N>, raw)
-    // for each piece, `raw` being the convolution's. `soon` are blocks of the pair that body will read: they come from
-    // main memory while the convolution runs.
+    // for each piece, `raw` being the convolution's output. `soon` are blocks of the pair that body will read: they are
+    // prefetched while the convolution runs.
     template <class F>
     DR_INLINE void convolve(const Ring& in, bool one, int pair, const float* w, const float* bias, F body,
                             std::array<const float*, 2> soon = {}) {
@@ -181,7 +181,7 @@ class Sweep {
             direct(rows, v0, n, y, w, bias, raw_.data());
     }
 
-    // The last row of all channels to one at a pair: body(v0, n, raw).
+    // The convolution of all channels to one at a pair of rows: body(v0, n, raw).
     template <class F>
     DR_INLINE void collect(const Ring& in, int pair, const float* w, float bias, F body) {
         const Rows rows = in.around(2 * pair);
@@ -191,7 +191,7 @@ class Sweep {
         });
     }
 
-    // The result: the last convolution's and what goes by it, in the strip's own columns.
+    // The result: the last convolution plus the direct part, in the strip's own columns.
     void join(const Ring& in, Pairs& direct, int pair, float* image) {
         alignas(64) float both[2 * MOST * LANES];
         const float* by = direct.at(pair);
@@ -203,7 +203,7 @@ class Sweep {
                     const Part a = part(raw + e) + part(d + e), b = part(raw + o) + part(d + o);
                     put(both + 2 * v * LANES, low(a, b)), put(both + (2 * v + 1) * LANES, high(a, b));
                 }
-                // Columns of the image that the piece begins and ends at.
+                // The piece's first and last columns in the image.
                 const int begin = strip().begin + 2 * v0 * LANES;
                 const int from = std::max(begin, strip().first), to = std::min(begin + 2 * n * LANES, strip().last);
                 if (from < to)
@@ -212,7 +212,7 @@ class Sweep {
         });
     }
 
-    // The lanes of register v of a line that are of the strip's own columns.
+    // The lanes of register v of a line that belong to the strip's own columns.
     IntPart own(int parity, int v) const { return own_[2 * v + parity]; }
 
     const Chain& c;
@@ -223,7 +223,7 @@ class Sweep {
     float* tiles() { return tiles_.data(); }
 
   private:
-    // The pairs that stage s has to do so that the last stage has the band.
+    // The pairs that stage s must process for the last stage to cover the band.
     int least(int s) const { return std::max(0, band_.first - (stages_ - 1 - s)) / 2; }
     int most(int s) const { return (std::min(H, band_.last + (stages_ - 1 - s)) + 1) / 2; }
 

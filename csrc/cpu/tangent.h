@@ -1,5 +1,5 @@
 // Hessian-vector and parameter products: the tangent of the gradient in the direction v, at a point whose gradient's sweep
-// kept what is needed. Included once per instruction set (DR_ISA names it).
+// saved the required values. Included once per instruction set (DR_ISA names it).
 #pragma once
 #include "outer.h"
 #include "sweep.h"
@@ -23,7 +23,7 @@ struct Sums {
         for (int l = 0; l < depth; ++l) n += w[l].size() + 3 * lanes;
         total.assign(n, 0.0);
     }
-    // Floats hold a few rows, doubles the rest.
+    // Floats accumulate a few rows, doubles the total.
     void flush() {
         double* to = total.data();
         for (size_t l = 0; l < w.size(); ++l)
@@ -35,8 +35,8 @@ struct Sums {
     }
 };
 
-// A trailing 1 marks tangents. With THETA the sums of a parameter product are taken along, and the last stage, H v itself,
-// is left out.
+// A trailing 1 marks tangents. With THETA the sums of a parameter product are accumulated, and the last stage, H v itself,
+// is omitted.
 template <bool THETA>
 class TangentSweep : public Sweep {
   public:
@@ -46,7 +46,7 @@ class TangentSweep : public Sweep {
           z1(pairs_for(2 * L - 2), y.block()), scratch(THETA ? OUTER_SCRATCH : 0) {
         for (int l = 0; l < L; ++l) {
             const int lag = 2 * (L - l);
-            // Primal activations are met by cotangents many pairs later, with a row above and below.
+            // Cotangents read the primal activations many pairs later, with a row above and below.
             a.emplace_back(THETA ? rows_for(lag + 2) : 1, y, THETA && l ? C : 1, H);
             a1.emplace_back(rows_for(1), y, l ? C : 1, H);
             gz1.emplace_back(rows_for(1), y, l ? C : 1, H);
@@ -95,7 +95,7 @@ class TangentSweep : public Sweep {
         const Rows in = u.around(2 * pair), seeds = g3.around(2 * pair);
         const auto body = [&](int v0, auto count, float* raw) {
             constexpr int N = count();
-            // What the gradient's sweep kept, or has to be made again.
+            // Saved by the gradient's sweep, or recomputed.
             const float *z = l > 1 ? kept.z(l, pair) + y.piece(v0) : nullptr, *g = l < L - 1 ? kept.g(l, pair) + y.piece(v0) : cot.data();
             float* first = z1.at(pair) + y.piece(v0);
             if (l == 1) expand(in, v0, N, y, c.forward[0], c.bias[0], first), z = first;
@@ -232,8 +232,8 @@ class TangentSweep : public Sweep {
         put(p, part(p) + v);
     }
 
-    // The part of a piece's cotangents in the gradient of the filters that `in` enters. The cotangents become zeros where
-    // the pixels are not the strip's own, or not of the image.
+    // Contribution of a piece's cotangents to the gradient of the filters applied to `in`. Sets the cotangents to zero in
+    // pixels outside the strip's own columns or outside the image.
     template <int N>
     DR_INLINE void filter_sums(int l, int pair, int v0, float* block, const Ring& in, Sums* sums) {
         for (int k = 0; k < 2; ++k)
@@ -253,7 +253,7 @@ class TangentSweep : public Sweep {
     Pairs z1;
     Floats scratch;
     std::vector<Ring> a, a1, gz1;
-    // Of the LayerNorm and SiLU together; what does not come from above; of SiLU; a part of a mean.
+    // slope: d(SiLU of LayerNorm); rest: term independent of the incoming cotangent; steep: dSiLU; mean: part of a mean.
     std::vector<Pairs> slope, rest, steep, mean;
 };
 

@@ -6,8 +6,8 @@
 #include "subnormals.h"
 
 #if defined(__SANITIZE_THREAD__)
-// libgomp is not built for the thread sanitizer, which then does not see that a team starts after, and ends before,
-// the code around it.
+// libgomp is not built for the thread sanitizer, which therefore does not detect that a team starts after, and ends before,
+// the surrounding code.
 extern "C" void __tsan_acquire(void*);
 extern "C" void __tsan_release(void*);
 #define DR_TSAN_ACQUIRE(p) __tsan_acquire(p)
@@ -19,14 +19,14 @@ extern "C" void __tsan_release(void*);
 
 namespace DR_ISA {
 
-// Calls work(i) for i in 0 .. count - 1, each once, in any order; out of memory in a thread is thrown again here.
+// Call work(i) once for each i in 0 .. count - 1, in any order; rethrows an out-of-memory error of a thread.
 template <class F>
 static void each_of(int count, int threads, F work) {
     struct {
         F& work;
         bool failed;
     } job{work, false};
-    auto* shared = &job;  // what all threads see lies behind one pointer, passed by value
+    auto* shared = &job;  // shared data is behind one pointer, passed by value
     DR_TSAN_RELEASE(shared);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(std::max(1, std::min(threads, count))) firstprivate(shared)
     for (int i = 0; i < count; ++i) {

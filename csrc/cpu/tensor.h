@@ -1,4 +1,4 @@
-// Tensors of torch as the module takes them: each one's memory is checked before a kernel touches it.
+// Access to PyTorch tensors: each tensor's memory is checked before a kernel touches it.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -10,7 +10,7 @@ namespace dr {
 
 namespace py = pybind11;
 
-// What a tensor is asked for, and torch's names of types; made when the module is imported, and never freed.
+// Attribute names of tensors and PyTorch's dtypes; created when the module is imported, and never freed.
 struct Torch {
     py::object dtype{py::str("dtype")}, is_cpu{py::str("is_cpu")}, is_contiguous{py::str("is_contiguous")};
     py::object numel{py::str("numel")}, data_ptr{py::str("data_ptr")};
@@ -42,10 +42,10 @@ inline const py::object& dtype_of<std::int8_t>() { return Torch::get().int8; }
 template <>
 inline const py::object& dtype_of<bool>() { return Torch::get().boolean; }
 
-// How many numbers a buffer must hold: just so many, or at least.
+// Required size of a buffer: exactly this many numbers, or at least.
 enum class Extent { exactly, at_least };
 
-// The memory of a contiguous tensor of T on the CPU with `count` numbers; std::invalid_argument if it is anything else.
+// The memory of a contiguous tensor of T on the CPU with `count` numbers; throws std::invalid_argument otherwise.
 template <class T>
 T* memory(py::handle tensor, std::size_t count, const char* name, Extent extent = Extent::exactly) {
     const Torch& t = Torch::get();
@@ -73,13 +73,13 @@ T* memory(py::handle tensor, std::size_t count, const char* name, Extent extent 
     return reinterpret_cast<T*>(address);
 }
 
-// The same, null for None.
+// The same; null for None.
 template <class T>
 T* memory_or_null(py::handle tensor, std::size_t count, const char* name, Extent extent = Extent::exactly) {
     return tensor.is_none() ? nullptr : memory<T>(tensor, count, name, extent);
 }
 
-// Numbers that are places: each in [0, end).
+// Indices: each in [0, end).
 inline const std::int64_t* places(py::handle tensor, std::size_t count, std::int64_t end, const char* name) {
     const std::int64_t* p = memory<std::int64_t>(tensor, count, name);
     for (std::size_t i = 0; i < count; ++i)

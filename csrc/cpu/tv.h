@@ -14,7 +14,7 @@ struct Tv {
 };
 
 struct TvKernels {
-    // Floats that the gradient's sweep keeps of each image for `hvp`.
+    // Floats per image that the gradient's sweep saves for `hvp`.
     std::size_t (*kept)(const Tv&, int height, int width);
     // value [B], grad [B, C, H, W]; `kept` may be null.
     void (*gradient)(const Tv&, const Batch&, const float* x, double* value, float* grad, float* kept);

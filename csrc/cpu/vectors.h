@@ -1,11 +1,11 @@
-// The solvers' vector work on float32 batches: few passes, sums in doubles, one image's never mixed with another's.
+// The solvers' vector operations on float32 batches: few passes, sums in doubles, images never mixed.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace dr {
 
-// Where a call finds its images: `state` arrays hold all, the others those at work, whose places `idx` gives.
+// Layout of a call's images: `state` arrays hold all images, the others only the active ones, at the indices `idx`.
 struct Work {
     int count, threads;
     std::size_t n;  // entries of an image
@@ -21,12 +21,12 @@ struct Differences {
 struct VectorKernels {
     // out[i] = <a_i, b_i>.
     void (*dot)(int count, std::size_t n, int threads, const float* a, const float* b, double* out);
-    // out_i = x_i + s_i p_i where `rows`, else x_i; size[i] = <out_i, out_i>.
+    // out_i = x_i + s_i p_i if rows[i], otherwise x_i; size[i] = <out_i, out_i>.
     void (*add)(int count, std::size_t n, int threads, const float* x, const float* s, const float* p,
                 const std::uint8_t* rows, float* out, double* size);
     // <dx, dx>, <dg, dg>, <dx, dg>, <g, g> with dx = candidate - x and dg = candidate's g - g; x and g are state. [count, 4]
     void (*secant)(const Work&, const float* candidate, const float* candidate_g, const float* x, const float* g, double* out);
-    // Writes x - d.x and f - d.f (zeros unless `fresh`) into the slot of each image, keeps x and f, and returns
+    // Write x - d.x and f - d.f (zeros unless `fresh`) into the slot of each image, save x and f, and return
     // <df_k, newest df> in gram [count, memory] and <df_k, f> in rhs [count, memory].
     void (*remember)(const Work&, const Differences& d, const std::int64_t* slot, const std::uint8_t* fresh, const float* x,
                      const float* f, double* gram, double* rhs);

@@ -1,5 +1,5 @@
-// LayerNorm over a whole image. Its mean and variance are known only when a layer is done, so that here stage follows stage,
-// each over the whole image, with the loops of the other sweeps. Included once per instruction set (DR_ISA names it).
+// LayerNorm over a whole image. Its mean and variance are known only when a layer is complete, so the stages run one after
+// another, each over the whole image, with the loops of the other sweeps. Included once per instruction set (DR_ISA names it).
 #pragma once
 #include <cmath>
 
@@ -8,8 +8,8 @@
 
 namespace DR_ISA {
 
-// Calls body(pair, channel, o, r, line, own): o is the place in a pair's block, r the row, line the place in its lines.
-// After each pair of rows done(pair). The size of a piece is no constant here: these stages wait for memory.
+// Call body(pair, channel, o, r, line, own), where o is the offset in a pair's block, r the row, line the offset in its
+// lines, and done(pair) after each pair of rows. The size of a piece is not a constant: these stages are bound by memory.
 template <class S, class F, class G>
 static DR_INLINE void everywhere(const S& s, F body, G done) {
     for (int pair = 0; 2 * pair < s.H; done(pair++))
@@ -133,14 +133,14 @@ class WholeTangent : public TangentSweep<THETA> {
     template <class S, class F, class G>
     friend void everywhere(const S&, F, G);
 
-    // Floats hold a few rows, doubles the rest.
+    // Floats accumulate a few rows, doubles the total.
     static void flush(int pair, Sums* sums) {
         if (THETA && pair % 4 == 3) sums->flush();
     }
 
     const float* z(int l, int pair, const Kept& kept) { return l > 1 ? kept.z(l, pair) : z1.at(pair); }
 
-    // The filters' sums of cotangents f(pair, o) with what `in` holds.
+    // The filters' sums of cotangents f(pair, o) with `in`.
     template <class F>
     void filter_sums(int l, const Ring& in, Sums* sums, F f) {
         for (int pair = 0; 2 * pair < H; ++pair) {

@@ -1,8 +1,8 @@
-"""CUDA C++ sources, installed as the data of `deepreg_fast.cuda`; NVRTC compiles them at their first use."""
+"""CUDA C++ sources, installed as the data of `deepreg_fast.cuda`; NVRTC compiles them at first use."""
 
 from importlib.resources import files
 
 
 def source(name: str) -> str:
-    """The text of one of the sources here."""
+    """Text of one source file of this package."""
     return files(__name__).joinpath(name).read_text()

@@ -10,7 +10,7 @@ DR_DEVICE Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - 
 DR_DEVICE Complex operator*(Complex a, Complex b) { return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; }
 DR_DEVICE Complex minus_i(Complex a) { return {a.im, -a.re}; }
 
-// exp(-2 pi i k / R), in float64 by Taylor's series while compiling.
+// exp(-2 pi i k / R), computed in float64 by Taylor's series at compile time.
 template <int R>
 struct Roots {
     float re[R], im[R];
@@ -27,7 +27,7 @@ struct Roots {
     }
 };
 
-// The first factor of R: the power of its smallest prime in it; of a power of a prime about its root; of a prime, R.
+// The first factor of R: the full power of its smallest prime; for a power of a prime, about its square root; for a prime, R.
 DR_DEVICE constexpr int first_factor(int R) {
     int p = 2;
     while (R % p) ++p;
@@ -53,7 +53,7 @@ DR_DEVICE constexpr int inverse_of(int a, int b) {
 template <int R>
 DR_DEVICE void dft(Complex (&t)[R]);
 
-// R = A B: by Good and Thomas without twiddles where A and B are coprime, else by Cooley and Tukey.
+// R = A B: by Good and Thomas without twiddles if A and B are coprime, otherwise by Cooley and Tukey.
 template <int R, int A, int B>
 DR_DEVICE void dft_product(Complex (&t)[R]) {
     constexpr bool COPRIME = coprime(A, B);
@@ -120,7 +120,7 @@ DR_DEVICE void dft(Complex (&t)[R]) {
     }
 }
 
-// t <- H t with Sylvester's Hadamard matrix of order R; of the log2(R) levels only those of the lowest `levels` bits.
+// t <- H t with Sylvester's Hadamard matrix of order R; only the levels of the lowest `levels` of its log2(R) bits.
 template <int R, class T>
 DR_DEVICE void walsh(T (&t)[R], int levels = 30) {
     DR_UNROLL for (int bit = 1, level = 0; bit < R; bit *= 2, ++level) {

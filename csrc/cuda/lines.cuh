@@ -1,12 +1,12 @@
 // Transforms of all rows or all columns of a plane in shared memory, in place.
 //
-// Lines go in pairs, one the real and one the imaginary part. Neighbouring threads have neighbouring pairs: with an odd
-// pitch their accesses hit different banks along rows and along columns. A pass reads and writes the same places, so that
-// there is one barrier a pass; the order of the digits that this leaves is undone by tables, never by moving data.
+// Lines are processed in pairs, one the real and one the imaginary part. Neighboring threads have neighboring pairs: with an
+// odd pitch their accesses hit different banks along rows and along columns. A pass reads and writes the same places, so it
+// has one barrier; the resulting order of the digits is resolved by tables, never by moving data.
 #pragma once
 #include "srm.cuh"
 
-// What passes by a matrix, other passes and the DCT's last pass come in: those of the operator at hand, or all there are.
+// Compiled variants of passes by a matrix, of other passes and of the DCT's last pass: those of the given operator, or all.
 #if !defined(SRM_DENSE)
 #define SRM_DENSE DR_DENSE(8) DR_DENSE(16)
 #endif
@@ -21,7 +21,7 @@
     DR_TURN(16)
 #endif
 
-// Two lines as one of complex numbers; offsets are value numbers times `along`.
+// Two lines as one complex line; offsets are indices of values times `along`.
 struct Pair {
     float *re, *im;
     DR_DEVICE Complex get(int offset) const { return {re[offset], im[offset]}; }
@@ -32,12 +32,12 @@ struct Pair {
 struct Way {
     float* plane;
     int along, across, pairs, last;
-    // Whole warps for the pairs where few threads are idle for it: no warp then works at two places of the lines.
+    // Pad the pairs to whole warps if this leaves few threads idle: then no warp accesses two places of the lines.
     DR_DEVICE int lanes() const {
         const int warps = (pairs + 31) / 32 * 32;
         return warps * 4 <= pairs * 5 ? warps : pairs;
     }
-    // Exchanged, real and imaginary parts change places, which makes a Fourier transform its own inverse.
+    // `exchanged` swaps real and imaginary parts, which makes a Fourier transform its own inverse.
     DR_DEVICE Pair pair(int q, bool exchanged) const {
         float *a = plane + q * across, *b = plane + (last - q) * across;
         return exchanged ? Pair{b, a} : Pair{a, b};
@@ -46,7 +46,7 @@ struct Way {
 
 DR_DEVICE Complex complex_at(const float* table, int i) { return {table[2 * i], table[2 * i + 1]}; }
 
-// A pass of radix R: butterflies of R values `inner` apart, and the twiddles after it, in the inverse before it.
+// A pass of radix R: butterflies of R values `inner` apart, and the twiddles, after it or, in the inverse, before it.
 template <int R, bool DCT>
 DR_DEVICE void pass(const Team& team, const Way& way, const Pass& p, int length, const float* floats, bool inverse) {
     const int inner = p.inner, lanes = way.lanes(), units = lanes * (length / R), step = inner * way.along;
@@ -84,8 +84,8 @@ struct Tile {
     Complex at[TILE];
 };
 
-// A pass of any radix by its matrix, complex for the DCT, of +-1 else, laid out [input][output]. A thread has TILE outputs
-// of one pair of lines in registers until all have read: pairs go in chunks of as many as the team has threads for.
+// A pass of any radix by its matrix, complex for the DCT, otherwise +-1, with the layout [input][output]. A thread holds TILE
+// outputs of one pair of lines in registers until all have read: a chunk has as many pairs as the team has threads for.
 template <bool DCT, int TILE>
 DR_DEVICE void dense(const Team& team, const Way& way, const Pass& p, int length, const float* floats, bool inverse) {
     const int radix = p.radix, inner = p.inner, step = inner * way.along, groups = (radix + TILE - 1) / TILE, padded = TILE * groups;
@@ -105,7 +105,7 @@ DR_DEVICE void dense(const Team& team, const Way& way, const Pass& p, int length
                 if (unit >= units) return;
                 int output, start, i;
                 const Pair line = place(unit, output, start, i);
-                Tile<TILE> part;  // sums of PART terms: as many roundings fewer in the sum of all
+                Tile<TILE> part;  // sums of PART terms, which reduces the roundings of the total by this factor
                 constexpr int PART = 16;
                 DR_UNROLL for (int k = 0; k < TILE; ++k) sum.at[k] = part.at[k] = {0.0f, 0.0f};
                 for (int j = 0; j < radix; ++j) {
@@ -149,7 +149,7 @@ DR_DEVICE void dense(const Team& team, const Way& way, const Pass& p, int length
     }
 }
 
-// All passes of one direction but the DCT's last.
+// All passes of one direction except the DCT's last.
 template <bool DCT>
 DR_DEVICE void passes(const Team& team, const Way& way, const Lines& lines, const float* floats, bool inverse) {
     DR_ROLLED for (int n = 0; n < lines.passes; ++n) {
@@ -170,7 +170,7 @@ DR_DEVICE void passes(const Team& team, const Way& way, const Lines& lines, cons
     }
 }
 
-// Makhoul's step from Fourier's coefficients k = m + M j (a[j]) and length - k (b[R - 1 - j]) of two lines, packed as one
+// Makhoul's step from the Fourier coefficients k = m + M j (a[j]) and length - k (b[R - 1 - j]) of two lines, packed as one
 // complex line, to the cosine transforms of both.
 template <int R>
 DR_DEVICE void to_cosines(Complex (&a)[R], Complex (&b)[R], const float* angles, int m, int M) {
@@ -194,16 +194,16 @@ DR_DEVICE void from_cosines(Complex (&a)[R], Complex (&b)[R], const float* angle
     }
 }
 
-// What `turn` does with the plane: read it, transform it forward, backward, write it.
+// The steps of `turn`: read the plane, transform forward, transform backward, write the plane.
 struct Steps {
     bool read, forward, backward, write;
 };
 
-// The last pass of the DCT, of radix R, with what makes its coefficients of Fourier's (Makhoul 1980), and the same backwards.
+// The last pass of the DCT, of radix R, with the step from Fourier to cosine coefficients (Makhoul 1980), and its reverse.
 //
-// Coefficient k lies at place[k % M] + k / M with M = length / R; k and length - k are made of the same two numbers of
-// Fourier's transform: so a thread has the butterflies of m = k % M and of M - m together. In between, `choose(q, k, v)`
-// gives what goes back of the coefficients k of pair q.
+// Coefficient k is at place[k % M] + k / M with M = length / R; k and length - k are computed from the same two Fourier
+// coefficients, so a thread processes the butterflies of m = k % M and of M - m together. In between, `choose(q, k, v)`
+// returns the input of the backward transform for the coefficients k of pair q.
 template <int R, class Choose>
 DR_DEVICE void turn(const Team& team, const Way& way, const Lines& lines, const Call& call, Steps steps, Choose choose) {
     const int M = lines.length / R, lanes = way.lanes(), units = lanes * (M / 2 + 1), step = way.along;

@@ -1,7 +1,7 @@
-// The structurally random matrix A = D F R: A x, A^T y, A^T A x and x + w A^T (y - A x). docs/kernels.md says how.
+// The structurally random matrix A = D F R: A x, A^T y, A^T A x and x + w A^T (y - A x) (docs/kernels.md).
 #include "lines.cuh"
 
-// What a block of threads works at: `rows` x `columns` of one channel of one image, from (row0, column0) on.
+// The data of a block of threads: `rows` x `columns` of one channel of one image, starting at (row0, column0).
 struct Piece {
     Team team;
     float* plane;
@@ -10,9 +10,9 @@ struct Piece {
     DR_DEVICE Way along_rows() const { return {plane, 1, pitch, (rows + 1) / 2, even(rows) - 1}; }
     DR_DEVICE Way along_columns() const { return {plane, pitch, 1, (columns + 1) / 2, even(columns) - 1}; }
     DR_DEVICE static int even(int n) { return n + n % 2; }
-    // Every (row, column), those that fill up odd sides too, by warps along rows; a warp takes 32 columns in a row or,
-    // by twos, every other one of 64. `use` gets what `read` gives: a thread reads AHEAD of them before it uses any, so
-    // that it waits for memory once.
+    // Visit every (row, column), including the padding of odd sides, by warps along rows; a warp has 32 columns of a row or,
+    // with TWOS, every other one of 64. `use` receives the values of `read`: a thread reads AHEAD values before it uses any,
+    // so it waits for memory once.
     template <bool TWOS, class Value, class Read, class Use>
     DR_DEVICE void sweep(Read read, Use use) const {
         constexpr int AHEAD = 8;
@@ -51,12 +51,12 @@ DR_DEVICE bool find_piece(Call& call, const Team& team, float* plane, int block,
     return call.take(channel / plan.channels);
 }
 
-// Where Makhoul's order has value j, even ones first, odd ones behind them from the end; and which value it has at p.
+// Position of value j in Makhoul's order (even values first, then the odd ones reversed), and the value at position p.
 DR_DEVICE int makhoul(int j, int n) { return j % 2 ? n - 1 - j / 2 : j / 2; }
 DR_DEVICE int makhoul_inverse(int p, int n) { return 2 * p < n ? 2 * p : 2 * (n - 1 - p) + 1; }
 
-// The pixel of R x that comes to row r of the plane, column c of the image, and the plane's column for it. An image is
-// swept by twos, since of neighbouring columns Makhoul's order puts one at one end and one at the other.
+// The pixel of R x for row r of the plane and column c of the image, and the plane's column for it. An image is swept by
+// twos, because Makhoul's order puts neighboring columns at opposite ends.
 template <bool DCT>
 DR_DEVICE int pixel(const Call& call, const Piece& piece, int r, int c) {
     const Plan& plan = call.plan();
@@ -81,7 +81,7 @@ DR_DEVICE void write_image(const Call& call, const Piece& piece) {
             if (real) restore(call, pixel<DCT>(call, piece, r, c), to, place_of<DCT>(call, piece, r, c, real));
         });
 }
-// `scratch` holds planes as they lie in shared memory.
+// `scratch` holds planes in the layout of shared memory.
 DR_DEVICE float* scratch_at(const Call& call, const Piece& piece, int r, int c) {
     const Plan& plan = call.plan();
     return call.scratch + (piece.channel * plan.height + piece.row0 + r) * plan.width + piece.column0 + c;
@@ -99,8 +99,8 @@ DR_DEVICE void write_scratch(const Call& call, const Piece& piece) {
         });
 }
 
-// What stands between the passes forward and back over the `turning`-th of: the rows, the columns, the rows once more.
-// In the middle of them lies D.
+// The step between the forward and backward passes over the rows, the columns, and the rows again, numbered by `turning`.
+// The middle one includes D.
 enum Turning { IN_ROWS, IN_COLUMNS, OF_ROWS };
 
 struct DctSides {
@@ -149,7 +149,7 @@ DR_DEVICE void srm(Call call, const Team& team, float* plane, int block) {
         read_image<Sides::DCT>(call, piece);
     else if (first == OF_ROWS || (forth && !whole))
         read_scratch(call, piece);
-    else  // nothing is read, but the line that fills up an odd number of them must hold numbers
+    else  // nothing is read, but the line that pads an odd number of lines must hold finite values
         piece.sweep<false, float>(
             [](int, int, bool) { return 0.0f; }, [&](int r, int c, bool, float v) { piece.at(r, c) = v; });
     DR_ROLLED for (int turning = first; turning <= last; ++turning) {
@@ -168,13 +168,13 @@ DR_DEVICE void srm(Call call, const Team& team, float* plane, int block) {
         write_scratch(call, piece);
 }
 
-// The Walsh-Hadamard transform in blocks of 2^levels <= 4096, by WALSH_THREADS threads: each has 16 values in each of up to three passes, the
-// last of which selects. Blocks beyond are Hadamard planes.
+// The Walsh-Hadamard transform in blocks of 2^levels <= 4096, by WALSH_THREADS threads: each has 16 values in each of up to
+// three passes, the last of which selects. Larger blocks are Hadamard planes.
 constexpr int WALSH_THREADS = 256, WALSH_TILE = 16 * WALSH_THREADS;
-// Where value i of the tile lies: the threads of a warp find 16 values in a row, or 16 or 256 apart, in different banks.
+// Position of value i of the tile: for a warp's threads, 16 values in a row, or 16 or 256 apart, are in different banks.
 DR_DEVICE int walsh_place(int i) { return i ^ (i >> 5 & 15) ^ (i >> 4 & 16); }
 
-// A pass over 16 values 16^n apart: butterflies of `levels` levels, then f(values, number of the first, how far apart).
+// A pass over 16 values 16^n apart: butterflies of `levels` levels, then f(values, index of the first, distance).
 template <class F>
 DR_DEVICE void walsh_pass(const Team& team, float* tile, int n, int levels, F f) {
     team.each([&](int thread) {
@@ -226,8 +226,8 @@ DR_DEVICE void srm_walsh_blocks(Call call, const Team& team, float* tile, int bl
     });
 }
 
-// One kernel where SRM_KERNEL names it, else all; of at most SRM_THREADS threads, with registers for SRM_BLOCKS blocks
-// together on a multiprocessor.
+// The kernel that SRM_KERNEL names, or all; of at most SRM_THREADS threads, with registers for SRM_BLOCKS blocks together on
+// a multiprocessor.
 #if !defined(SRM_THREADS)
 #define SRM_THREADS 512
 #endif

@@ -1,7 +1,7 @@
-// What lets one source be compiled for a GPU by NVRTC and, to test it without one, for the host by a C++ compiler.
+// Macros and types to compile one source for a GPU by NVRTC and, for tests without a GPU, for the host by a C++ compiler.
 //
-// The threads of a block work in phases: a phase is a function of the thread's number and ends at a barrier. On the host
-// a phase is a loop over the threads, in any order: a result that depends on it shows a race.
+// A block runs in phases: a phase is a function of the thread's number and ends at a barrier. On the host a phase is a loop
+// over the threads, in any order: a result that depends on the order reveals a race.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -17,7 +17,7 @@ struct Team {
         phase(static_cast<int>(threadIdx.x));
         __syncthreads();
     }
-    // Two phases; what `Own` holds stays in a thread's registers across the barrier between them.
+    // Two phases; a thread's `Own` stays in its registers across the barrier between them.
     template <class Own, class First, class Second>
     DR_DEVICE void twice(First first, Second second) const {
         Own own;
@@ -39,7 +39,7 @@ DR_DEVICE int bits_set(unsigned word) { return __popc(word); }
 
 struct Team {
     int size;
-    int order;  // of the threads in a phase: 0 ascending, 1 descending, 2 another random one in each phase
+    int order;  // of the threads in a phase: 0 ascending, 1 descending, 2 a new random order in each phase
     unsigned* state;
 
     std::vector<int> threads() const {
