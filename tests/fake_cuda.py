@@ -111,7 +111,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeTensorMode,
     with monkeypatch.context() as patch:
         patch.setattr(checks, "device", lambda *_: CUDA)
         patch.setattr(placement, "upload", lambda t, device: t.to(device))
-        patch.setattr(placement.PinnedTable, "_rows", staticmethod(lambda shape, _: torch.zeros(shape)))
+        patch.setattr(placement.PinnedSamples, "_rows", staticmethod(lambda shape, _: torch.zeros(shape)))
         patch.setattr(torch.nn.Module, "to", _moved)
         # Its weights come from the meta device, from which a fake module cannot be moved.
         patch.setattr(torch.nn.utils, "skip_init", lambda kind, *args, **options: kind(*args, **options))

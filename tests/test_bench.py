@@ -130,7 +130,9 @@ def test_what_is_solved_has_a_solution(norm: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.skipif(peers_deepinv.why_not() is not None, reason=f"deepinv: {peers_deepinv.why_not()}")
+@pytest.mark.skipif(
+    peers_deepinv.unsupported_reason() is not None, reason=f"deepinv: {peers_deepinv.unsupported_reason()}"
+)
 @pytest.mark.parametrize(
     ("name", "peer"), [("cg", "deepinv, CG"), ("cg", "deepinv, MINRES"), ("recover", "deepinv, PGD")]
 )
@@ -143,10 +145,10 @@ def test_deepinv_answers_as_well_as_ours(name: str, peer: str) -> None:
 
 def test_missing_peers_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepinv.optim", None)
-    reason = peers_deepinv.why_not()
+    reason = peers_deepinv.unsupported_reason()
     assert reason is not None and "torchvision" in reason
-    assert "git clone" in (peers_learned.why_not(None) or "")
-    assert "deepinv" in (peers_learned.why_not(Path("anywhere")) or "")
+    assert "git clone" in (peers_learned.unsupported_reason(None) or "")
+    assert "deepinv" in (peers_learned.unsupported_reason(Path("anywhere")) or "")
 
 
 def test_a_path_that_is_no_checkout_is_one_sentence(tmp_path: Path) -> None:
@@ -198,13 +200,13 @@ def _checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stub.LinearPhysics, stub.L2 = LinearPhysics, Stub  # type: ignore[attr-defined]
     for name in ("deepinv.physics", "deepinv.optim"):
         monkeypatch.setitem(sys.modules, name, stub)
-    monkeypatch.setattr(peers_deepinv, "why_not", lambda: None)
+    monkeypatch.setattr(peers_deepinv, "unsupported_reason", lambda: None)
     return tmp_path
 
 
 def test_a_checkout_is_called_for_our_gradient(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = sys.modules.setdefault("evaluation", sys)  # a module of the same name stays where it is
-    assert peers_learned.check(checkout) == checkout.resolve() and peers_learned.why_not(checkout) is None
+    assert peers_learned.check(checkout) == checkout.resolve() and peers_learned.unsupported_reason(checkout) is None
     p = bench.Problem(2, 16, 4)
     (x, *_), A = p.images(5), dr.SRM((1, 16, 16))
     reg = p.solvable([x], 0.9)

@@ -182,7 +182,7 @@ def _poisoned() -> Iterator[None]:
 @contextmanager
 def lag(n: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, loop.simulate_device():
-        patch.setattr(loop, "LAG", n)
+        patch.setattr(loop, "QUERY_LAG", n)
         yield
 
 
@@ -461,8 +461,8 @@ def taped(replay: type[Recorded]) -> Iterator[None]:
         warnings.simplefilter("always")
         patch.setattr(graphs, "WARM_UP", 3)
         patch.setattr(graphs, "_NO_GRAPH", set())
-        patch.setattr(import_module("deepreg_fast.solvers.pgd"), "Replay", replay)
-        patch.setattr(linear_system, "Replay", replay)
+        patch.setattr(import_module("deepreg_fast.solvers.pgd"), "GraphedLoop", replay)
+        patch.setattr(linear_system, "GraphedLoop", replay)
         yield
         assert graphs._NO_GRAPH == ({torch.device("cpu")} if replay.fail else set())
     assert len(TAPES) == 1 and (not TAPES[0].calls or replay.fail)
@@ -497,13 +497,13 @@ def test_replayed_systems_have_the_same_bits(solver: Solver, preconditioned: boo
     inverse = (lambda v: v / (d + 0.3)) if preconditioned else None
     passes_made: list[int] = []
 
-    def count(self: Any, rows: torch.Tensor, measure: Any = linear_system.System.measure) -> None:
+    def count(self: Any, rows: torch.Tensor, true_residual: Any = linear_system.System.true_residual) -> None:
         passes_made.append(1)
-        measure(self, rows)
+        true_residual(self, rows)
 
     with dr.use_backend("reference"), pytest.MonkeyPatch.context() as patch:
         plain = solver(lambda v: d * v, b, options, preconditioner=inverse)
-        patch.setattr(linear_system.System, "measure", count)
+        patch.setattr(linear_system.System, "true_residual", count)
         with taped(replay):
             found = solver(lambda v: d * v, b, options, preconditioner=inverse)
     assert len(passes_made) > 1

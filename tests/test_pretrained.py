@@ -202,7 +202,7 @@ def test_recover_and_evaluate_by_name(run: Run, tmp_path: Path) -> None:
     answer = run(*common, "--weights", NAME, "--weights", cards.find(NAME))
     assert answer.code == 0 and answer.err == ""
     result = json.loads(answer.out)
-    assert {NAME, f"{NAME}:pretrained"} <= set(result) and result[NAME]["mu"] == cards.card(NAME)["mu"]
+    assert {NAME, f"{NAME}:weights"} <= set(result) and result[NAME]["mu"] == cards.card(NAME)["mu"]
     for command in ("recover", "evaluate"):
         unknown = run(command, *([picture] if command == "recover" else []), "--weights", "cs5-beta11")
         assert unknown.code == 2 and NAME in unknown.err and unknown.out == ""

@@ -17,7 +17,13 @@ ROOT = Path(__file__).parents[1]
 CAPABILITIES = ("default", "avx2", "avx512")
 
 # Modules that compute with numbers [B], whose bits must not depend on B: docs/design.md.
-PER_IMAGE = ("linsolve/*.py", "solvers/*.py", "lipschitz.py", "fidelity.py", "metrics.py")
+PER_IMAGE = (
+    "batched/*.py",
+    "solvers/*.py",
+    "regularizers/lipschitz.py",
+    "inverse/data_term.py",
+    "evaluation/metrics.py",
+)
 # torch computes these by other code at the end of a vector than before it, or in an order that depends on the shape.
 FORBIDDEN = frozenset(
     "hypot atan2 arctan2 sigmoid softplus silu gelu exp2 pow float_power logaddexp logaddexp2 logsumexp softmax "

@@ -167,7 +167,7 @@ def test_every_home_gives_the_same_bits(folder: Path, tmp_path: Path, monkeypatc
     """Crops and noise kept or made at each visit, warm starts here or there, and moved between two at a resume."""
     c = small_config(folder, tmp_path / "cpu", steps=14, checkpoint_seconds=0.0)
     whole = dr.BilevelTrainer(c, progress=False)
-    assert whole.store.home == "device" and whole.placed.table is None
+    assert whole.store.location == "device" and whole.placed.table is None
     whole.fit()
     monkeypatch.setattr(loop, "Placement", Apart)
     for first, second in zip(HOMES, [*HOMES][1:] + [*HOMES][:1], strict=True):
@@ -175,7 +175,7 @@ def test_every_home_gives_the_same_bits(folder: Path, tmp_path: Path, monkeypatc
         for home, cut in ((first, 8), (second, 0)):
             Apart.budget, host_mb = HOMES[home]
             t = dr.BilevelTrainer(replace(c, out=str(out), memory_budget_mb=host_mb), progress=False)
-            assert t.store.home == ("device" if home == "store alone" else home)
+            assert t.store.location == ("device" if home == "store alone" else home)
             if cut:
                 _cut(t, cut)
             else:

@@ -16,7 +16,7 @@ STEPS = 500
 """Iteration limit of each solver; it is not reached for the default problem."""
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """None, or why deepinv is missing and how to get it."""
     if importlib.util.find_spec("deepinv") is None:
         return "pip install 'deepreg-fast[bench]'; deepinv needs the release of torchvision that belongs to your torch"

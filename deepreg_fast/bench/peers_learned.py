@@ -59,11 +59,11 @@ def commit(path: Path) -> str:
     return done.stdout.strip()
 
 
-def why_not(path: Path | None) -> str | None:
+def unsupported_reason(path: Path | None) -> str | None:
     """None, or why the peer is missing and how to get it."""
     if path is None:
         return HOW
-    reason = peers_deepinv.why_not()
+    reason = peers_deepinv.unsupported_reason()
     if reason is not None:
         return f"it needs deepinv: {reason}"
     try:

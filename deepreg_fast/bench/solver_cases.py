@@ -46,7 +46,7 @@ def cg(p: Problem) -> Case:
     residual = true_residual(p, reg, A, x, bs)
     # The residual needs no exact result, only its shape. The slack allows for the solvers' float32 products.
     case = Case("cg", candidates, bs, tolerance=1.02e-4, measure=residual)
-    reason = peers_deepinv.why_not()
+    reason = peers_deepinv.unsupported_reason()
     if reason is not None:
         case.missing["deepinv"] = reason
         return case
@@ -84,7 +84,7 @@ def recovery(p: Problem) -> Case:
     reg64, A64 = double(reg), copy.deepcopy(A).double()
     exact = [p.exactly(lambda y: recover(y, A64, reg64, MU, options=TIGHT).x, y) for y in ys]
     case = Case("recover", candidates, exact, tolerance=2e-3)
-    reason = peers_deepinv.why_not()
+    reason = peers_deepinv.unsupported_reason()
     if reason is not None:
         case.missing["deepinv"] = reason
         return case
@@ -192,7 +192,7 @@ def _add_learned(  # noqa: PLR0913 - the problem in its parts
 ) -> None:
     """Add LearnedRegularizers with the loosest tolerances that reach `target`: first the recovery's, then MINRES'."""
     name, path = peers_learned.NAME, p.learned_regularizers
-    reason = peers_learned.why_not(path)
+    reason = peers_learned.unsupported_reason(path)
     if path is None or reason is not None:
         case.missing[name] = reason or peers_learned.HOW
         return

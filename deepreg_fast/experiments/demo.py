@@ -102,7 +102,9 @@ def start(config: BilevelConfig) -> Ridge:
         config.filters, config.kernel_size, config.scales, config.convex, center=config.center, seed=config.seed
     )
     with torch.no_grad():
-        reg.net.raw.copy_(inverse_softplus(torch.tensor(PROFILE)).expand_as(reg.net.raw))
+        reg.net.raw.copy_(
+            inverse_softplus(torch.tensor(PROFILE, dtype=torch.float32, device="cpu")).expand_as(reg.net.raw)
+        )
     return reg
 
 

@@ -16,7 +16,7 @@ _HOME = {
     "DenoiserTrainer": "baselines",
     "GradientStepTrainer": "baselines",
     "TrainConfig": "config",
-    "Trainer": "loop",
+    "Trainer": "trainer",
 }
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]

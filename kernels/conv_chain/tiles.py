@@ -30,7 +30,7 @@ def tile(height, width, TH: tl.constexpr, TW: tl.constexpr):
     image = tl.program_id(0) // tiles
     t = tl.program_id(0) % tiles
     i = tl.arange(0, TH * TW)
-    # An image's place may be beyond 2^31 entries, a pixel's place within its image is not (`why_not` of the backend).
+    # An image's place may be beyond 2^31 entries, a pixel's place within its image is not (`unsupported_reason` of the backend).
     return image.to(tl.int64), t // columns * TH + i // TW, t % columns * TW + i % TW
 
 
