@@ -207,7 +207,7 @@ def conv_chain(u: torch.Tensor, params: Sequence[torch.Tensor], norm: str, gain:
 
 @dataclass(frozen=True)
 class ConvChainForm:
-    """`r(x) = alpha/2 ||u||^2 + phi(u, net(u))`, `u = x - center`, with `phi` of `head_energy`: the form for kernels."""
+    """`r(x) = alpha/2 ||u||^2 + phi(u, net(u))`, `u = x - center`, `phi` as in `head_energy`: the form for kernels."""
 
     net: ConvChain
     head: str
