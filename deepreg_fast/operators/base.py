@@ -102,13 +102,13 @@ class LinearOperator(nn.Module):
 
     def _here(self, t: torch.Tensor, name: str) -> torch.Tensor:
         """Check that `t` is on the device of the operator's buffers; return it."""
-        home = next((b.device for b in self._buffers.values() if b is not None), None)
-        if home is None:
-            home = next((b.device for b in self.buffers()), t.device)
-        if t.device != home:
+        device = next((b.device for b in self._buffers.values() if b is not None), None)
+        if device is None:
+            device = next((b.device for b in self.buffers()), t.device)
+        if t.device != device:
             raise InputError(
-                f"{name} must be on the operator's device {home}, but is on {t.device}; "
-                f"move one of them with .to({str(home)!r})."
+                f"{name} must be on the operator's device {device}, but is on {t.device}; "
+                f"move one of them with .to({str(device)!r})."
             )
         return t
 

@@ -186,14 +186,14 @@ class SRM(LinearOperator):
     def _check_state(self, state: object, buffers: dict[str, torch.Tensor | None]) -> None:
         """The seed may differ; everything else must agree, and the buffers must be those of the state's seed."""
         expected = self.describe()
-        theirs = state if isinstance(state, dict) else {}
-        differing = [k for k in expected if k not in ("seed", "keep_dc") and expected[k] != theirs.get(k)]
+        saved = state if isinstance(state, dict) else {}
+        differing = [k for k in expected if k not in ("seed", "keep_dc") and expected[k] != saved.get(k)]
         if differing:
-            told = ", ".join(f"{k}={theirs.get(k)!r} (here {expected[k]!r})" for k in differing)
+            differences = ", ".join(f"{k}={saved.get(k)!r} (here {expected[k]!r})" for k in differing)
             raise OperatorMismatch(
-                f"The state must be of an SRM of the same kind, but has {told}; build that operator."
+                f"The state must be of an SRM of the same kind, but has {differences}; build that operator."
             )
-        seed, keep_dc = checks.integer(theirs.get("seed"), "the state's seed", 0), bool(theirs.get("keep_dc"))
+        seed, keep_dc = checks.integer(saved.get("seed"), "the state's seed", 0), bool(saved.get("keep_dc"))
         for name, drawn in self._draw(seed, keep_dc).items():
             buffer = buffers[name]
             if buffer is not None and (drawn is None or not torch.equal(buffer.cpu(), drawn)):

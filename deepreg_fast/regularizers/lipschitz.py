@@ -68,9 +68,9 @@ class LipschitzQuotient:
         """
         direction = -self._hess_s(self.u)
         length = norm(direction)
-        kept = ~(length > 1e-12) | ~torch.isfinite(length)
+        unchanged = ~(length > 1e-12) | ~torch.isfinite(length)
         moved = expand(radius / length.clamp_min(1e-300), direction) * direction
-        return torch.where(expand(kept, moved), self.delta, moved), kept
+        return torch.where(expand(unchanged, moved), self.delta, moved), unchanged
 
     def gradient_step(self, radius: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A step of length `radius / 4` along `d beta/d delta`, without normalization; otherwise as `power_step`.
@@ -80,8 +80,8 @@ class LipschitzQuotient:
         direction = self.grad_delta()
         length = norm(direction)
         moved = self.delta + expand(0.25 * radius / length.clamp_min(1e-300), direction) * direction
-        kept = ~(length > 1e-12) | ~torch.isfinite(length) | (norm(moved) < 0.01 * radius)
-        return torch.where(expand(kept, moved), self.delta, moved), kept
+        unchanged = ~(length > 1e-12) | ~torch.isfinite(length) | (norm(moved) < 0.01 * radius)
+        return torch.where(expand(unchanged, moved), self.delta, moved), unchanged
 
 
 class CurvatureQuotient(LipschitzQuotient):
@@ -113,18 +113,18 @@ class CurvatureQuotient(LipschitzQuotient):
         the perturbation is unchanged and flagged `[B]`.
         """
         length = norm(self._rest)
-        off = length / self._size
+        coupling = length / self._size
         p = self._rest / expand(length.clamp_min(1e-30), self._rest)
-        own = dot(p, self._hess_s(p))
-        # Half the angle whose tangent is 2 off / gap, by square roots: atan2 has different bits at the end of a batch.
-        gap = self.beta - own
-        reach = hypot(2.0 * off, gap)
-        major = torch.sqrt(0.5 + 0.5 * gap.abs() / reach)
-        minor = off / (reach * major)
+        p_curvature = dot(p, self._hess_s(p))
+        # Half the angle with tangent 2 coupling / gap, by square roots: atan2 has different bits at the end of a batch.
+        gap = self.beta - p_curvature
+        hypotenuse = hypot(2.0 * coupling, gap)
+        major = torch.sqrt(0.5 + 0.5 * gap.abs() / hypotenuse)
+        minor = coupling / (hypotenuse * major)
         cos, sin = torch.where(gap > 0, major, minor), torch.where(gap > 0, minor, major)
-        kept = ~(off > 100 * torch.finfo(p.dtype).eps) | ~torch.isfinite(cos + sin)
+        unchanged = ~(coupling > 100 * torch.finfo(p.dtype).eps) | ~torch.isfinite(cos + sin)
         moved = expand(radius * sin, p) * p - expand(radius * cos, p) * self.u
-        return torch.where(expand(kept, moved), self.delta, moved), kept
+        return torch.where(expand(unchanged, moved), self.delta, moved), unchanged
 
 
 def beta_hat(

@@ -103,9 +103,9 @@ class _SumLinearization:
         names = {id(p): n for n, p in self._whole.named_parameters()}
         total: dict[str, torch.Tensor] = {}
         for part, lin in zip(self._whole, self._parts, strict=True):
-            places = {n: names[id(p)] for n, p in part.named_parameters()}
+            name_in_sum = {n: names[id(p)] for n, p in part.named_parameters()}
             for k, g in lin.param_vjp(v).items():
-                name = places[k]
+                name = name_in_sum[k]
                 total[name] = total[name] + g if name in total else g
         return total
 

@@ -31,7 +31,7 @@ class DataTerm(Protocol):
         ...
 
     def signature(self, like: torch.Tensor) -> Signature | None:
-        """What a captured product depends on besides the images; None if unknown."""
+        """Everything that a captured product depends on besides the images; None if unknown."""
         ...
 
 

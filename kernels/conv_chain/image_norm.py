@@ -105,10 +105,10 @@ def layer(  # noqa: PLR0913 - a kernel's launch
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width
-    value = _filtered(before, w, at, y, x, height, width, CP, ONE, False, PREC)
+    offset = image * height * width
+    value = _filtered(before, w, offset, y, x, height, width, CP, ONE, False, PREC)
     value += tl.load(vectors + tl.arange(0, CP))[None, :]
-    store_tile(u + at * CP, value, y, x, height, width, CP)
+    store_tile(u + offset * CP, value, y, x, height, width, CP)
     valid = _own(y, x, height, width, C, CP)
     count = tl.sum(tl.sum(valid.to(tl.int32), 1), 0).to(tl.float64)
     mean = _sum(tl.where(valid, value, 0.0)) / count
@@ -173,12 +173,12 @@ def activate(  # noqa: PLR0913 - a kernel's launch
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width * CP
+    offset = image * height * width * CP
     valid = _own(y, x, height, width, C, CP)
-    xhat, _ = _normalized(load_tile(u + at, y, x, height, width, CP), fixed, image, valid)
+    xhat, _ = _normalized(load_tile(u + offset, y, x, height, width, CP), fixed, image, valid)
     gamma, beta = _affine(vectors, CP)
     value, _, _ = silu(gamma * xhat + beta)
-    store_tile(a + at, value, y, x, height, width, CP)
+    store_tile(a + offset, value, y, x, height, width, CP)
 
 
 @unspecialized(anywhere=(*IMAGES, "cotangent"))
@@ -194,14 +194,14 @@ def head(  # noqa: PLR0913 - a kernel's launch
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width
-    h = _to_one(a + at * CP, w, y, x, height, width, CP, False) + tl.load(bias)
+    offset = image * height * width
+    h = _to_one(a + offset * CP, w, y, x, height, width, CP, False) + tl.load(bias)
     within = inside(y, x, height, width)
     h = tl.where(within, h, 0.0)
-    pixel = load_pixels(pixels + at, y, x, height, width)
+    pixel = load_pixels(pixels + offset, y, x, height, width)
     by_u = uu * pixel + uh * h
     by_h = uh * pixel + hh * h
-    place = at + y * width + x
+    place = offset + y * width + x
     tl.store(direct + place, by_u, mask=within)
     tl.store(cotangent + place, by_h, mask=within)
     energy = pixel.to(tl.float64) * by_u.to(tl.float64) + h.to(tl.float64) * by_h.to(tl.float64)
@@ -217,12 +217,12 @@ def above(  # noqa: PLR0913 - a kernel's launch
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width
-    value = _filtered(cotangent, w, at, y, x, height, width, CP, ONE, True, PREC)
-    store_tile(g + at * CP, value, y, x, height, width, CP)
+    offset = image * height * width
+    value = _filtered(cotangent, w, offset, y, x, height, width, CP, ONE, True, PREC)
+    store_tile(g + offset * CP, value, y, x, height, width, CP)
     valid = _own(y, x, height, width, C, CP)
     gamma, beta = _affine(vectors, CP)
-    xhat, _ = _normalized(load_tile(u + at * CP, y, x, height, width, CP), fixed, image, valid)
+    xhat, _ = _normalized(load_tile(u + offset * CP, y, x, height, width, CP), fixed, image, valid)
     _, slope, _ = silu(gamma * xhat + beta)
     t = tl.where(valid, gamma * slope * value, 0.0)
     tl.store(partial + tl.program_id(0) * 2, _sum(t))
@@ -244,13 +244,13 @@ def below(  # noqa: PLR0913 - a kernel's launch
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width * CP
+    offset = image * height * width * CP
     valid = _own(y, x, height, width, C, CP)
-    xhat, rs = _normalized(load_tile(u + at, y, x, height, width, CP), fixed, image, valid)
+    xhat, rs = _normalized(load_tile(u + offset, y, x, height, width, CP), fixed, image, valid)
     gamma, beta = _affine(vectors, CP)
     _, slope, _ = silu(gamma * xhat + beta)
-    t = gamma * slope * load_tile(g + at, y, x, height, width, CP)
-    store_tile(gu + at, _cotangent(xhat, rs, t, fixed, image, valid), y, x, height, width, CP)
+    t = gamma * slope * load_tile(g + offset, y, x, height, width, CP)
+    store_tile(gu + offset, _cotangent(xhat, rs, t, fixed, image, valid), y, x, height, width, CP)
 
 
 @unspecialized(anywhere=IMAGES)
@@ -261,9 +261,11 @@ def join(  # noqa: PLR0913 - a kernel's launch
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width
-    value = _to_one(gu + at * CP, w, y, x, height, width, CP, True) + load_pixels(direct + at, y, x, height, width)
-    tl.store(out + at + y * width + x, value, mask=inside(y, x, height, width))
+    offset = image * height * width
+    value = _to_one(gu + offset * CP, w, y, x, height, width, CP, True) + load_pixels(
+        direct + offset, y, x, height, width
+    )
+    tl.store(out + offset + y * width + x, value, mask=inside(y, x, height, width))
 
 
 def shape(cp: int) -> tuple[dict[str, Any], dict[str, int]]:

@@ -37,11 +37,11 @@ def layer1(  # noqa: PLR0913 - a kernel's launch
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width
-    value = _filtered(before, w, at, y, x, height, width, CP, ONE, False, PREC)
-    store_tile(u1 + at * CP, value, y, x, height, width, CP)
+    offset = image * height * width
+    value = _filtered(before, w, offset, y, x, height, width, CP, ONE, False, PREC)
+    store_tile(u1 + offset * CP, value, y, x, height, width, CP)
     valid = _own(y, x, height, width, C, CP)
-    xhat, _ = _normalized(load_tile(u + at * CP, y, x, height, width, CP), fixed, image, valid)
+    xhat, _ = _normalized(load_tile(u + offset * CP, y, x, height, width, CP), fixed, image, valid)
     tl.store(partial + tl.program_id(0) * 2, _sum(tl.where(valid, value, 0.0)))
     tl.store(partial + tl.program_id(0) * 2 + 1, _sum(value * xhat))
 
@@ -55,19 +55,19 @@ def activate1(  # noqa: PLR0913 - a kernel's launch
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width * CP
+    offset = image * height * width * CP
     valid = _own(y, x, height, width, C, CP)
-    xhat, rs = _normalized(load_tile(u + at, y, x, height, width, CP), fixed, image, valid)
+    xhat, rs = _normalized(load_tile(u + offset, y, x, height, width, CP), fixed, image, valid)
     gamma, beta = _affine(vectors, CP)
     value, slope, _ = silu(gamma * xhat + beta)
     p0, p = tl.load(along + image * 8), tl.load(along + image * 8 + 1)
-    xhat1 = tl.where(valid, rs * (load_tile(u1 + at, y, x, height, width, CP) - p0 - xhat * p), 0.0)
+    xhat1 = tl.where(valid, rs * (load_tile(u1 + offset, y, x, height, width, CP) - p0 - xhat * p), 0.0)
     sloped = slope * (gamma * xhat1)
     if a is not None:
-        store_tile(a + at, value, y, x, height, width, CP)
-    store_tile(u1 + at, xhat1, y, x, height, width, CP)
-    store_tile(a1 + at, sloped, y, x, height, width, CP)
-    tl.store(partial + tl.program_id(0), _sum(sloped * load_tile(g + at, y, x, height, width, CP)))
+        store_tile(a + offset, value, y, x, height, width, CP)
+    store_tile(u1 + offset, xhat1, y, x, height, width, CP)
+    store_tile(a1 + offset, sloped, y, x, height, width, CP)
+    tl.store(partial + tl.program_id(0), _sum(sloped * load_tile(g + offset, y, x, height, width, CP)))
 
 
 @unspecialized(anywhere=IMAGES)
@@ -79,16 +79,16 @@ def above1(  # noqa: PLR0913 - a kernel's launch
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width
-    g1 = _filtered(cotangent1, w, at, y, x, height, width, CP, ONE, True, PREC)
+    offset = image * height * width
+    g1 = _filtered(cotangent1, w, offset, y, x, height, width, CP, ONE, True, PREC)
     valid = _own(y, x, height, width, C, CP)
     gamma, beta = _affine(vectors, CP)
-    xhat, _ = _normalized(load_tile(u + at * CP, y, x, height, width, CP), fixed, image, valid)
+    xhat, _ = _normalized(load_tile(u + offset * CP, y, x, height, width, CP), fixed, image, valid)
     _, slope, bend = silu(gamma * xhat + beta)
-    value = load_tile(g + at * CP, y, x, height, width, CP)
-    n1 = gamma * load_tile(xhat1 + at * CP, y, x, height, width, CP)
+    value = load_tile(g + offset * CP, y, x, height, width, CP)
+    n1 = gamma * load_tile(xhat1 + offset * CP, y, x, height, width, CP)
     cn_tangent = tl.where(valid, bend * n1 * value + slope * g1, 0.0)
-    store_tile(cn1 + at * CP, cn_tangent, y, x, height, width, CP)
+    store_tile(cn1 + offset * CP, cn_tangent, y, x, height, width, CP)
     t1 = gamma * cn_tangent
     tl.store(partial + tl.program_id(0) * 2, _sum(t1))
     tl.store(partial + tl.program_id(0) * 2 + 1, _sum(t1 * xhat))
@@ -106,21 +106,21 @@ def below1(  # noqa: PLR0913 - a kernel's launch
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width * CP
+    offset = image * height * width * CP
     valid = _own(y, x, height, width, C, CP)
     gamma, beta = _affine(vectors, CP)
-    xhat, rs = _normalized(load_tile(u + at, y, x, height, width, CP), fixed, image, valid)
+    xhat, rs = _normalized(load_tile(u + offset, y, x, height, width, CP), fixed, image, valid)
     _, slope, _ = silu(gamma * xhat + beta)
-    cn = slope * load_tile(g + at, y, x, height, width, CP)
+    cn = slope * load_tile(g + offset, y, x, height, width, CP)
     primal = _cotangent(xhat, rs, gamma * cn, fixed, image, valid)
-    cn_tangent = load_tile(cn1 + at, y, x, height, width, CP)
-    xhat_tangent = load_tile(xhat1 + at, y, x, height, width, CP)
+    cn_tangent = load_tile(cn1 + offset, y, x, height, width, CP)
+    xhat_tangent = load_tile(xhat1 + offset, y, x, height, width, CP)
     p, m2 = tl.load(along + image * 8 + 1), tl.load(fixed + image * 4 + 3)
     t0, tz = tl.load(along + image * 8 + 2), tl.load(along + image * 8 + 3) + tl.load(along + image * 8 + 4)
     gu_tangent = tl.where(valid, rs * (gamma * cn_tangent - t0 - xhat * tz - xhat_tangent * m2 - p * primal), 0.0)
-    store_tile(cn1 + at, gu_tangent, y, x, height, width, CP)
+    store_tile(cn1 + offset, gu_tangent, y, x, height, width, CP)
     if gu is not None:
-        store_tile(gu + at, primal, y, x, height, width, CP)
+        store_tile(gu + offset, primal, y, x, height, width, CP)
         to = sums + tl.program_id(0).to(tl.int64) * (3 * CP) + tl.arange(0, CP)
         tl.store(to, tl.sum(gu_tangent.to(tl.float64), 0))
         tl.store(to + CP, tl.sum((cn_tangent * xhat + cn * xhat_tangent).to(tl.float64), 0))

@@ -64,12 +64,12 @@ def pack(  # noqa: PLR0913 - a kernel's launch
                 v = tl.where(real, v - tl.sum(v, 0) / C, 0.0)
         tl.store(filters + t * CP + c, v.to(tl.float32))
     else:
-        both = real[:, None] & real[None, :]
-        v = tl.load(w + (c[None, :] * C + c[:, None]) * 9 + t, mask=both, other=0.0).to(tl.float64)
+        real_pair = real[:, None] & real[None, :]
+        v = tl.load(w + (c[None, :] * C + c[:, None]) * 9 + t, mask=real_pair, other=0.0).to(tl.float64)
         if CENTRED:
-            v = tl.where(both, v - (tl.sum(v, 1) / C)[:, None], 0.0)
-        at = t * CP * CP + c[:, None] * CP + c[None, :]
-        tl.store(filters + at, v.to(tl.float32), mask=(c < tl.where(t < 9, CP, 0))[:, None])
+            v = tl.where(real_pair, v - (tl.sum(v, 1) / C)[:, None], 0.0)
+        offset = t * CP * CP + c[:, None] * CP + c[None, :]
+        tl.store(filters + offset, v.to(tl.float32), mask=(c < tl.where(t < 9, CP, 0))[:, None])
     if t == 0:
         outputs = c < (1 if LAST else C)
         b = tl.load(bias + c, mask=outputs, other=0.0).to(tl.float64)

@@ -49,25 +49,25 @@ def load_pixels(image, y, x, height, width):
 @triton.jit
 def load_tile(plane, y, x, height, width, CP: tl.constexpr):
     """Pixels `[P, CP]` of a plane `[H, W, CP]` of any dtype as float32, zero outside."""
-    at = (y * width + x)[:, None] * CP + tl.arange(0, CP)[None, :]
-    return tl.load(plane + at, mask=inside(y, x, height, width)[:, None], other=0.0).to(tl.float32)
+    offset = (y * width + x)[:, None] * CP + tl.arange(0, CP)[None, :]
+    return tl.load(plane + offset, mask=inside(y, x, height, width)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_tile(plane, value, y, x, height, width, CP: tl.constexpr):  # noqa: PLR0913 - a place, a size and constants
     """Store pixels `[P, CP]` in a plane `[H, W, CP]`."""
-    at = (y * width + x)[:, None] * CP + tl.arange(0, CP)[None, :]
-    tl.store(plane + at, value, mask=inside(y, x, height, width)[:, None])
+    offset = (y * width + x)[:, None] * CP + tl.arange(0, CP)[None, :]
+    tl.store(plane + offset, value, mask=inside(y, x, height, width)[:, None])
 
 
 @triton.jit
 def load_filter(w, k, n, CP: tl.constexpr, ADJOINT: tl.constexpr):
     """The rows k and columns n of a filter `[CP, CP]` or of its transpose."""
     if ADJOINT:
-        at = n[None, :] * CP + k[:, None]
+        offset = n[None, :] * CP + k[:, None]
     else:
-        at = k[:, None] * CP + n[None, :]
-    return tl.load(w + at)
+        offset = k[:, None] * CP + n[None, :]
+    return tl.load(w + offset)
 
 
 @triton.jit
@@ -115,8 +115,8 @@ def conv(  # noqa: PLR0913 - a place, a size and constants
         for s in tl.static_range(ALONG):
             t = r % DOWN * ALONG + s
             py, px = y + SIGN * (t // 3 - 1), x + SIGN * (t % 3 - 1)
-            at = (py * width + px)[:, None] * CP + (from_channel + k)[None, :]
-            a = tl.load(plane + at, mask=inside(py, px, height, width)[:, None], other=0.0).to(tl.float32)
+            offset = (py * width + px)[:, None] * CP + (from_channel + k)[None, :]
+            a = tl.load(plane + offset, mask=inside(py, px, height, width)[:, None], other=0.0).to(tl.float32)
             wt = load_filter(w + t * CP * CP, from_channel + k, tl.arange(0, CP), CP, ADJOINT)
             acc = product(a, wt, acc, PRECISION)
     return acc
@@ -135,8 +135,8 @@ def load_taps(  # noqa: PLR0913 - a place, a size and constants
         py, px = y[:, None] - (t // 3 - 1), x[:, None] - (t % 3 - 1)
     else:
         py, px = y[:, None] + (t // 3 - 1), x[:, None] + (t % 3 - 1)
-    at = STEP * t * (height * width) + py * width + px
-    return tl.load(image + at, mask=inside(py, px, height, width) & (t < 9), other=0.0)
+    offset = STEP * t * (height * width) + py * width + px
+    return tl.load(image + offset, mask=inside(py, px, height, width) & (t < 9), other=0.0)
 
 
 @triton.jit
@@ -167,8 +167,8 @@ def scatter(  # noqa: PLR0913 - a place, a size and constants
         nine = product(high, tl.load(w + t[None, :] * CP + 32 + k), nine, PRECISION)
     else:
         nine = product(value, tl.load(w + t[None, :] * CP + tl.arange(0, CP)[:, None]), nine, PRECISION)
-    at = t[None, :] * (height * width) + (y * width + x)[:, None]
-    tl.store(taps + at, nine, mask=inside(y, x, height, width)[:, None] & (t < 9)[None, :])
+    offset = t[None, :] * (height * width) + (y * width + x)[:, None]
+    tl.store(taps + offset, nine, mask=inside(y, x, height, width)[:, None] & (t < 9)[None, :])
 
 
 @triton.jit
@@ -213,5 +213,5 @@ def silu(n):
     e = exp2(n * -1.4426950408889634)
     s = reciprocal(1.0 + e)
     r = tl.minimum(e, 3e38) * s
-    both = s * r
-    return n * s, s + n * both, both * (2.0 + n * (r - s))
+    sr = s * r
+    return n * s, s + n * sr, sr * (2.0 + n * (r - s))

@@ -70,8 +70,8 @@ def _piece(  # noqa: PLR0913 - a place, a size and constants
 @triton.jit
 def _pixels(plane, y, x, W, counts, CP: tl.constexpr):
     """Pixels `[P, CP]`, zero unless `counts`."""
-    at = plane + (y * W + x)[:, None] * CP + tl.arange(0, CP)[None, :]
-    return tl.load(at, mask=counts[:, None], other=0.0).to(tl.float32)
+    pointers = plane + (y * W + x)[:, None] * CP + tl.arange(0, CP)[None, :]
+    return tl.load(pointers, mask=counts[:, None], other=0.0).to(tl.float32)
 
 
 @unspecialized("pieces", anywhere=("work",))
@@ -92,32 +92,32 @@ def outer_sums(  # noqa: PLR0913 - a kernel's launch
         image, width, y, x = _piece(work, number, H, W, TH, TH, TW)
         plane = image * H * W * CP
         # If p lies outside, a is not read either: it may be NaN, and so would be zero times it.
-        both = (y < H) & (y + dy >= 0) & (y + dy < H) & (x < width)
-        cotangent = _pixels(g + plane, y, x, W, both, CP)
-        taps = _pixels(a + plane, y + dy, x + dx, W, both & (x + dx >= 0) & (x + dx < width), CP)
+        valid = (y < H) & (y + dy >= 0) & (y + dy < H) & (x < width)
+        cotangent = _pixels(g + plane, y, x, W, valid, CP)
+        taps = _pixels(a + plane, y + dy, x + dx, W, valid & (x + dx >= 0) & (x + dx < width), CP)
         zero = tl.zeros((CP, CP), tl.float32)
         total += product(tl.trans(taps), cotangent, zero, PREC).to(tl.float64)
         if TAPS == 3:
-            taps = _pixels(a + plane, y + dy, x, W, both, CP)
+            taps = _pixels(a + plane, y + dy, x, W, valid, CP)
             total1 += product(tl.trans(taps), cotangent, zero, PREC).to(tl.float64)
-            taps = _pixels(a + plane, y + dy, x + 1, W, both & (x + 1 < width), CP)
+            taps = _pixels(a + plane, y + dy, x + 1, W, valid & (x + 1 < width), CP)
             total2 += product(tl.trans(taps), cotangent, zero, PREC).to(tl.float64)
-    at = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * 9 + first
-    place = tl.arange(0, CP)[:, None] * CP + tl.arange(0, CP)[None, :]
-    tl.store(out + at * CP * CP + place, total)
+    index = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * 9 + first
+    entries = tl.arange(0, CP)[:, None] * CP + tl.arange(0, CP)[None, :]
+    tl.store(out + index * CP * CP + entries, total)
     if TAPS == 3:
-        tl.store(out + (at + 1) * CP * CP + place, total1)
-        tl.store(out + (at + 2) * CP * CP + place, total2)
+        tl.store(out + (index + 1) * CP * CP + entries, total1)
+        tl.store(out + (index + 2) * CP * CP + entries, total2)
 
 
 @triton.jit
 def _neighbours(image, y, x, H, W, width):
     """The pixels at the columns x - 1, x, x + 1, `[P, 1]`, zero outside; `width` is zero for inactive images."""
-    at = image + y * W + x
+    pointers = image + y * W + x
     rows = (y >= 0) & (y < H)
-    left = tl.load(at - 1, mask=rows & (x >= 1) & (x < width), other=0.0)
-    middle = tl.load(at, mask=rows & (x < width), other=0.0)
-    right = tl.load(at + 1, mask=rows & (x + 1 < width), other=0.0)
+    left = tl.load(pointers - 1, mask=rows & (x >= 1) & (x < width), other=0.0)
+    middle = tl.load(pointers, mask=rows & (x < width), other=0.0)
+    right = tl.load(pointers + 1, mask=rows & (x + 1 < width), other=0.0)
     return left[:, None], middle[:, None], right[:, None]
 
 

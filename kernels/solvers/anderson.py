@@ -46,12 +46,12 @@ def anderson_solve(
     image = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
     newest, stored = tl.load(slot + image), tl.load(count + image)
-    at = gram + place_of(idx, image) * MEMORY * MEMORY + i * MEMORY + j
+    pointers = gram + place_of(idx, image) * MEMORY * MEMORY + i * MEMORY + j
     matrix = (i < MEMORY) & (j < MEMORY)
-    t = tl.load(at, mask=matrix, other=0.0)
+    t = tl.load(pointers, mask=matrix, other=0.0)
     t = tl.where(i == newest, tl.load(row + j.to(tl.int64) * images + image, mask=j < MEMORY, other=0.0), t)
     t = tl.where(j == newest, tl.load(row + i.to(tl.int64) * images + image, mask=i < MEMORY, other=0.0), t)
-    tl.store(at, t, mask=matrix)
+    tl.store(pointers, t, mask=matrix)
     tl.store(next_count + image, stored + 1)
     used = tl.minimum(stored, MEMORY)
     t = tl.where((i < used) & (j < used), t, 0.0)
@@ -85,11 +85,11 @@ def warps(memory: int) -> int:
 def variants() -> list[Variant]:
     """The kernels as shipped, for a memory of 5 and the maximum, 20."""
     numbers, counts = "*fp64", "*i64"
-    turn = dict.fromkeys(("square", "length", "next_length", "limit"), numbers) | {"fresh": "*u8", "images": "i32"}
-    turn |= dict.fromkeys(("count", "next_count", "slot"), counts)
+    update = dict.fromkeys(("square", "length", "next_length", "limit"), numbers) | {"fresh": "*u8", "images": "i32"}
+    update |= dict.fromkeys(("count", "next_count", "slot"), counts)
     solve = dict.fromkeys(("idx", "slot", "count", "next_count"), counts) | {"c": "*fp32", "images": "i32"}
     solve |= dict.fromkeys(("row", "rhs", "gram"), numbers)
-    return [Variant(anderson_update, turn, {"MEMORY": 5, "REACH": 20.0, "BLOCK": BLOCK}, 1, 1)] + [
+    return [Variant(anderson_update, update, {"MEMORY": 5, "REACH": 20.0, "BLOCK": BLOCK}, 1, 1)] + [
         Variant(anderson_solve, solve, {"MEMORY": m, "WIDTH": width(m), "RIDGE": 1e-8, "TINY": 2.0**-1022}, warps(m), 1)
         for m in (5, 20)
     ]

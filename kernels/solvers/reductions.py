@@ -180,8 +180,8 @@ def shift(idx, dx, df, c, out, partial, work, N: tl.constexpr, PIECE: tl.constex
         weight = tl.load(c + image * MEMORY + i).to(tl.float32)
         # An unused slot may hold anything; it is not read.
         used = k < tl.where(weight != 0.0, remaining, 0)
-        at = history + i * N + k
-        s += weight * (tl.load(dx + at, mask=used, other=0.0) + tl.load(df + at, mask=used, other=0.0))
+        offset = history + i * N + k
+        s += weight * (tl.load(dx + offset, mask=used, other=0.0) + tl.load(df + offset, mask=used, other=0.0))
     tl.store(out + image * N + start + k, s, mask=inside)
     keep(partial, 0, product(s, s))
 
@@ -195,11 +195,11 @@ def shorten(partial, limit, x, f, out, work, N: tl.constexpr, PIECE: tl.constexp
             return
     pieces: tl.constexpr = (N + PIECE - 1) // PIECE
     length = tl.sqrt(add_up(partial + image * pieces, pieces, STEP))
-    most = tl.load(limit + image).to(tl.float64)
-    factor = tl.where(length > most, most / tl.where(length > 1e-300, length, 1e-300), 1.0).to(tl.float32)
-    inside, at = k < remaining, image * N + start + k
-    step = tl.load(x + at, mask=inside, other=0.0) + tl.load(f + at, mask=inside, other=0.0)
-    tl.store(out + at, step - factor * tl.load(out + at, mask=inside, other=0.0), mask=inside)
+    longest = tl.load(limit + image).to(tl.float64)
+    factor = tl.where(length > longest, longest / tl.where(length > 1e-300, length, 1e-300), 1.0).to(tl.float32)
+    inside, offset = k < remaining, image * N + start + k
+    step = tl.load(x + offset, mask=inside, other=0.0) + tl.load(f + offset, mask=inside, other=0.0)
+    tl.store(out + offset, step - factor * tl.load(out + offset, mask=inside, other=0.0), mask=inside)
 
 
 def variants() -> list[Variant]:

@@ -32,10 +32,10 @@ def cg_direction(p, z, s, rows, N: tl.constexpr, PIECE: tl.constexpr):
         if tl.load(rows + image) == 0:
             return
     factor = number(s, image)
-    at = image * N + start + k
-    old = tl.load(p + at, mask=k < tl.where(factor != 0.0, remaining, 0), other=0.0)
-    new = tl.load(z + at, mask=k < remaining, other=0.0) + factor * old
-    tl.store(p + at, new, mask=k < remaining)
+    offset = image * N + start + k
+    old = tl.load(p + offset, mask=k < tl.where(factor != 0.0, remaining, 0), other=0.0)
+    new = tl.load(z + offset, mask=k < remaining, other=0.0) + factor * old
+    tl.store(p + offset, new, mask=k < remaining)
 
 
 @unspecialized(anywhere=NUMBERS)
@@ -46,11 +46,11 @@ def cg_move(x, r, p, q, s, partial, rows, N: tl.constexpr, PIECE: tl.constexpr):
         if tl.load(rows + image) == 0:
             return
     step = number(s, image)
-    inside, at = k < remaining, image * N + start + k
-    new_x = tl.load(x + at, mask=inside, other=0.0) + step * tl.load(p + at, mask=inside, other=0.0)
-    new_r = tl.load(r + at, mask=inside, other=0.0) - step * tl.load(q + at, mask=inside, other=0.0)
-    tl.store(x + at, new_x, mask=inside)
-    tl.store(r + at, new_r, mask=inside)
+    inside, offset = k < remaining, image * N + start + k
+    new_x = tl.load(x + offset, mask=inside, other=0.0) + step * tl.load(p + offset, mask=inside, other=0.0)
+    new_r = tl.load(r + offset, mask=inside, other=0.0) - step * tl.load(q + offset, mask=inside, other=0.0)
+    tl.store(x + offset, new_x, mask=inside)
+    tl.store(r + offset, new_r, mask=inside)
     keep(partial, 0, product(new_x, new_x))
     keep(partial, 1, product(new_r, new_r))
 
@@ -62,10 +62,10 @@ def lanczos_first(u, c, r1, v, partial, rows, N: tl.constexpr, PIECE: tl.constex
     if rows is not None:
         if tl.load(rows + image) == 0:
             return
-    inside, at = k < remaining, image * N + start + k
-    a, old = tl.load(v + at, mask=inside, other=0.0), tl.load(u + at, mask=inside, other=0.0)
-    new = old - number(c, image) * tl.load(r1 + at, mask=inside, other=0.0)
-    tl.store(u + at, new, mask=inside)
+    inside, offset = k < remaining, image * N + start + k
+    a, old = tl.load(v + offset, mask=inside, other=0.0), tl.load(u + offset, mask=inside, other=0.0)
+    new = old - number(c, image) * tl.load(r1 + offset, mask=inside, other=0.0)
+    tl.store(u + offset, new, mask=inside)
     keep(partial, 0, product(a, a))
     keep(partial, 1, product(old, old))
     keep(partial, 2, product(a, new))
@@ -78,11 +78,11 @@ def lanczos_second(u, c, r1, r2, partial, rows, N: tl.constexpr, PIECE: tl.const
     if rows is not None:
         if tl.load(rows + image) == 0:
             return
-    inside, at = k < remaining, image * N + start + k
-    old = tl.load(r2 + at, mask=inside, other=0.0)
-    new = tl.load(u + at, mask=inside, other=0.0) - number(c, image) * old
-    tl.store(r1 + at, old, mask=inside)
-    tl.store(r2 + at, new, mask=inside)
+    inside, offset = k < remaining, image * N + start + k
+    old = tl.load(r2 + offset, mask=inside, other=0.0)
+    new = tl.load(u + offset, mask=inside, other=0.0) - number(c, image) * old
+    tl.store(r1 + offset, old, mask=inside)
+    tl.store(r2 + offset, new, mask=inside)
     keep(partial, 0, product(new, new))
 
 
@@ -97,18 +97,20 @@ def minres_move(
     if rows is not None:
         if tl.load(rows + image) == 0:
             return
-    inside, at = k < remaining, image * N + start + k
-    before = tl.load(w + at, mask=inside, other=0.0)
-    new = tl.load(v + at, mask=inside, other=0.0) - number(oldeps, image) * tl.load(w_old + at, mask=inside, other=0.0)
-    old_x, old_r = tl.load(x + at, mask=inside, other=0.0), tl.load(r + at, mask=inside, other=0.0)
-    new_r = number(keep_r, image) * old_r - number(tail, image) * tl.load(r2 + at, mask=inside, other=0.0)
+    inside, offset = k < remaining, image * N + start + k
+    before = tl.load(w + offset, mask=inside, other=0.0)
+    new = tl.load(v + offset, mask=inside, other=0.0) - number(oldeps, image) * tl.load(
+        w_old + offset, mask=inside, other=0.0
+    )
+    old_x, old_r = tl.load(x + offset, mask=inside, other=0.0), tl.load(r + offset, mask=inside, other=0.0)
+    new_r = number(keep_r, image) * old_r - number(tail, image) * tl.load(r2 + offset, mask=inside, other=0.0)
     new = tl.div_rn(new - number(delta, image) * before, number(gamma, image))
     new_x = old_x + number(phi, image) * new
     # All loads come before the first store, because the compiler cannot move them across it.
-    tl.store(w_old + at, before, mask=inside)
-    tl.store(w + at, new, mask=inside)
-    tl.store(x + at, new_x, mask=inside)
-    tl.store(r + at, new_r, mask=inside)
+    tl.store(w_old + offset, before, mask=inside)
+    tl.store(w + offset, new, mask=inside)
+    tl.store(x + offset, new_x, mask=inside)
+    tl.store(r + offset, new_r, mask=inside)
     keep(partial, 0, product(new_x, new_x))
     keep(partial, 1, product(new_r, new_r))
     keep(partial, 2, product(new, new))
@@ -121,9 +123,9 @@ def descend(x, s, g, out, rows, N: tl.constexpr, PIECE: tl.constexpr):
     if rows is not None:
         if tl.load(rows + image) == 0:
             return
-    inside, at = k < remaining, image * N + start + k
-    step = number(s, image) * tl.load(g + at, mask=inside, other=0.0)
-    tl.store(out + at, tl.load(x + at, mask=inside, other=0.0) - step, mask=inside)
+    inside, offset = k < remaining, image * N + start + k
+    step = number(s, image) * tl.load(g + offset, mask=inside, other=0.0)
+    tl.store(out + offset, tl.load(x + offset, mask=inside, other=0.0) - step, mask=inside)
 
 
 @unspecialized(anywhere=NUMBERS)
@@ -133,11 +135,11 @@ def pgd_step(prox, x, g, step, candidate, partial, rows, N: tl.constexpr, PIECE:
     if rows is not None:
         if tl.load(rows + image) == 0:
             return
-    inside, at = k < remaining, image * N + start + k
-    old_x, grad = tl.load(x + at, mask=inside, other=0.0), tl.load(g + at, mask=inside, other=0.0)
-    f = tl.load(prox + at, mask=inside, other=0.0) - old_x
-    tl.store(step + at, f, mask=inside)
-    tl.store(candidate + at, old_x + f, mask=inside)
+    inside, offset = k < remaining, image * N + start + k
+    old_x, grad = tl.load(x + offset, mask=inside, other=0.0), tl.load(g + offset, mask=inside, other=0.0)
+    f = tl.load(prox + offset, mask=inside, other=0.0) - old_x
+    tl.store(step + offset, f, mask=inside)
+    tl.store(candidate + offset, old_x + f, mask=inside)
     keep(partial, 0, product(f, f))
     keep(partial, 1, product(old_x, old_x))
     keep(partial, 2, product(grad, grad))
@@ -150,10 +152,10 @@ def take(to, source, to_other, other, rows, N: tl.constexpr, PIECE: tl.constexpr
     if rows is not None:
         if tl.load(rows + image) == 0:
             return
-    inside, at = k < remaining, image * N + start + k
-    tl.store(to + at, tl.load(source + at, mask=inside), mask=inside)
+    inside, offset = k < remaining, image * N + start + k
+    tl.store(to + offset, tl.load(source + offset, mask=inside), mask=inside)
     if other is not None:
-        tl.store(to_other + at, tl.load(other + at, mask=inside), mask=inside)
+        tl.store(to_other + offset, tl.load(other + offset, mask=inside), mask=inside)
 
 
 def variants() -> list[Variant]:

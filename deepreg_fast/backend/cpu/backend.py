@@ -185,11 +185,11 @@ class CpuSrm:
         self, product: int, x: torch.Tensor | None, y: torch.Tensor | None, weight: float | torch.Tensor = 0.0
     ) -> torch.Tensor:
         like = cast(torch.Tensor, y if x is None else x)
-        one, weights = (0.0, weight.to(like)) if isinstance(weight, torch.Tensor) else (weight, None)
+        scalar, weights = (0.0, weight.to(like)) if isinstance(weight, torch.Tensor) else (weight, None)
         x, y, weights = (None if t is None else plain(t) for t in (x, y, weights))
         count = len(like)
         out = like.new_empty((count, self._measurements) if product == 0 else (count, *self._shape))
-        self._kernels.apply(product, count, torch.get_num_threads(), x, y, weights, one, out)
+        self._kernels.apply(product, count, torch.get_num_threads(), x, y, weights, scalar, out)
         return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -126,28 +126,28 @@ class Cache:
         entry = _Entry(key, device, tuple(weakref.ref(owner, self._died) for owner in owners), loop)
         with self._lock:
             self._entries.append(entry)
-            gone = self._surplus(device)
-        _free(gone)
+            surplus = self._surplus(device)
+        _free(surplus)
         self._bury()
 
     def clear(self, device: torch.device | None = None) -> int:
         """Free the cached loops of a device, or all; return their number. Loops in use stay."""
         with self._lock:
-            gone = [e for e in self._entries if device is None or e.device == device]
-            self._entries = [e for e in self._entries if not any(e is g for g in gone)]
+            cleared = [e for e in self._entries if device is None or e.device == device]
+            self._entries = [e for e in self._entries if not any(e is g for g in cleared)]
             if device is None:
                 self._seen.clear()
-        _free(gone)
-        return len(gone)
+        _free(cleared)
+        return len(cleared)
 
     def _surplus(self, device: torch.device) -> list[_Entry]:
         """Remove and return the oldest entries of a device that exceed the limits."""
         cached = [e for e in self._entries if e.device == device]
-        room, count = _room(device), 0
+        limit, total = _room(device), 0
         surplus = cached[:-MOST]
         for entry in reversed(cached[-MOST:]):
-            count += entry.loop.bytes()
-            if count > room:
+            total += entry.loop.bytes()
+            if total > limit:
                 surplus.append(entry)
         self._entries = [e for e in self._entries if not any(e is g for g in surplus)]
         return surplus
@@ -163,11 +163,11 @@ class Cache:
         while self._orphaned and self._lock.acquire(blocking=wait):
             try:
                 self._orphaned.clear()
-                gone = [e for e in self._entries if not e.alive()]
+                dead = [e for e in self._entries if not e.alive()]
                 self._entries = [e for e in self._entries if e.alive()]
             finally:
                 self._lock.release()
-            _free(gone)
+            _free(dead)
 
 
 def _room(device: torch.device) -> float:

@@ -73,8 +73,8 @@ class WholeSweeps(Sweeps):
     # The parts of the batch, and memory.
 
     def _slices(self) -> list[slice]:
-        most = self._most()
-        return [slice(i, min(i + most, self._count)) for i in range(0, self._count, most)]
+        per_part = self._most()
+        return [slice(i, min(i + per_part, self._count)) for i in range(0, self._count, per_part)]
 
     def _work(self, part: slice) -> tuple[Tensor | None, Tensor]:
         """The active images of the part: as a mask or None, and as bytes, which Triton reads on every device."""

@@ -89,8 +89,8 @@ def compiled(name: str, options: Sequence[str], architecture: str) -> bytes:
 
 
 def _folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "deepreg-fast" / "cuda"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "deepreg-fast" / "cuda"
 
 
 def _cupy() -> Any:
@@ -163,8 +163,10 @@ class CudaModule:
             function = self._functions.get((kernel, shared))
             if function is None:
                 function = self._module.get_function(kernel)
-                most = max([shared, *(s for k, s in self._functions if k == kernel)])
-                driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)
+                max_shared = max([shared, *(s for k, s in self._functions if k == kernel)])
+                driver.funcSetAttribute(
+                    function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, max_shared
+                )
                 self._functions[kernel, shared] = function
             return function
 

@@ -156,13 +156,15 @@ class Sweeps:
 
     def _parts(self, own: int, kept: SavedActivations | None) -> Iterator[_Chunk]:
         """The parts of the batch, with memory that they share, including `own` planes."""
-        most, rows = self._most(), active_mask(self._u)
-        with memory_guard(self._bytes(most, 2 + own, 19), self._u.device, f"A sweep over {most} images at a time"):
-            planes = [self._plane(most) for _ in range(2 + own)]
-            taps = [self._u.new_empty(most, 9, self._height, self._width) for _ in range(2)]
-            image = self._u.new_empty(most, self._height, self._width)
-        for i in range(0, self._count, most):
-            part = slice(i, min(i + most, self._count))
+        per_part, rows = self._most(), active_mask(self._u)
+        with memory_guard(
+            self._bytes(per_part, 2 + own, 19), self._u.device, f"A sweep over {per_part} images at a time"
+        ):
+            planes = [self._plane(per_part) for _ in range(2 + own)]
+            taps = [self._u.new_empty(per_part, 9, self._height, self._width) for _ in range(2)]
+            image = self._u.new_empty(per_part, self._height, self._width)
+        for i in range(0, self._count, per_part):
+            part = slice(i, min(i + per_part, self._count))
             u, n = self._u[part], part.stop - part.start
             views = [p[:n] for p in planes]
             saved = SavedActivations({}, {}, u if self._red else image[:n]) if kept is None else kept.of(part)
@@ -172,8 +174,8 @@ class Sweeps:
     def _most(self) -> int:
         """Images per part. If there are several parts, it is a multiple of 4 (unless it is less than 4), so that every
         part of an image plane is aligned to 16 bytes and can be read in pieces of 16."""
-        most = max(1, min(self._count, self._options.plane_bytes // max(1, self._bytes(1, 1, 0))))
-        return most if most == self._count or most < 4 else most // 4 * 4
+        count = max(1, min(self._count, self._options.plane_bytes // max(1, self._bytes(1, 1, 0))))
+        return count if count == self._count or count < 4 else count // 4 * 4
 
     def _bytes(self, images: int, planes: int, floats: int) -> int:
         return images * self._height * self._width * (self._storage.itemsize * self._CP * planes + 4 * floats)

@@ -85,18 +85,18 @@ class _Tables:
     count: int = 0
 
     def add_ints(self, values: np.ndarray) -> int:
-        at = self.header + len(self.ints)
+        offset = self.header + len(self.ints)
         self.ints += [int(v) for v in values]
-        return at
+        return offset
 
     def add_floats(self, values: np.ndarray) -> int:
         """Append real values, or complex ones as pairs, aligned to 16 bytes."""
         parts = [np.real(values), np.imag(values)] if np.iscomplexobj(values) else [values]
         flat = np.stack(parts, -1).astype(np.float32).ravel()
-        at = self.count
+        offset = self.count
         self.floats.append(np.concatenate([flat, np.zeros(-len(flat) % 4, np.float32)]))
         self.count += len(self.floats[-1])
-        return at
+        return offset
 
 
 @lru_cache(maxsize=4096)
@@ -172,17 +172,17 @@ def _threads(sides: tuple[_Side, _Side], pairs: tuple[int, int], room: int) -> t
 
     A multiprocessor has shared memory for `room` blocks. None if a pass needs more threads than the maximum.
     """
-    most = min(_most_threads(s.last) for s in sides)
+    max_threads = min(_most_threads(s.last) for s in sides)
     units = [u for side, count in zip(sides, pairs, strict=True) for u in side.units(count)]
-    at_least = max((of_pair for _, of_pair, _ in units), default=1)
-    sizes = [t for t in _THREADS if at_least <= t <= most]
-    sizes = [t for t in sizes if t * room >= min(most, _BUSY)] or sizes[-1:]
+    min_threads = max((of_pair for _, of_pair, _ in units), default=1)
+    sizes = [t for t in _THREADS if min_threads <= t <= max_threads]
+    sizes = [t for t in sizes if t * room >= min(max_threads, _BUSY)] or sizes[-1:]
 
     def cost(size: int) -> int:
         return sum(-(-count // (size // of_pair * of_pair)) * size * each for count, of_pair, each in units)
 
     best = min(sizes, key=cost, default=None)
-    return None if best is None else (best, max(1, min(room, most // best)))
+    return None if best is None else (best, max(1, min(room, max_threads // best)))
 
 
 def _lines(side: _Side, tables: _Tables) -> list[int]:
@@ -248,10 +248,10 @@ def _tiles(height: int, width: int, limit: int) -> tuple[int, int] | None:
 def _walsh(A: Any, d: int) -> Plan:
     levels = A.block.bit_length() - 1
     ints = [*A.image_shape, A.measurements, 0, 0, levels, 0]
-    one = (Launch(ALL, -(-d // _WALSH_TILE), 4 * _WALSH_TILE),)
+    launches = (Launch(ALL, -(-d // _WALSH_TILE), 4 * _WALSH_TILE),)
     floats = np.array([A.block**-0.5], np.float32)
     ints = np.array(ints, np.int32)
-    return Plan("srm_walsh", ("-DSRM_KERNEL=2",), _WALSH_THREADS, ints, floats, dict.fromkeys(range(4), one))
+    return Plan("srm_walsh", ("-DSRM_KERNEL=2",), _WALSH_THREADS, ints, floats, dict.fromkeys(range(4), launches))
 
 
 def plan(A: Any, limit: int) -> Plan | None:

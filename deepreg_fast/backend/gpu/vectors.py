@@ -101,8 +101,8 @@ class GpuVectors:
             sums.work,
             MEMORY=memory,
         )
-        both = sums.total().t()
-        return both[:, :memory], both[:, memory:]
+        products = sums.total().t()
+        return products[:, :memory], products[:, memory:]
 
     def combine(
         self,
