@@ -1,7 +1,7 @@
-"""Triton kernels, installed as `deepreg_fast.kernels`. They import nothing of the rest of the package.
+"""Triton kernels, installed as `deepreg_fast.kernels`. They import nothing from the rest of the package.
 
-`tiles`, `conv_chain`, `outer`, `whole`, `whole_tangent`: the conv chain; `vectors`, `steps`, `decide`, `anderson`: the
-solvers. Each module's `variants()` lists what it ships, for compilation without a GPU. `backend/gpu_*.py` launches.
+`conv_chain/` has the kernels of the conv chain, `solvers/` those of the solvers. Each module's `variants()` lists its
+kernels as shipped, for compilation without a GPU. `backend/gpu/` launches them.
 """
 
 if __name__ != "deepreg_fast.kernels":

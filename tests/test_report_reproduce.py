@@ -20,7 +20,8 @@ from deepreg_fast.errors import InputError
 from deepreg_fast.evaluation.compare import Problem, evaluation_images
 from deepreg_fast.experiments.report import curves, record, tables
 from deepreg_fast.experiments.report.pictures import pictures
-from deepreg_fast.report import figures, write_report
+from deepreg_fast.experiments.report.write import write_report
+from deepreg_fast.report import figures
 from deepreg_fast.report import format as w
 from deepreg_fast.report.figures import Line, Strip, lines_figure, strips_figure
 from deepreg_fast.report.html import Report

@@ -138,7 +138,7 @@ class Apart(Placement):
 
     def __init__(self, name: str, budget_mb: int = 0) -> None:
         super().__init__(name, budget_mb)
-        self.apart, self.left = True, self.budget
+        self.has_own_memory, self.left = True, self.budget
 
 
 def _end(trainer: dr.BilevelTrainer) -> dict[str, np.ndarray]:

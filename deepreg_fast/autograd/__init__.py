@@ -1,9 +1,9 @@
-"""The regularizer's energy and gradient inside your own torch code: differentiable, and compiled without a graph break.
+"""The regularizer's energy and gradient for your own torch code: differentiable, and compiled without a graph break.
 
-`reg.value_and_grad(x)` is detached from any graph and `reg.energy(x)` is torch's definition; these compute with the
-backends' kernels and are followed by autograd, `torch.func` and `torch.compile` all the same. `A.A(x)`,
-`A.A_adjoint(y)`, `A.normal(x)` and `A.prox_l2(z, y, gamma)` of an SRM are so by themselves. The operations underneath
-are `torch.ops.deepreg_fast.srm`, `srm_correct`, `chain_value_grad`, `chain_vjp` and `chain_tangent`.
+`reg.value_and_grad(x)` is detached from any graph, and `reg.energy(x)` runs the PyTorch definition. The functions here
+use the backends' kernels, and autograd, `torch.func` and `torch.compile` can trace them. An SRM's `A.A(x)`,
+`A.A_adjoint(y)`, `A.normal(x)` and `A.prox_l2(z, y, gamma)` have these properties already. The underlying operators are
+`torch.ops.deepreg_fast.srm`, `srm_correct`, `chain_value_grad`, `chain_vjp` and `chain_tangent`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from . import conv_chain
 def value_and_grad(reg: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`r(x_b)` `[B]` and `grad r(x_b)` `[B, C, H, W]`, both differentiable in x and in the regularizer's parameters.
 
-    Where a backend has kernels (as `reg.value_and_grad`) both come from one sweep, and the gradient's derivatives are
-    sweeps too; a third derivative is an `InputError`. Elsewhere torch's definition is differentiated, to any order.
+    If a backend has kernels (as for `reg.value_and_grad`), both come from one sweep, and the gradient's derivatives are
+    sweeps too; a third derivative raises an `InputError`. Otherwise autograd differentiates the PyTorch definition, to
+    any order.
 
     Parameters
     ----------
@@ -47,7 +48,7 @@ def value_and_grad(reg: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch
 
 @full_precision
 def energy(reg: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`r(x_b)` `[B]`, differentiable in x (twice, by kernels) and in the parameters (by torch's definition)."""
+    """`r(x_b)` `[B]`, differentiable in x (twice, with kernels) and in the parameters (by the PyTorch definition)."""
     reg = getattr(reg, "_orig_mod", reg)
     _check(reg, x)
     form = _form(reg, x)
@@ -56,10 +57,10 @@ def energy(reg: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def grad(reg: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`grad r(x_b)` `[B, C, H, W]`, differentiable once in x (the Hessian) and in the parameters, by kernels.
+    """`grad r(x_b)` `[B, C, H, W]`, differentiable once in x (the Hessian) and in the parameters, with kernels.
 
-    A vector-Jacobian product of it costs a linearization and a sweep; with `retain_graph=True` further ones at the same
-    x cost a sweep each.
+    A vector-Jacobian product costs a linearization and a sweep; with `retain_graph=True`, further products at the same
+    x cost one sweep each.
     """
     return value_and_grad(reg, x)[1]
 
@@ -72,9 +73,9 @@ def _check(reg: nn.Module, x: torch.Tensor) -> None:
 
 
 def _form(reg: Any, x: torch.Tensor) -> conv_chain.ConvChainForm | None:
-    """The conv chain to hand to the operations, or None where torch's definition is to be differentiated."""
+    """The conv chain for the operators, or None if the PyTorch definition must be differentiated."""
     form = reg.conv_chain_form() if hasattr(reg, "conv_chain_form") else None
-    # In torch.compile what kernels there are is found when the compiled code runs.
+    # Under torch.compile, the compiled code looks up the kernels when it runs.
     if form is None or form.net.norm_place != "before":
         return None
     if torch.compiler.is_compiling():

@@ -1,17 +1,20 @@
-"""The conv chain's energy and gradient as operations of torch, with the derivatives that its kernels have.
+"""The conv chain's energy and gradient as PyTorch custom operators, with the derivatives that its kernels implement.
 
 `chain_value_grad(x, params) = (r, g)`, `g = grad r(x)`; `chain_vjp(x, v, params) = (H v, d/dtheta <g, v>)`; and
 `chain_tangent(x, params, t) = (dr/dtheta t, dg/dtheta t)`:
 
-- `r` in x is `g`, `g` in x is `H` and in theta the mixed derivative: sweeps of the backend's kernels;
-- `r` in theta (training on the energy's value) and tangents in theta have no kernel: torch's definition computes them;
-- the products are linear in `v` and `t`; in x and theta they would want a third derivative, which is an `InputError`.
+- Sweeps of the backend's kernels compute the derivatives of `r` in x (`g`), of `g` in x (`H`) and of `g` in theta (the
+  mixed derivative).
+- The PyTorch definition computes the derivative of `r` in theta (training on the energy's value) and tangents in theta,
+  for which there are no kernels.
+- The products are linear in `v` and `t`. Their derivatives in x and theta would be third derivatives, which raise an
+  `InputError`.
 
-Reverse mode at one x keeps the linearization with autograd's graph, so that further products cost one sweep each, as
-those of `linearize(x)`. In compiled code and under `torch.func` every product linearizes anew (one sweep more).
-vmap over images folds them into the batch; over parameters, and of the parameters' products, it is a loop.
+Reverse mode at one x saves the linearization in autograd's graph, so further products cost one sweep each, as those of
+`linearize(x)`. In compiled code and under `torch.func` every product linearizes again (one more sweep). vmap over
+images folds them into the batch; vmap over parameters, or of the parameters' products, is a loop.
 
-Beyond `reg.value_and_grad` a call took 0.4 ms, and 0.5 ms where autograd followed it (one busy CPU core, torch 2.13).
+A call took 0.4 ms more than `reg.value_and_grad`, and 0.5 ms more with autograd (one busy CPU core, torch 2.13).
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass(frozen=True)
 class ConvChainSpec:
-    """What the parameters leave open of the energy."""
+    """The settings of the energy, apart from its parameters."""
 
     head: str
     norm: str
@@ -59,20 +62,20 @@ class ConvChainSpec:
     eps: float
 
     def energy(self, x: torch.Tensor, params: Tensors) -> torch.Tensor:
-        """`r(x_b)` by torch's definition, as a function of x and of the parameters."""
+        """`r(x_b)` by the PyTorch definition, as a function of x and of the parameters."""
         u = x - self.center
         h = conv_chain(u, params, self.norm, self.gain, self.eps)
         return 0.5 * self.alpha * per_image(u.square()) + head_energy(self.head, u, h)
 
 
 def parameters(form: ConvChainForm) -> list[torch.Tensor]:
-    """The network's tensors in the operations' order: weight and bias of each convolution, then of each LayerNorm."""
+    """The network's tensors in the operators' order: weight and bias of each convolution, then of each LayerNorm."""
     norms = [] if form.net.norm == "none" else list(form.net.norms)
     return [t for m in (*form.net.convs, *norms) for t in (m.weight, m.bias)]  # type: ignore[misc]
 
 
 def spec_of(form: ConvChainForm) -> ConvChainSpec:
-    """The rest of the form."""
+    """The settings of the form."""
     norm: Any = form.net.norms[0]
     eps = 0.0 if form.net.norm == "none" else norm.eps
     return ConvChainSpec(form.head, form.net.norm, form.alpha, form.center, form.net.gain, eps)
@@ -90,7 +93,7 @@ def _names(net: ConvChain) -> list[str]:
 
 
 class ChainEnergy(nn.Module):
-    """The energy of an operation's arguments, for the backends."""
+    """The energy defined by an operator's arguments, for the backends."""
 
     def __init__(self, spec: ConvChainSpec, params: Tensors) -> None:
         super().__init__()
@@ -108,13 +111,13 @@ class ChainEnergy(nn.Module):
         return self._form.energy(x)
 
     def conv_chain_form(self) -> ConvChainForm:
-        """What kernels for this energy need."""
+        """The form that kernels need."""
         return self._form
 
 
 @outside_inference
 def _energy(spec: ConvChainSpec, params: Tensors) -> ChainEnergy:
-    """The energy of these arguments, the last few kept with their parameters, so that addresses stay theirs."""
+    """The energy of these arguments. The last few are cached with their parameters, so addresses are not reused."""
     key = (spec, *((p.data_ptr(), p.shape, p.stride(), p.dtype, p.device) for p in params))
     energy = _ENERGIES.pop(key, None)
     if energy is None:
@@ -185,33 +188,33 @@ def _vmap_vjp(  # noqa: PLR0913 - the operation's arguments
 ) -> Any:
     if in_params or _mapped(in_dims[2]):
         return loop_vmap(_vjp, info.batch_size, in_dims, (x, v, params, in_x, in_params, *tail))
-    many = [fold_vmap_dim(t, d, info.batch_size) for t, d in zip((x, v), in_dims[:2], strict=True)]
-    return [unfold_vmap_dim(t, info.batch_size) for t in _vjp(*many, params, in_x, in_params, *tail)], [0] * int(in_x)
+    folded = [fold_vmap_dim(t, d, info.batch_size) for t, d in zip((x, v), in_dims[:2], strict=True)]
+    return [unfold_vmap_dim(t, info.batch_size) for t in _vjp(*folded, params, in_x, in_params, *tail)], [0] * int(in_x)
 
 
 @full_precision
 def _value_in_params(
     spec: ConvChainSpec, x: torch.Tensor, w: torch.Tensor, params: Tensors, of: list[int]
 ) -> list[Any]:
-    """`sum_b w_b dr_b/dtheta` for the parameters `of`, None for the others; by torch's definition."""
+    """`sum_b w_b dr_b/dtheta` for the parameters `of`, None for the others, from the PyTorch definition."""
 
     def total(*some: torch.Tensor) -> torch.Tensor:
-        every = list(params)
+        all_params = list(params)
         for i, p in zip(of, some, strict=True):
-            every[i] = p
-        return (w * spec.energy(x, every)).sum()
+            all_params[i] = p
+        return (w * spec.energy(x, all_params)).sum()
 
-    found: list[Any] = [None] * len(params)
+    by_param: list[Any] = [None] * len(params)
     some = torch.func.grad(total, argnums=tuple(range(len(of))))(*(params[i] for i in of))
     for i, g in zip(of, some, strict=True):
-        found[i] = g
-    return found
+        by_param[i] = g
+    return by_param
 
 
 def _tangent_in_params(
     spec: ConvChainSpec, x: torch.Tensor, params: Tensors, tangents: Tensors
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dr_b/dtheta t` and `dg/dtheta t` by torch's definition: the derivatives in w and x of
+    """`dr_b/dtheta t` and `dg/dtheta t` from the PyTorch definition: the derivatives in w and x of
     `sum_i <d/dtheta_i sum_b w_b r_b(x), t_i>` at w = 1."""
 
     def along(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -246,15 +249,20 @@ class _ValueGrad(Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         w, v = cotangents
         x, grad, *params = ctx.saved_tensors
-        _, in_x, *wanted = ctx.needs_input_grad
-        of = [i for i, yes in enumerate(wanted) if yes]
+        _, in_x, *needs_params = ctx.needs_input_grad
+        indices = [i for i, needed in enumerate(needs_params) if needed]
         terms: list[list[Any]] = []
         if w is not None:
-            by_params = _value_in_params(ctx.spec, x, w, params, of) if of else [None] * len(params)
+            by_params = _value_in_params(ctx.spec, x, w, params, indices) if indices else [None] * len(params)
             terms.append([expand(w, grad) * grad if in_x else None, *by_params])
         if v is not None:
-            parts = _products(ctx, x, v, params, bool(of))
-            terms.append([parts[0] if in_x else None, *(parts[1 + i] if yes else None for i, yes in enumerate(wanted))])
+            parts = _products(ctx, x, v, params, bool(indices))
+            terms.append(
+                [
+                    parts[0] if in_x else None,
+                    *(parts[1 + i] if needed else None for i, needed in enumerate(needs_params)),
+                ]
+            )
         total = [_sum(parts) for parts in zip(*terms, strict=True)]
         return None, *(total or [None] * (1 + len(params)))
 
@@ -273,7 +281,7 @@ class _ValueGrad(Function):
 
 
 def _products(ctx: Any, x: torch.Tensor, v: torch.Tensor, params: Tensors, in_params: bool) -> list[Any]:
-    """`H v` and the parameters' products (None in their place if not asked for)."""
+    """`H v` (None if not needed) and, with `in_params`, the parameters' products."""
     in_x = ctx.needs_input_grad[1]
     if any(map(backend.needs_autograd, (x, v, *params))):
         parts = _vjp(x, v, list(params), in_x, in_params, *astuple(ctx.spec))
@@ -290,8 +298,8 @@ def _filled(tangents: Sequence[torch.Tensor | None], params: Tensors) -> list[to
 
 
 def _sum(terms: Sequence[Any]) -> Any:
-    there = [t for t in terms if t is not None]
-    return sum(there[1:], start=there[0]) if there else None
+    present = [t for t in terms if t is not None]
+    return sum(present[1:], start=present[0]) if present else None
 
 
 _THIRD_DERIVATIVE = (
@@ -310,7 +318,7 @@ def _vmap_undefined(info: Any, in_dims: tuple[Any, ...], like: torch.Tensor) -> 
 
 
 class _NoThirdDerivative(Function):
-    """The identity, in whose place autograd finds that there is no derivative: only if it comes this way."""
+    """The identity. It raises an error only when reverse mode differentiates through it."""
 
     @staticmethod
     def forward(t: torch.Tensor) -> torch.Tensor:
@@ -377,7 +385,7 @@ class _Vjp(Function):
 @full_precision
 def _compute_tangent(x: torch.Tensor, params: list[torch.Tensor], tangents: list[torch.Tensor], *tail: Any) -> Any:
     with reenable_autograd():
-        detached = [[t.detach() for t in some] for some in (params, tangents)]
+        detached = [[t.detach() for t in group] for group in (params, tangents)]
         value, grad = _tangent_in_params(ConvChainSpec(*tail), x.detach(), *detached)
     return value.contiguous(), grad.contiguous()
 
@@ -425,7 +433,7 @@ class _Tangent(Function):
         return _tangent(x, params, _filled(rest[len(params) :], params), *astuple(ctx.spec))
 
 
-# An operation, so that torch.compile, which traces every derivative in advance, fails only where this one is taken.
+# This is an operator because torch.compile traces every derivative in advance: it must fail only when it is run.
 _no_third_derivative = define(
     "undefined(Tensor like) -> Tensor", _compute_undefined, lambda like: like.new_empty(like.shape), _vmap_undefined
 )

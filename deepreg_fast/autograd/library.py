@@ -1,10 +1,9 @@
-"""How an operation with a derivative of its own is made known to torch: `torch.ops.deepreg_fast.*`.
+"""Registration of custom operators with their own derivatives: `torch.ops.deepreg_fast.*`.
 
-`torch.library`'s own `register_autograd` takes no forward mode, and `torch.func` refuses it; an `autograd.Function`
-called from outside breaks the graph of `torch.compile` where it has a `jvp`. So the function stands behind the
-operation, in the place of its kernel for autograd. There torch treats it as it treats its own operations, at every
-level of `torch.func`: `compile`, `grad`, `vjp`, `jvp` and their compositions need nothing more. vmap is a kernel
-of its own.
+`torch.library`'s `register_autograd` has no forward mode and fails under `torch.func`. An `autograd.Function` that is
+called from outside breaks the graph of `torch.compile` if it has a `jvp`. So the function is registered as the
+operator's kernel at the Autograd dispatch key. There torch treats it like its built-in operators at every level of
+`torch.func`, so `compile`, `grad`, `vjp`, `jvp` and their compositions work. vmap has a separate rule.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 _C: Any = torch._C
-# The namespace is defined once in a process; the object keeps the registrations alive.
+# The namespace is defined once per process; this object keeps the registrations alive.
 LIBRARY = torch.library.Library("deepreg_fast", "DEF")
 
 _ABOVE = [
@@ -28,7 +27,7 @@ _ABOVE = [
 
 
 def define(schema: str, compute: Callable[..., Any], fake: Callable[..., Any], vmap: Callable[..., Any]) -> Any:
-    """The operation `schema`: `compute` on the CPU and on CUDA, `fake` for shapes, `vmap(info, in_dims, *args)`."""
+    """Define the operator `schema`: `compute` on CPU and CUDA, `fake` for shapes, `vmap(info, in_dims, *args)`."""
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
@@ -39,8 +38,11 @@ def define(schema: str, compute: Callable[..., Any], fake: Callable[..., Any], v
 
 
 def differentiate(op: Any, function: type[Function], flatten: Callable[..., tuple[Any, ...]]) -> None:
-    """Let `function` be `op`'s derivative: `function.apply(*flatten(*args))` is `op(*args)`, whose tensors in lists
-    autograd would not see. `function.forward` calls `op` inside `below()`."""
+    """Register `function` as the derivative of `op`: `function.apply(*flatten(*args))` equals `op(*args)`.
+
+    `flatten` unpacks lists, in which autograd does not find tensors. `function.forward` calls `op` inside
+    `below_autograd()`.
+    """
     lists = op._schema.returns[0].type.str() == "List[Tensor]"
     apply = single_level(function)
 
@@ -55,15 +57,15 @@ def differentiate(op: Any, function: type[Function], flatten: Callable[..., tupl
 
 
 def _needs_autograd_here(args: tuple[Any, ...]) -> bool:
-    # Compiled code enters the levels of torch.func without telling forward_ad.
+    # Compiled code enters the levels of torch.func without updating forward_ad.
     if forward_ad._current_level >= 0 or _C._are_functorch_transforms_active():
         return True
     return torch.is_grad_enabled() and _C._any_requires_grad(*args)
 
 
 def single_level(function: type[Function]) -> Callable[..., Any]:
-    """`function.apply` at one level of torch.func, as torch's own operations are there: for use within a kernel for
-    autograd, since it is the dispatcher that goes through the levels."""
+    """`function.apply` at a single level of torch.func, as for torch's built-in operators. For use within an Autograd
+    kernel, where the dispatcher iterates over the levels."""
     single: Any = super(Function, function)
     apply = single.apply
 
@@ -80,21 +82,21 @@ def single_level(function: type[Function]) -> Callable[..., Any]:
     return call
 
 
-# Whether autograd was on where each function under way was called: inside `forward` torch has turned it off.
+# Whether autograd was enabled at the call of each running function; torch disables it inside `forward`.
 _MODE: ContextVar[bool] = ContextVar("deepreg_fast_grad_mode")
 
 
 @contextmanager
 def below_autograd() -> Iterator[None]:
-    """Inside, an operation goes on to what lies below autograd at this level: the next level of `torch.func`, where
-    autograd is on as it was (inside `Function.forward` it is off), or the computation."""
+    """Within this context, an operator dispatches below autograd of this level: to the next level of `torch.func`, with
+    the caller's grad mode (torch disables it inside `Function.forward`), or to the computation."""
     with torch.set_grad_enabled(_MODE.get()), forward_ad._set_fwd_grad_enabled(True), _C._AutoDispatchBelowAutograd():
         yield
 
 
 @contextmanager
 def reenable_autograd() -> Iterator[None]:
-    """Inside, autograd and torch.func work also within an operation's `compute`, which is called below them."""
+    """Within this context, autograd and torch.func work inside an operator's `compute`, which runs below them."""
     excluded = _C._dispatch_tls_local_exclude_set()
     for key in _ABOVE:
         excluded = excluded.remove(key)
@@ -103,18 +105,18 @@ def reenable_autograd() -> Iterator[None]:
 
 
 def fold_vmap_dim(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
-    """`[B, ...]` with a mapped dimension of `size` at `dim` (None: not mapped) as `[size B, ...]`."""
-    whole = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-    return whole.flatten(0, 1)
+    """Fold the mapped dimension `dim` (None: not mapped) of length `size` into the batch: `[size B, ...]`."""
+    expanded = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return expanded.flatten(0, 1)
 
 
 def unfold_vmap_dim(t: torch.Tensor, size: int) -> torch.Tensor:
-    """The inverse: `[size B, ...]` as `[size, B, ...]`."""
+    """The inverse of `fold_vmap_dim`: `[size B, ...]` as `[size, B, ...]`."""
     return t.unflatten(0, (size, t.shape[0] // size))
 
 
 def loop_vmap(op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """vmap by a loop over the mapped dimension."""
+    """vmap as a loop over the mapped dimension."""
 
     def pick(arg: Any, dim: Any, i: int) -> Any:
         if isinstance(arg, (list, tuple)):

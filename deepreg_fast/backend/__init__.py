@@ -1,7 +1,7 @@
-"""Where a backend's name is turned into code: the only place where one is.
+"""Backend registry: the only module that maps backend names to implementations.
 
-A backend is an object with the members of `Backend`; the table below holds them in the order in
-which `"auto"` tries them. A backend that the user names runs or raises `BackendUnavailable`.
+A backend is an object with the members of `Backend`. The table below lists them in the order in which `"auto"` tries
+them. A backend that the user names runs or raises `BackendUnavailable`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .reference import Linearization
 
 
 class Energy(Protocol):
-    """What a backend differentiates: a scalar energy per image, batched, with parameters."""
+    """A scalar energy per image, batched, with parameters, which a backend differentiates."""
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`r(x_b)`, `[B]`."""
@@ -34,19 +34,20 @@ class Energy(Protocol):
 
 
 class Backend(Protocol):
-    """The three derivatives of one energy, and what the backend can do here.
+    """The three derivatives of one energy, and the backend's availability and coverage.
 
-    It may have `capturable = True`: `value_and_grad` looks at no number on the host and may be part of a CUDA graph.
-    A `Linearization` says the same of `hvp`, `SrmKernels` of all products. It may then have `signature(energy, x)`, and
-    a linearization `signature()` and `moved(put)`: what lets a graph serve later solves (`gpu_graphs.py`).
+    It may have `capturable = True`: `value_and_grad` performs no host synchronization and can be captured in a CUDA
+    graph. The same attribute of a `Linearization` concerns `hvp`, that of `SrmKernels` all products. It may then have
+    `signature(energy, x)`, and a linearization `signature()` and `moved(put)`, so that later solves can reuse a graph
+    (`gpu/graphs.py`).
     """
 
     name: str
     batch_invariant: bool
-    """Whether an image's bits are the same in a batch of one as among others."""
+    """Whether an image's bits are the same in any batch, including a batch of one."""
 
     def unavailable(self) -> str | None:
-        """None if the backend can run on this machine, else the reason and the way to get it."""
+        """None if the backend can run on this machine, otherwise the reason and the remedy."""
         ...
 
     def unsupported_reason(self, energy: nn.Module, x: torch.Tensor) -> str | None:
@@ -58,7 +59,7 @@ class Backend(Protocol):
         ...
 
     def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
-        """The Hessian and the mixed derivative at a point that stays put."""
+        """The Hessian and the mixed derivative at a fixed point."""
         ...
 
 
@@ -83,9 +84,9 @@ class SrmKernels(Protocol):
 
 
 class VectorKernels(Protocol):
-    """The solvers' vector work on images `[B, ...]` of one dtype and device, in few passes over memory.
+    """The solvers' vector work on images `[B, ...]` of one dtype and device, with few reads of memory.
 
-    `idx` `[b]` are the places of the images at work among all; `state` are Anderson's dx, df `[B, memory, n]`, x and f.
+    `idx` `[b]` are the indices of the active images; `state` are Anderson's dx, df `[B, memory, n]`, x and f.
     """
 
     def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -95,7 +96,7 @@ class VectorKernels(Protocol):
     def add(
         self, x: torch.Tensor, s: torch.Tensor, p: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x_b + s_b p_b` where `rows`, else `x_b`, and its squared norm, float64."""
+        """`x_b + s_b p_b` if `rows`, otherwise `x_b`; and its squared norm, float64."""
         ...
 
     def secant(
@@ -113,7 +114,7 @@ class VectorKernels(Protocol):
         x: torch.Tensor,
         f: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Into `state` the newest differences (zeros unless `fresh`), x and f; `<df_k, newest df>` and `<df_k, f>`."""
+        """Store the newest differences (zeros unless `fresh`), x and f; return `<df_k, newest df>` and `<df_k, f>`."""
         ...
 
     def combine(
@@ -125,7 +126,7 @@ class VectorKernels(Protocol):
         x: torch.Tensor,
         f: torch.Tensor,
     ) -> torch.Tensor:
-        """`x + f - sum_k c_k (dx_k + df_k)`, the sum at most `limit` `[b]` long; slots with c = 0 are not read."""
+        """`x + f - sum_k c_k (dx_k + df_k)`, the sum shortened to `limit` `[b]`; slots with c = 0 are not read."""
         ...
 
 
@@ -138,7 +139,7 @@ _CHOICE: ContextVar[str] = ContextVar("deepreg_fast_backend", default="auto")
 
 
 def register(backend: Backend) -> None:
-    """Add a backend under `backend.name`; `"auto"` asks it before those that were there."""
+    """Add a backend under `backend.name`; `"auto"` tries it before the existing ones."""
     if backend.name == "auto":
         raise InputError("A backend must have a name of its own, but came with 'auto'; choose another name.")
     items = dict(_TABLE)
@@ -200,12 +201,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choice() -> tuple[Hashable, ...]:
-    """What decides which backend serves: the name in force, and the table."""
+    """Everything that determines the backend: the selected name and the table."""
     return (_CHOICE.get(), *((name, id(backend)) for name, backend in _TABLE.items()))
 
 
 def select(energy: nn.Module, x: torch.Tensor) -> Backend:
-    """The backend that serves this energy and tensor under the choice in force."""
+    """The backend for this energy and tensor under the current selection."""
     name = _CHOICE.get()
     if name != "auto":
         reason = _TABLE[name].unsupported_reason(energy, x)
@@ -219,23 +220,23 @@ def select(energy: nn.Module, x: torch.Tensor) -> Backend:
 
 
 def srm_kernels(A: nn.Module, *tensors: torch.Tensor) -> SrmKernels | None:
-    """Kernels for the SRM `A` and these tensors, or None where torch's definition is to be used: under the choice
-    `"reference"`, and where autograd, `torch.func` or `torch.compile` follow the tensors.
+    """Kernels for the SRM `A` and these tensors, or None if the PyTorch definition must be used.
 
-    A backend may have a method `srm(A, like)` that returns them or None.
+    It must be used if `"reference"` is selected, or if autograd, `torch.func` or `torch.compile` tracks the tensors. A
+    backend may have a method `srm(A, like)` that returns kernels or None.
     """
     return _kernels("srm", tensors, (A, tensors[0]))
 
 
 def srm_kernels_for(A: nn.Module, like: torch.Tensor) -> SrmKernels | None:
-    """The same kernels whatever follows the tensors: for an operation that says its derivative itself."""
+    """The same kernels even if autograd tracks the tensors: for an operation that defines its own derivative."""
     return _find("srm", (A, like))
 
 
 def vector_kernels(*tensors: torch.Tensor) -> VectorKernels | None:
     """Kernels for the solvers' vector work on these tensors, or None, as `srm_kernels`.
 
-    A backend may have a method `vectors(like)` that returns them or None.
+    A backend may have a method `vectors(like)` that returns kernels or None.
     """
     first = tensors[0]
     if any(t.dtype != first.dtype or t.device != first.device for t in tensors[1:]):
@@ -244,7 +245,7 @@ def vector_kernels(*tensors: torch.Tensor) -> VectorKernels | None:
 
 
 def _kernels(method: str, tensors: tuple[torch.Tensor, ...], arguments: tuple[Any, ...]) -> Any:
-    # In this order: torch.compile asks no further than the first question.
+    # In this order: torch.compile evaluates only the first condition.
     return None if any(map(needs_autograd, tensors)) else _find(method, arguments)
 
 
@@ -253,18 +254,18 @@ def _find(method: str, arguments: tuple[Any, ...]) -> Any:
     if name == "reference":
         return None
     for backend in _TABLE.values() if name == "auto" else (_TABLE[name],):
-        find = getattr(backend, method, None)
-        if find is not None and backend.unavailable() is None and (kernels := find(*arguments)) is not None:
+        factory = getattr(backend, method, None)
+        if factory is not None and backend.unavailable() is None and (kernels := factory(*arguments)) is not None:
             return kernels
     return None
 
 
-# The only question to torch.func that torch answers, in a private module since 2.0.
+# PyTorch's only query for the tensors of torch.func, in a private module since 2.0.
 _wrapped = getattr(torch._C, "_functorch").is_functorch_wrapped_tensor  # noqa: B009
 
 
 def needs_autograd(t: torch.Tensor) -> bool:
-    """Whether autograd, `torch.func`, `torch.compile` or another class of tensors watch what is done with `t`."""
+    """Whether autograd, `torch.func`, `torch.compile` or a tensor subclass tracks operations on `t`."""
     if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, nn.Parameter):
         return True
     if torch.is_grad_enabled() and t.requires_grad:

@@ -1,7 +1,7 @@
-"""Which images of a batch are still at work, told to the kernels without changing any signature.
+"""Context manager for the active-image mask, so that kernels can skip inactive images.
 
-A loop that does not ask the host keeps images that have ended in the batch. Inside `only(rows)` kernels that can do so
-skip the images where `rows` is false; what they leave in those places is undefined and must not be read.
+A loop that does not synchronize keeps inactive images in the batch. Inside `active_images(rows)` kernels may skip the
+images for which `rows` is false; their results are undefined and must not be read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ACTIVE: ContextVar[torch.Tensor | None] = ContextVar("deepreg_fast_rows", defau
 
 @contextmanager
 def active_images(rows: torch.Tensor | None) -> Iterator[None]:
-    """Let kernels skip the images of the batch where `rows` `[B]`, bool, is false; None asks for all of them."""
+    """Within this context kernels may skip images for which `rows` `[B]`, bool, is false; None processes all images."""
     token = _ACTIVE.set(rows)
     try:
         yield
@@ -26,7 +26,7 @@ def active_images(rows: torch.Tensor | None) -> Iterator[None]:
 
 
 def active_mask(like: torch.Tensor) -> torch.Tensor | None:
-    """The `rows` in force, if they are those of a batch of `like`'s length and device; else None, that is all."""
+    """The current mask if it has the length and device of `like`; otherwise None, which means all images."""
     rows = _ACTIVE.get()
     fits = rows is not None and len(rows) == len(like) and rows.device == like.device
     return rows if fits else None

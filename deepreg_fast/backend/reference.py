@@ -1,8 +1,8 @@
 """The reference backend: torch's autograd on the energy as it is written.
 
-`linearize` keeps the graph of `grad r(x)` and reuses it: by the symmetry of the Hessian its product
-with `v` is the vector-Jacobian product of the gradient, and the mixed derivative comes from the same
-graph. This was measured as the fastest formulation in eager torch, and it takes any `nn.Module`.
+`linearize` saves the graph of `grad r(x)` and reuses it. The Hessian is symmetric, so its product with `v` is the
+vector-Jacobian product of the gradient; the mixed derivative comes from the same graph. This was measured as the
+fastest formulation in eager torch, and it supports any `nn.Module`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..functional.unaltered import hook_on
 
 
 class Linearization(Protocol):
-    """`grad r` linearized at a point `x` that stays put, for a batch of images.
+    """`grad r` linearized at a fixed point `x`, for a batch of images.
 
     Every backend returns one; the parameters must not change while it is in use.
     """
@@ -41,20 +41,20 @@ class Linearization(Protocol):
 
 
 def unsupported_norm_position(form: ConvChainForm) -> str | None:
-    """Why kernels do not cover the place of the LayerNorm, or None where they do."""
+    """Why kernels do not cover the position of the LayerNorm, or None if they do."""
     if form.net.norm_place == "before":
         return None
     return "its LayerNorm stands before SiLU; this one stands after."
 
 
 def describe_energy(energy: nn.Module) -> str:
-    """The class of an energy without kernels, and what has altered it."""
+    """The class of an energy without kernels, and how it was altered."""
     reason = getattr(energy, "altered", lambda: None)() or hook_on(*energy.modules())
     return type(energy).__name__ + ("" if reason is None else f" with {reason}")
 
 
 def srm_key(A: Any) -> tuple[Any, ...]:
-    """What kernels for an SRM are made of: its description, and where its buffers are and how often they changed."""
+    """Cache key of an SRM's kernels: its settings, and the addresses and versions of its buffers."""
     buffers = [
         None if t is None else (t.data_ptr(), t.dtype, t.shape, tensor_version(t)) for t in (A.rows, A.signs, A.perm)
     ]
@@ -62,19 +62,19 @@ def srm_key(A: Any) -> tuple[Any, ...]:
 
 
 def tensor_version(t: torch.Tensor) -> int:
-    """How often a tensor was changed in place, as torch counts it: not at all for one made in inference mode."""
+    """The tensor's in-place version counter (0 for inference-mode tensors, which have none)."""
     return 0 if t.is_inference() else t._version
 
 
 class ParameterGuard:
-    """The parameters that a linearization was made with, and what its products ask of them and of a direction."""
+    """Checks that the parameters have not changed since `linearize`, and that a direction matches `x`."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         self._params = params
         self._counts = [tensor_version(p) for p in params]
 
     def check(self, v: torch.Tensor, x: torch.Tensor) -> None:
-        """An `InputError` if a parameter has changed since, or if v is not like x."""
+        """Raise an `InputError` if a parameter has changed, or if v does not match x."""
         if [tensor_version(p) for p in self._params] != self._counts:
             raise InputError(
                 "The regularizer's parameters must stay as they were at linearize(x), but have changed since; "
@@ -88,8 +88,10 @@ class ParameterGuard:
 
 
 class Gradients:
-    """Turns the gradients of a network's tensors into those of an energy's parameters, by name: those of a parameter
-    that stands in several places are summed, and one that is not part of the network gets zeros."""
+    """Maps the gradients of a network's tensors to an energy's parameters, by name.
+
+    The gradients of a shared parameter are summed; a parameter that is not part of the network gets zeros.
+    """
 
     def __init__(self, energy: nn.Module, tensors: Sequence[torch.Tensor]) -> None:
         self._places = [id(t) for t in tensors]
@@ -107,7 +109,7 @@ class Gradients:
 
 
 class ReferenceLinearization:
-    """The graph of the gradient, kept and reused."""
+    """The saved graph of the gradient."""
 
     @outside_inference
     @full_precision
@@ -153,7 +155,7 @@ def _check_parameters(energy: nn.Module) -> None:
 
 
 def _grad_of(value: torch.Tensor, x: torch.Tensor, create_graph: bool) -> torch.Tensor:
-    """Gradient of `sum_b value_b`; zero where the energy does not depend on x at all."""
+    """Gradient of `sum_b value_b`; zero if the energy does not depend on x."""
     if not value.requires_grad:
         return torch.zeros_like(x)
     (g,) = torch.autograd.grad(value.sum(), x, create_graph=create_graph, allow_unused=True)
@@ -162,10 +164,10 @@ def _grad_of(value: torch.Tensor, x: torch.Tensor, create_graph: bool) -> torch.
 
 @contextmanager
 def _float32(x: torch.Tensor) -> Iterator[None]:
-    """torch's convolutions of float32 tensors round to TF32 on a GPU, to three decimal digits, unless told not to."""
+    """Disable TF32, to which torch's float32 convolutions round on a GPU by default (three decimal digits)."""
     before = None
     if x.is_cuda:
-        # Where a program has chosen by torch's newer fp32_precision, reading the old switch may raise; that stays.
+        # If a program has set torch's newer fp32_precision, reading the old flag may raise; its setting is respected.
         with suppress(RuntimeError):
             before = torch.backends.cudnn.allow_tf32
     if before is None:
@@ -179,7 +181,7 @@ def _float32(x: torch.Tensor) -> Iterator[None]:
 
 
 class ReferenceBackend:
-    """Runs for everything: any energy, device and floating dtype."""
+    """Supports any energy, device and floating dtype."""
 
     name = "reference"
     batch_invariant = False
@@ -189,13 +191,13 @@ class ReferenceBackend:
         return None
 
     def unsupported_reason(self, energy: nn.Module, x: torch.Tensor) -> str | None:
-        """Covers every energy."""
+        """Always None: every energy is supported."""
         return None
 
     @outside_inference
     @full_precision
     def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`r(x_b)` and `grad r(x_b)` by one backward pass."""
+        """`r(x_b)` and `grad r(x_b)` with one backward pass."""
         _check_parameters(energy)
         leaf = detached(x).requires_grad_()
         with torch.enable_grad(), _float32(x):
@@ -204,5 +206,5 @@ class ReferenceBackend:
         return value.detach(), grad
 
     def linearize(self, energy: nn.Module, x: torch.Tensor) -> ReferenceLinearization:
-        """Keeps the graph of the gradient at x."""
+        """Save the graph of the gradient at x."""
         return ReferenceLinearization(energy, x)

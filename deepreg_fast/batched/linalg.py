@@ -1,4 +1,4 @@
-"""Vector work on a batch, image by image: nothing here mixes two images."""
+"""Vector arithmetic on a batch. Every function treats each image separately."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .loop import uses_mask
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`<a_b, b_b>` for each image, `[B, ...] -> [B]`, accumulated in float64.
 
-    The sum runs over rows first and over the row sums second, so that no reduction has a single output: torch
-    splits only those between threads, which would make the bits depend on the batch size.
+    The sum runs over chunks first and over the chunk sums second, so that no reduction has a single output. Torch
+    splits only such reductions among threads, which would make the bits depend on the batch size.
     """
     if not len(a):
         return torch.zeros(0, dtype=torch.float64, device=a.device)
@@ -29,9 +29,9 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def add(x: torch.Tensor, s: torch.Tensor, p: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x_b + s_b p_b` where `rows` `[B]` is true, `x_b` elsewhere, and the squared norm of that, `[B]`, float64."""
+    """`x_b + s_b p_b` if `rows` `[B]` is true, otherwise `x_b`; and its squared norm, `[B]`, float64."""
     if len(x) and (kernels := _kernels(x, p)) is not None:
-        # All images: those where `rows` is false are copied, not skipped.
+        # No mask: images for which `rows` is false are copied, not skipped.
         with backend.active_images(None):
             return kernels.add(x, s, p, rows)
     out = select(rows, x + expand(s, x) * p, x)
@@ -53,7 +53,7 @@ def secant(
 
 
 def _kernels(a: torch.Tensor, b: torch.Tensor) -> backend.VectorKernels | None:
-    """Kernels for two tensors that are alike."""
+    """Kernels for two tensors of the same shape, dtype and device."""
     if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
         return None
     return backend.vector_kernels(a, b)
@@ -65,15 +65,15 @@ def norm(a: torch.Tensor) -> torch.Tensor:
 
 
 def expand(s: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """One number (or flag) per image, `[B]`, shaped to multiply `like` `[B, ...]`; floats take its dtype."""
+    """One number (or flag) per image, `[B]`, reshaped to broadcast to `like` `[B, ...]`; floats take its dtype."""
     t = s.to(like.dtype) if s.is_floating_point() else s
     return t.reshape(-1, *([1] * (like.ndim - 1)))
 
 
 def select(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor | float) -> torch.Tensor:
-    """`a` for the images where `rows` `[B]` is true, `b` for the others; NaN in the one not taken stays out.
+    """`a` for the images for which `rows` `[B]` is true, otherwise `b`; NaN in the unselected one has no effect.
 
-    On the CPU, where looking costs nothing, `a` itself where all are true.
+    On the CPU, where testing is cheap, `a` itself is returned if all are true.
     """
     if not uses_mask(a) and bool(rows.all()):
         return a
@@ -81,12 +81,12 @@ def select(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor | float) -> torc
 
 
 def gather(t: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
-    """The images `idx` of `t`, distinct and in order: so if they are as many, they are all, and `t` itself is given."""
+    """The images `idx` of `t`. `idx` is distinct and ascending, so if it is as long as `t`, `t` itself is returned."""
     return t if len(idx) == len(t) else t[idx]
 
 
 def scatter(t: torch.Tensor, idx: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`t` with `value` in the images `idx`: `value` itself if they are all, else `t`, changed."""
+    """`t` with `value` in the images `idx`: `value` itself if `idx` is all images, else `t`, changed in place."""
     if len(idx) == len(t):
         return value
     t[idx] = value
@@ -94,10 +94,10 @@ def scatter(t: torch.Tensor, idx: torch.Tensor, value: torch.Tensor) -> torch.Te
 
 
 def solve_spd(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`A_b^{-1} b_b` for symmetric positive definite `a` `[B, m, m]` and `b` `[B, m]`, m small, by Gauss and Jordan.
+    """`A_b^{-1} b_b` for symmetric positive definite `a` `[B, m, m]` and `b` `[B, m]`, m small.
 
-    Without pivots, which such matrices do not need: a fixed list of elementwise operations, so that nothing waits for
-    the device and no system's bits depend on the others.
+    Gauss-Jordan elimination without pivoting, which such matrices do not need. It is a fixed sequence of elementwise
+    operations, so it does not synchronize, and the bits of a system do not depend on the others.
     """
     t = torch.cat([a, b[..., None]], 2)
     for k in range(a.shape[1]):
@@ -108,14 +108,14 @@ def solve_spd(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def hypot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`sqrt(a^2 + b^2)` for numbers `[B]`, without overflow; NaN where either is.
+    """`sqrt(a^2 + b^2)` for numbers `[B]`, without overflow; NaN if either is.
 
-    `torch.hypot` computes the last numbers of a vector by other code than the others, so that the bits of an image
-    would depend on the size of the batch (docs/design.md).
+    `torch.hypot` uses different code for the last elements of a vector, so the bits of an image would depend on the
+    batch size (docs/design.md).
     """
     a, b = a.abs(), b.abs()
     large, small = torch.maximum(a, b), torch.minimum(a, b)
-    # Equal numbers may be zeros or infinities, which have no quotient.
+    # Equal numbers may be zeros or infinities, whose quotient is NaN.
     ratio = torch.where(small == large, 1.0, small / large)
     return large * torch.sqrt(1.0 + ratio * ratio)
 

@@ -39,10 +39,10 @@ def uses_mask(like: torch.Tensor) -> bool:
 
 
 class AnyActive:
-    """Whether any image is still at work, asked after every round and answered `lag` (`QUERY_LAG`) questions later.
+    """Whether any image is active: queried after every round, with the answer `lag` (`QUERY_LAG`) queries later.
 
-    The answer to one question is awaited only after `lag` more rounds have been queued, so the device always has work
-    and the host is never more than that ahead. Until there is an answer it is yes. On the CPU there is no lag.
+    A query is read only after `lag` more rounds have been queued, so the device always has work and the host is never
+    more than that ahead. Before the first answer the result is True. On the CPU there is no lag.
     """
 
     def __init__(self, lag: int | None = None) -> None:
@@ -50,7 +50,7 @@ class AnyActive:
         self._open: deque[Callable[[], bool]] = deque()
 
     def __call__(self, running: torch.Tensor) -> bool:
-        """Whether `running` `[B]` held a true one, `lag` calls ago."""
+        """Whether any entry of `running` `[B]` was true `lag` calls ago."""
         if not uses_mask(running):
             return bool(running.any())
         self._open.append(_ask(running.any()))
@@ -58,7 +58,7 @@ class AnyActive:
 
 
 def _ask(flag: torch.Tensor) -> Callable[[], bool]:
-    """Send a flag to the host without waiting; what is returned waits for it."""
+    """Copy a flag to the host asynchronously; the returned function waits for it."""
     if flag.device.type != "cuda":
         return lambda: bool(flag)
     answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
@@ -75,7 +75,7 @@ def _ask(flag: torch.Tensor) -> Callable[[], bool]:
 
 @contextmanager
 def attach_partial_result(partial: Callable[[], Any]) -> Iterator[None]:
-    """Turn running out of a device's memory into `OutOfMemory` with what has been computed so far."""
+    """Convert out-of-memory errors into `OutOfMemory` with the partial result."""
     try:
         yield
     except (torch.OutOfMemoryError, OutOfMemory) as error:

@@ -1,4 +1,4 @@
 """Definitions in plain torch: transforms (dct, hadamard, walsh) and energies (conv_chain, icnn, tv).
 
-A definition is the reference: nothing here is optimised, everything else is compared with it.
+The definitions are the reference: nothing here is optimized, and everything else is tested against it.
 """

@@ -1,7 +1,7 @@
-"""The network `h` of a learned regularizer, and the heads that make an energy of it (docs/math.md, M8-M10).
+"""The network `h` of a learned regularizer, and the heads that turn it into an energy (docs/math.md, M8-M10).
 
-`h`: conv 1->C, [LayerNorm], SiLU, (conv C->C, [LayerNorm], SiLU) x (depth-2), conv C->1, or each LayerNorm after its
-SiLU; zero padding, so that `h` maps images of any size to images of that size.
+`h`: conv 1->C, [LayerNorm], SiLU, (conv C->C, [LayerNorm], SiLU) x (depth-2), conv C->1. LayerNorm can also come after
+SiLU. Zero padding preserves the size of images.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ HEADS = ("red", "residual", "norm")
 class ChannelNorm(nn.Module):
     """LayerNorm of `[B, C, H, W]`, over channels at each pixel (`"pixel"`) or over C, H, W (`"image"`).
 
-    `n = g (u - mean u) / sqrt(var u + eps) + b` with one gain and one bias per channel, so that any
-    image size is accepted. Ba, Kiros, Hinton 2016.
+    `n = g (u - mean u) / sqrt(var u + eps) + b` with one gain and one bias per channel, for images of any size (Ba,
+    Kiros, Hinton 2016).
     """
 
     @outside_inference
@@ -48,23 +48,25 @@ def channel_norm(
     u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dims: tuple[int, ...], eps: float
 ) -> torch.Tensor:
     """`ChannelNorm` as a function of its parameters."""
-    centred = u - u.mean(dims, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
-    return centred * scale * weight[:, None, None] + bias[:, None, None]
+    centered = u - u.mean(dims, keepdim=True)
+    scale = torch.rsqrt(centered.square().mean(dims, keepdim=True) + eps)
+    return centered * scale * weight[:, None, None] + bias[:, None, None]
 
 
 def convolution(ins: int, outs: int, kernel_size: int) -> nn.Conv2d:
-    """A convolution that keeps the size of images, in float32 on the CPU, whatever torch's defaults are. Its weights
-    are not drawn yet: torch would draw them from the global generator."""
+    """A size-preserving convolution in float32 on the CPU, whatever torch's defaults are.
+
+    Its weights are uninitialized, because torch would draw them from the global generator.
+    """
     new: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     return nn.utils.skip_init(nn.Conv2d, ins, outs, kernel_size, padding=kernel_size // 2, **new)  # type: ignore[return-value]
 
 
 class ConvChain(nn.Module):
-    """`h(u) = net(kappa u) / kappa` with the input gain `kappa`, which leaves `Lip(h)` as it is.
+    """`h(u) = net(kappa u) / kappa` with the input gain `kappa`, which does not change `Lip(h)`.
 
-    The last convolution starts at zero, so that `h = 0` and the regularizer starts as `1/2 ||u||^2`;
-    the others start at `N(0, 1/fan_in)`.
+    The last convolution is initialized to zero, so that `h = 0` and the regularizer starts as `1/2 ||u||^2`; the others
+    are drawn from `N(0, 1/fan_in)`.
     """
 
     @outside_inference
@@ -84,7 +86,7 @@ class ConvChain(nn.Module):
         widths = [image_channels] + [channels] * (depth - 1) + [image_channels]
         self.gain = gain
         self.norm = norm
-        # Where there is no LayerNorm it has no place either.
+        # Without a LayerNorm its position has no meaning.
         self.norm_place = "before" if norm == "none" else norm_place
         self.image_channels = image_channels
         self.reach = depth * (kernel_size // 2)
@@ -97,7 +99,7 @@ class ConvChain(nn.Module):
 
     @torch.no_grad()
     def reset(self, seed: int, last_zero: bool = True) -> None:
-        """Draw the initial weights from a generator of their own (the global one is not touched)."""
+        """Draw the initial weights from a separate generator; the global one does not change."""
         g = torch.Generator().manual_seed(seed)
         for conv in self.convs:
             assert isinstance(conv, nn.Conv2d) and conv.bias is not None
@@ -125,7 +127,7 @@ class ConvChain(nn.Module):
 
 
 def check_channels(u: torch.Tensor, first: nn.Module) -> None:
-    """An `InputError` unless images `u` have the channels that a network's first convolution takes."""
+    """Raise an `InputError` unless the images `u` have as many channels as a network's first convolution takes."""
     if isinstance(first, nn.Conv2d) and u.shape[1] != first.in_channels:
         raise InputError(
             f"Images must have the {first.in_channels} channel(s) of the network, but have shape {list(u.shape)} "
@@ -139,7 +141,7 @@ def layers_of(net: ConvChain) -> tuple[list[nn.Module], list[nn.Module]]:
 
 
 def chain_alteration(net: object) -> str | None:
-    """None if `net` is a `ConvChain` that computes `h` with the weights of its layers, else what is different."""
+    """None if `net` is a `ConvChain` that computes `h` with the weights of its layers, otherwise the difference."""
     if (reason := alteration(net, ConvChain)) is not None:
         return reason
     assert isinstance(net, ConvChain)
@@ -154,11 +156,19 @@ def chain_alteration(net: object) -> str | None:
     for i, conv in enumerate(convs):
         if (reason := alteration(conv, nn.Conv2d, ("weight", "bias"))) is not None:
             return reason
-        d = conv.__dict__
-        if (d["stride"], d["padding"], d["dilation"], d["groups"], d["padding_mode"]) != plain:
+        attributes = conv.__dict__
+        if (
+            attributes["stride"],
+            attributes["padding"],
+            attributes["dilation"],
+            attributes["groups"],
+            attributes["padding_mode"],
+        ) != plain:
             return "a convolution with another stride, padding, dilation or number of groups"
-        held = d["_parameters"]
-        if held["weight"].shape != (widths[i + 1], widths[i], k, k) or held["bias"].shape != (widths[i + 1],):
+        parameters = attributes["_parameters"]
+        if parameters["weight"].shape != (widths[i + 1], widths[i], k, k) or parameters["bias"].shape != (
+            widths[i + 1],
+        ):
             return "a convolution of another shape"
     return _why_altered_norms(net, norms, widths[1])
 
@@ -180,9 +190,9 @@ def _why_altered_norms(net: ConvChain, norms: list[nn.Module], channels: int) ->
 
 
 def conv_chain(u: torch.Tensor, params: Sequence[torch.Tensor], norm: str, gain: float, eps: float) -> torch.Tensor:
-    """`ConvChain.forward` as a function of its parameters, weight and bias of each convolution, then of each norm.
+    """`ConvChain.forward` as a function of its parameters: weight and bias of each convolution, then of each norm.
 
-    The LayerNorm stands before SiLU.
+    LayerNorm comes before SiLU.
     """
     layers = list(zip(params[::2], params[1::2], strict=True))
     depth = len(layers) if norm == "none" else (len(layers) + 1) // 2
@@ -197,8 +207,7 @@ def conv_chain(u: torch.Tensor, params: Sequence[torch.Tensor], norm: str, gain:
 
 @dataclass(frozen=True)
 class ConvChainForm:
-    """`r(x) = alpha/2 ||u||^2 + phi(u, net(u))`, `u = x - center`, with `phi` of `head_energy`: what a backend with
-    kernels for this energy needs to know of it."""
+    """`r(x) = alpha/2 ||u||^2 + phi(u, net(u))`, `u = x - center`, `phi` as in `head_energy`: the form for kernels."""
 
     net: ConvChain
     head: str
@@ -217,7 +226,7 @@ def per_image(e: torch.Tensor) -> torch.Tensor:
 
 
 def head_energy(head: str, u: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """The energy `[B]` made of `u` and `h(u)`: the outer function `phi(u, h)`.
+    """The outer function `phi(u, h)`, `[B]`.
 
     `"red"`: `1/2 <u, u - h>` (Romano, Elad, Milanfar 2017); `"residual"`: `1/2 ||u - h||^2` (Cohen et al.
     2021; Hurault et al. 2022); `"norm"`: `1/2 ||h||^2`.

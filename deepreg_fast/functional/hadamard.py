@@ -72,19 +72,19 @@ def _paley(n: int) -> np.ndarray | None:
         c[0, 1:], c[1:, 0], c[1:, 1:] = 1, 1, _jacobsthal(*power)
         i = np.eye(q + 1, dtype=np.int8)
         h = np.block([[c + i, c - i], [c - i, -c - i]])
-        # Columns negated so that row 0 is constant: coefficient 0 is then the mean, as in the other constructions.
+        # Columns are negated so that row 0 is constant: coefficient 0 is then the mean, as in the other constructions.
         return (h * h[0]).astype(np.int8)
     return None
 
 
 def _has_paley(n: int) -> bool:
-    """Whether `_paley` gives a matrix of order n, a multiple of 4."""
+    """Whether `_paley` has a matrix of order n, a multiple of 4."""
     return bool(_prime_power(n - 1) or ((n // 2 - 1) % 4 == 1 and _prime_power(n // 2 - 1)))
 
 
 @lru_cache(maxsize=512)
 def exists(n: int) -> bool:
-    """Whether `_construct` gives a matrix, without building one."""
+    """Whether `_construct` has a matrix of order n; does not build it."""
     if n in (1, 2):
         return True
     if n % 4:
@@ -95,9 +95,9 @@ def exists(n: int) -> bool:
 
 
 def factors(n: int) -> list[int]:
-    """The orders whose Kronecker product, the first outermost, is the matrix of an order that `exists`.
+    """The orders of the matrices whose Kronecker product, first one outermost, is the matrix of order n (see `exists`).
 
-    Powers of two (Sylvester's matrices) and orders of Paley's constructions.
+    They are powers of two (Sylvester's matrices) or orders of Paley's constructions.
     """
     if n & (n - 1) == 0 or _has_paley(n):
         return [n]
@@ -107,7 +107,7 @@ def factors(n: int) -> list[int]:
 
 @lru_cache(maxsize=16)
 def _construct(n: int) -> np.ndarray:
-    """A Hadamard matrix of an order that `exists`, with row 0 constant."""
+    """A Hadamard matrix with constant row 0, for an order that `exists`."""
     if n == 1:
         return np.ones((1, 1), np.int8)
     if n == 2:
@@ -125,7 +125,7 @@ def hadamard(n: int) -> np.ndarray:
     Raises
     ------
     InputError
-        If Sylvester's and Paley's constructions and their products give none, with the nearest orders that exist.
+        If neither Sylvester's nor Paley's construction nor a product has this order; names the nearest orders.
     """
     if n < 1 or not exists(n):
         below = next((k for k in range(n - 1, 0, -1) if exists(k)), 1)
@@ -150,6 +150,6 @@ def hadamard2(x: torch.Tensor) -> torch.Tensor:
 
 
 def ihadamard2(x: torch.Tensor) -> torch.Tensor:
-    """The inverse of `hadamard2`, its transpose."""
+    """The inverse (and transpose) of `hadamard2`."""
     hh, hw = (_scaled(n, x.dtype, x.device) for n in x.shape[-2:])
     return separable(hh.T, x, hw.T)

@@ -16,8 +16,8 @@ from .conv_chain import check_channels, convolution, per_image
 class InputConvex(nn.Module):
     """`z_1 = phi(V_0 u)`, `z_{k+1} = phi(|W_k| z_k + V_k u)`, energy `mean of z_K over channels, summed over pixels`.
 
-    `phi` is softplus (convex, increasing, smooth) and the weights on `z` are non-negative through
-    a softplus of the stored values, so the energy is convex in `u` for every value of the parameters.
+    `phi` is softplus (convex, increasing, smooth). The weights on `z` are the softplus of the stored values and so
+    nonnegative. Hence the energy is convex in `u` for all parameter values.
     """
 
     @outside_inference

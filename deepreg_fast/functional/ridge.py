@@ -5,8 +5,8 @@ knots. Here it is a sum of smooth steps at fixed scales `s_1 < ... < s_K`,
 
     psi_i'(t) = sum_k c_ik t / sqrt(1 + (s_k t)^2),     psi_i(t) = sum_k c_ik (sqrt(1 + (s_k t)^2) - 1) / s_k^2,
 
-because the bi-level gradient needs psi_i'' and its products: a spline's psi_i'' jumps at the knots, this one is
-smooth, `psi_i''(t) = sum_k c_ik (1 + (s_k t)^2)^(-3/2)`, needs no grid that responses could leave, and none of the
+because the bi-level gradient needs products with psi_i''. A spline's psi_i'' jumps at the knots. This one is smooth,
+`psi_i''(t) = sum_k c_ik (1 + (s_k t)^2)^(-3/2)`, and needs neither a grid, which responses could leave, nor the
 spline's projections.
 """
 
@@ -29,25 +29,25 @@ FINEST, COARSEST = 300.0, 3.0
 
 
 def scales_of(count: int) -> tuple[float, ...]:
-    """`count` scales from 3 to 300 in equal ratios (30 alone): steps as wide as differences of pixels in [0, 1] are."""
+    """`count` scales from 3 to 300 in equal ratios (30 if one): the range of pixel differences in [0, 1]."""
     if count == 1:
         return (math.sqrt(FINEST * COARSEST),)
     return tuple(COARSEST * (FINEST / COARSEST) ** (k / (count - 1)) for k in range(count))
 
 
 def nested_dct(count: int, size: int) -> torch.Tensor:
-    """`[count, 1, size, size]`: the orthonormal 2-D DCT bases of sides 3, 5, ..., `size` without their constants, each
-    in the middle of a filter and in the order of their frequencies; over again if `count` asks for more.
+    """`[count, 1, size, size]`: the orthonormal 2-D DCT bases of sides 3, 5, ..., `size` without their constants.
 
-    The low end of the largest basis alone would leave the finest details of an image free.
+    Each is centered in a filter. They are sorted by frequency within each side, and repeated if `count` is larger. The
+    low frequencies of the largest basis alone would not penalize the finest details of an image.
     """
-    found = []
+    bases = []
     for side in range(3, size + 1, 2):
         c = dct_matrix(side, torch.float64, torch.device("cpu"))
         order = sorted(((i, j) for i in range(side) for j in range(side) if i + j), key=lambda ij: (sum(ij), ij))
         edge = (size - side) // 2
-        found += [F.pad(torch.outer(c[i], c[j]), [edge] * 4) for i, j in order]
-    return torch.stack([found[n % len(found)] for n in range(count)])[:, None].float()
+        bases += [F.pad(torch.outer(c[i], c[j]), [edge] * 4) for i, j in order]
+    return torch.stack([bases[n % len(bases)] for n in range(count)])[:, None].float()
 
 
 def inverse_softplus(a: torch.Tensor) -> torch.Tensor:
@@ -56,13 +56,13 @@ def inverse_softplus(a: torch.Tensor) -> torch.Tensor:
 
 
 class RidgeNet(nn.Module):
-    """The parameters of a ridge energy: free filters, and `a_ik = softplus(raw_ik) > 0` that make its coefficients.
+    """The parameters of a ridge energy: free filters, and `a_ik = softplus(raw_ik) > 0`, which give its coefficients.
 
-    With the steps `e_k(t) = s_k t / sqrt(1 + (s_k t)^2)`, each between -1 and 1, the finer the steeper, and `e_0 = 0`:
+    With the steps `e_k(t) = s_k t / sqrt(1 + (s_k t)^2)`, between -1 and 1 and steeper for larger k, and `e_0 = 0`:
 
     - convex: `psi_i' = q sum_k a_ik e_k`;
     - weakly convex: `psi_i' = q sum_k a_ik (e_k - e_(k-1))`. Any `a >= 0` gives `psi_i' >= 0` for `t > 0`, and each
-      term with k > 1 lets go of large responses. The convex profiles are those with `a_i1 >= a_i2 >= ...`.
+      term with k > 1 vanishes for large responses. The convex profiles are those with `a_i1 >= a_i2 >= ...`.
 
     `q = 1 / (F sqrt(s_1 s_K))`, so that curvatures are of order 1. Both kinds start as the same convex energy.
     """
@@ -95,7 +95,7 @@ class RidgeNet(nn.Module):
 
 
 def why_altered_ridge(net: object) -> str | None:
-    """None if `net` is a `RidgeNet` as it was built, with other values at most; else what is different."""
+    """None if `net` is an unaltered `RidgeNet` (its values may differ), otherwise the difference."""
     if (reason := alteration(net, RidgeNet, ("filters", "raw"))) is not None:
         return reason
     assert isinstance(net, RidgeNet)
@@ -108,7 +108,7 @@ def why_altered_ridge(net: object) -> str | None:
 
 @dataclass(frozen=True)
 class RidgeForm:
-    """`r(x) = sum_i sum_p psi_i((W_i * u)_p)`, `u = x - center`: what a backend with kernels for it needs to know."""
+    """`r(x) = sum_i sum_p psi_i((W_i * u)_p)`, `u = x - center`: the form that kernels need."""
 
     net: RidgeNet
     center: float

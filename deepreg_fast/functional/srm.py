@@ -12,7 +12,7 @@ from . import dct, hadamard, walsh
 
 
 class SrmLike(Protocol):
-    """What the products need to know of an operator."""
+    """The attributes of an operator that the products need."""
 
     image_shape: tuple[int, int, int]
     transform: str
@@ -23,7 +23,7 @@ class SrmLike(Protocol):
 
 
 class SrmForm(nn.Module):
-    """An SRM as its buffers and its description alone: what a backend with kernels for it needs to know of it."""
+    """An SRM reduced to its buffers and its description, as kernels need it."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from .conv_chain import per_image
 
 
 def smoothed_tv(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """`sum_p (sqrt(|D x|_p^2 + eps^2) - eps)` with forward differences, zero across the border; `[B,C,H,W] -> [B]`."""
+    """`sum_p (sqrt(|D x|_p^2 + eps^2) - eps)` with forward differences, zero at the border; `[B,C,H,W] -> [B]`."""
     dv = torch.zeros_like(x)
     dh = torch.zeros_like(x)
     dv[..., :-1, :] = x[..., 1:, :] - x[..., :-1, :]

@@ -1,4 +1,4 @@
-"""Whether a module still computes what its class says: what kernels that read its weights rely on.
+"""Checks that a module still computes its class's definition, on which kernels that read its weights rely.
 
 Hooks, parametrizations (`weight_norm`, `spectral_norm`, pruning), replaced layers and changed settings make a module
 compute something else with the same weights, or the same with other parameters.
@@ -16,45 +16,50 @@ from torch.nn.modules import module as _module
 _GLOBAL = [getattr(_module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")]
 
 
-# Asked before every product, so these look into the modules' dictionaries.
+# These run before every product, so they read the modules' dictionaries directly.
 
 
 def alteration(m: object, kind: type[nn.Module], parameters: tuple[str, ...] = ()) -> str | None:
-    """None if `m` is just a `kind` with these parameters, none of them missing; else what it is instead."""
+    """None if `m` is exactly a `kind` with exactly these parameters, otherwise the difference."""
     if type(m) is not kind:
         return f"{type(m).__name__} in the place of {kind.__name__}"
     attributes = m.__dict__
     if "forward" in attributes or "_conv_forward" in attributes or "numbers" in attributes:
         return f"a {kind.__name__} with a method replaced"
-    held = attributes["_parameters"]
-    if len(held) != len(parameters):
+    stored = attributes["_parameters"]
+    if len(stored) != len(parameters):
         return f"a {kind.__name__} whose parameters are not {', '.join(parameters) or 'none'}"
     for name in parameters:
-        if name in attributes or type(held.get(name)) not in (nn.Parameter, torch.Tensor):
+        if name in attributes or type(stored.get(name)) not in (nn.Parameter, torch.Tensor):
             return f"a {kind.__name__} whose {name} is no parameter of its own"
     return None
 
 
 def hook_on(*modules: nn.Module) -> str | None:
-    """None unless something is called before or after one of these modules, which may change what they compute."""
+    """None if these modules have no hooks, which may change their results; otherwise the reason."""
     for hooks in _GLOBAL:
         if hooks:
             return "hooks of all modules"
     for m in modules:
-        d = m.__dict__
-        if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+        attributes = m.__dict__
+        if (
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or attributes["_backward_hooks"]
+            or attributes["_backward_pre_hooks"]
+        ):
             return f"hooks of {type(m).__name__}"
     return None
 
 
 def plain_numbers(*values: Any) -> bool:
-    """Whether all are plain numbers: not tensors, which autograd might follow."""
+    """Whether all are plain numbers, not tensors that autograd might track."""
     return all(type(v) is float or (isinstance(v, Real) and not isinstance(v, bool)) for v in values)
 
 
 def dtype_or_device_mismatch(x: torch.Tensor, *modules: nn.Module) -> str | None:
-    """None if all parameters that these modules hold themselves have the dtype and device of `x`, and kernels can read
-    the memory of `x`."""
+    """None if all direct parameters of these modules have the dtype and device of `x`, and kernels can read `x`'s
+    memory; otherwise the reason."""
     dtype, device = x.dtype, x.device
     for m in modules:
         for p in m.__dict__["_parameters"].values():

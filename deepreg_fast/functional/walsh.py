@@ -9,20 +9,20 @@ from ..errors import InputError
 
 
 def block_size(d: int, block: int | None = None) -> int:
-    """`block` if it is a power of two that divides d, or the largest such number if it is None."""
+    """`block` if it is a power of two that divides d; if None, the largest such number."""
     largest = d & -d
     if block is None:
         return largest
-    found = plain(block)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1 or found & (found - 1) or d % found:
+    size = plain(block)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size & (size - 1) or d % size:
         raise InputError(
             f"The Walsh-Hadamard block must be a power of two that divides d = {d} (<= {largest}), but is {block!r}."
         )
-    return found
+    return size
 
 
 def walsh_blocks(v: torch.Tensor, block: int) -> torch.Tensor:
-    """Orthonormal, symmetric Walsh-Hadamard transform of consecutive blocks of `v` `[B, d]`, by butterflies."""
+    """Orthonormal, symmetric Walsh-Hadamard transform of consecutive blocks of `v` `[B, d]`, with butterflies."""
     shape = v.shape
     h = 1
     while h < block:

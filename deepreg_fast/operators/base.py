@@ -1,4 +1,4 @@
-"""What every operator can do (docs/math.md, M2)."""
+"""Base class and registry of linear operators (docs/math.md, M2)."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ class LinearOperator(nn.Module):
         return self._adjoint(self._here(checks.vectors(y, self.measurements), "y"))
 
     def _here(self, t: torch.Tensor, name: str) -> torch.Tensor:
-        """Check that `t` lies on the device of the operator's buffers; return it."""
-        home = next((b.device for b in self._buffers.values() if b is not None), None)
-        if home is None:
-            home = next((b.device for b in self.buffers()), t.device)
-        if t.device != home:
+        """Check that `t` is on the device of the operator's buffers; return it."""
+        device = next((b.device for b in self._buffers.values() if b is not None), None)
+        if device is None:
+            device = next((b.device for b in self.buffers()), t.device)
+        if t.device != device:
             raise InputError(
-                f"{name} must be on the operator's device {home}, but is on {t.device}; "
-                f"move one of them with .to({str(home)!r})."
+                f"{name} must be on the operator's device {device}, but is on {t.device}; "
+                f"move one of them with .to({str(device)!r})."
             )
         return t
 
@@ -126,12 +126,12 @@ class LinearOperator(nn.Module):
 
     @property
     def has_shifted_inverse(self) -> bool:
-        """Whether `shifted_inverse` has a closed form here."""
+        """Whether `shifted_inverse` has a closed form."""
         return self.gram_scale is not None
 
     @full_precision
     def shifted_inverse(self, v: torch.Tensor, c: Gamma) -> torch.Tensor:
-        """`(A^T A + c I)^{-1} v`, `c > 0` a number or `[B]`: `(v - A^T A v / (g + c)) / c` where `A A^T = g I`."""
+        """`(A^T A + c I)^{-1} v`, `c > 0` a number or `[B]`: `(v - A^T A v / (g + c)) / c` with `A A^T = g I`."""
         if self.gram_scale is None:
             raise InputError(
                 f"{type(self).__name__} has no closed form of shifted_inverse; ask has_shifted_inverse first."
@@ -143,8 +143,9 @@ class LinearOperator(nn.Module):
     def prox_l2(self, z: torch.Tensor, y: torch.Tensor, gamma: Gamma) -> torch.Tensor:
         """`argmin_x 1/2||x - z||^2 + gamma/2 ||y - A x||^2`, `gamma >= 0` a number or `[B]`.
 
-        With `A A^T = g I`: `z + gamma/(1 + gamma g) A^T (y - A z)`; else by CG on
-        `(I + gamma A^T A) x = z + gamma A^T y`. An image where CG fails gets NaN; if all do, that is an error.
+        With `A A^T = g I` it is `z + gamma/(1 + gamma g) A^T (y - A z)`; otherwise CG solves
+        `(I + gamma A^T A) x = z + gamma A^T y`. An image for which CG fails gets NaN; if all fail, an `InputError` is
+        raised.
         """
         self._here(checks.images(z, "z", self.image_shape), "z")
         checks.same_kind(z, checks.vectors(y, self.measurements), "z and y")
@@ -177,25 +178,25 @@ class LinearOperator(nn.Module):
         return torch.where(expand(failed, sol.x), torch.nan, sol.x)
 
     def capturable(self, like: torch.Tensor) -> bool:
-        """Whether the products and closed forms, for images like these, may be part of a CUDA graph: they look at no
-        number on the host and were warmed up by a first call. Not known of an operator that does not say so."""
+        """Whether the products and closed forms, for images like these, can be captured in a CUDA graph: they do not
+        synchronize and were warmed up by a first call. False unless a subclass overrides this."""
         return False
 
     def signature(self, like: torch.Tensor) -> Signature | None:
-        """What recorded products and closed forms depend on besides the images, so that a CUDA graph of them may serve
-        later solves. None, as here, where that is not known; then a graph ends with its solve."""
+        """Everything that recorded products and closed forms depend on besides the images, so that later solves can
+        reuse a CUDA graph. None (the default) if it is unknown; a graph then ends with its solve."""
         return None
 
     def _just(self, kind: type[LinearOperator]) -> bool:
-        """Whether this is a `kind` itself, none of whose methods is replaced."""
+        """Whether this is exactly a `kind`, without replaced methods."""
         return type(self) is kind and not any(callable(getattr(kind, name, None)) for name in vars(self))
 
     def describe(self) -> dict[str, Any]:
-        """What rebuilds this operator, as JSON values with its registered name under `kind`."""
+        """The arguments that rebuild this operator, as JSON values, with its registered name under `kind`."""
         raise InputError(f"{type(self).__name__} must define describe() to be written to a file.")
 
     def fingerprint(self) -> str:
-        """SHA-256 of the description and the buffers: equal for equal operators, on every platform."""
+        """SHA-256 of the description and the buffers. Equal operators have equal fingerprints on every platform."""
         digest = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode())
         for name, buffer in sorted(self.named_buffers()):
             digest.update(name.encode())
@@ -204,7 +205,7 @@ class LinearOperator(nn.Module):
 
 
 def _per_image(value: Gamma, like: torch.Tensor, name: str, *, zero: bool = True) -> torch.Tensor:
-    """A number or `[B]` shaped to multiply `like`. The sign of a tensor is not checked: that would wait for the GPU."""
+    """A number or `[B]`, reshaped to broadcast to `like`. A tensor's sign is not checked: that would synchronize."""
     if isinstance(value, torch.Tensor):
         if value.ndim > 1 or (value.ndim == 1 and len(value) not in (1, len(like))):
             raise InputError(
@@ -217,12 +218,12 @@ def _per_image(value: Gamma, like: torch.Tensor, name: str, *, zero: bool = True
 
 
 def register(kind: str, cls: type[LinearOperator]) -> None:
-    """Let files name this class: `describe()['kind'] == kind`, the rest are constructor arguments."""
+    """Register a class for files: `describe()['kind'] == kind`, and the rest are constructor arguments."""
     _REGISTRY[kind] = cls
 
 
 def from_description(description: dict[str, Any]) -> LinearOperator:
-    """Rebuild an operator from `describe()`'s answer."""
+    """Rebuild an operator from the result of `describe()`."""
     kind = description.get("kind") if isinstance(description, dict) else description
     if not isinstance(kind, str) or kind not in _REGISTRY:
         raise InputError(

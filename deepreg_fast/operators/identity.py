@@ -43,11 +43,11 @@ class Identity(LinearOperator):
         return y.reshape(-1, *self.image_shape)
 
     def capturable(self, like: torch.Tensor) -> bool:
-        """Nothing but shapes changes."""
+        """Always True: the products only change shapes."""
         return True
 
     def signature(self, like: torch.Tensor) -> Signature | None:
-        """Its settings; None for a subclass, whose products are its own."""
+        """The settings; None for a subclass, whose products may differ."""
         return Signature(("identity", self.image_shape, self.gram_scale), self) if self._just(Identity) else None
 
     def describe(self) -> dict[str, Any]:

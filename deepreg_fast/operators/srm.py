@@ -96,7 +96,7 @@ class SRM(LinearOperator):
         self.perm: torch.Tensor | None
 
     def _draw(self, seed: int, keep_dc: bool) -> dict[str, torch.Tensor | None]:
-        """The buffers: `rows` sorted int64 [m], `signs` int8 [d], `perm` int64 [d], the last two None if not used."""
+        """The buffers: `rows` sorted int64 `[m]`, `signs` int8 `[d]`, `perm` int64 `[d]`; None for an unused one."""
         d = int(np.prod(self.image_shape))
         step = self.block if self.block is not None else self.image_shape[1] * self.image_shape[2]
         signs, perm, order = _random(d, seed)
@@ -140,18 +140,18 @@ class SRM(LinearOperator):
         return srm_ops.correct(self, z, y, weights) if srm_ops.serve(self, *tensors) else super()._correct(z, y, weight)
 
     def capturable(self, like: torch.Tensor) -> bool:
-        """What the kernels for such images say of themselves."""
+        """Whether kernels for such images exist and are capturable."""
         return not self._products_replaced() and getattr(backend.srm_kernels(self, like), "capturable", False)
 
     def signature(self, like: torch.Tensor) -> Signature | None:
-        """Its description, and its buffers, from which the kernels' tables are made; None for a subclass."""
+        """The description and the buffers, from which the kernels' tables are computed; None for a subclass."""
         if not self._just(SRM):
             return None
         memory = tuple(t for t in (self.rows, self.signs, self.perm) if t is not None)
         return Signature(("srm", self.gram_scale, srm_key(self)), self, memory)
 
     def _products_replaced(self) -> bool:
-        """Whether a subclass, or this object, has products of its own: what is made of both is then made of those."""
+        """Whether a subclass or this object overrides `_forward` or `_adjoint`; other products must then use these."""
         kind, names = type(self), ("_forward", "_adjoint")
         return any(getattr(kind, n) is not getattr(SRM, n) or n in vars(self) for n in names)
 
@@ -169,34 +169,34 @@ class SRM(LinearOperator):
         }
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The description, so that a state says what it belongs to."""
+        """The description, stored in the state to identify its operator."""
         return self.describe()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take another seed's identity; `_load_from_state_dict` has checked it."""
+        """Adopt the state's seed; `_load_from_state_dict` has checked it."""
         self.seed, self.keep_dc = state["seed"], state["keep_dc"]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Check the state before anything is copied, so that a refused one leaves this operator as it was."""
+        """Check the state before anything is copied, so that a rejected state leaves this operator unchanged."""
         state = state_dict.get(prefix + "_extra_state")
         if state is not None:
             self._check_state(state, {k: state_dict.get(prefix + k) for k in ("rows", "signs", "perm")})
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _check_state(self, state: object, buffers: dict[str, torch.Tensor | None]) -> None:
-        """Another seed may come; everything else must agree, and the buffers must be that seed's."""
-        mine = self.describe()
-        theirs = state if isinstance(state, dict) else {}
-        fixed = [k for k in mine if k not in ("seed", "keep_dc") and mine[k] != theirs.get(k)]
-        if fixed:
-            told = ", ".join(f"{k}={theirs.get(k)!r} (here {mine[k]!r})" for k in fixed)
+        """The seed may differ; everything else must agree, and the buffers must be those of the state's seed."""
+        expected = self.describe()
+        saved = state if isinstance(state, dict) else {}
+        differing = [k for k in expected if k not in ("seed", "keep_dc") and expected[k] != saved.get(k)]
+        if differing:
+            differences = ", ".join(f"{k}={saved.get(k)!r} (here {expected[k]!r})" for k in differing)
             raise OperatorMismatch(
-                f"The state must be of an SRM of the same kind, but has {told}; build that operator."
+                f"The state must be of an SRM of the same kind, but has {differences}; build that operator."
             )
-        seed, keep_dc = checks.integer(theirs.get("seed"), "the state's seed", 0), bool(theirs.get("keep_dc"))
+        seed, keep_dc = checks.integer(saved.get("seed"), "the state's seed", 0), bool(saved.get("keep_dc"))
         for name, drawn in self._draw(seed, keep_dc).items():
-            came = buffers[name]
-            if came is not None and (drawn is None or not torch.equal(came.cpu(), drawn)):
+            buffer = buffers[name]
+            if buffer is not None and (drawn is None or not torch.equal(buffer.cpu(), drawn)):
                 raise OperatorMismatch(
                     f"The state's {name} must be what its seed {seed} draws, but differ; the file is damaged or "
                     "was written by another version: build the operator anew."
@@ -214,8 +214,8 @@ def _measurements(d: int, ratio: float | None, measurements: int | None) -> int:
 def _random(d: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Signs int8, and two random orders of `0..d-1` int64 (permutation, rows), from raw PCG64 output.
 
-    numpy keeps the raw stream of a bit generator for good, but not what its Generator methods make of it: so the
-    orders come from sorting raw 64-bit keys.
+    numpy guarantees the raw stream of a bit generator, but not the results of Generator methods. So the orders come
+    from sorting raw 64-bit keys.
     """
     keys = [np.random.PCG64(np.random.SeedSequence([seed, stream])).random_raw(d) for stream in range(3)]
     signs = np.where(keys[0] >> np.uint64(63), 1, -1).astype(np.int8)

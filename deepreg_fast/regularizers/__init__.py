@@ -1,7 +1,7 @@
 """Regularizers: an energy with its three derivatives.
 
 `RED` (the conv chain with the heads of the literature), `ICNN` (input-convex), `Ridge` (filters and profiles),
-`TV` (smoothed), `Sum` of several, and `EnergyRegularizer` around any `nn.Module` that maps images to one energy each.
+`TV` (smoothed), `Sum` of several, and `EnergyRegularizer` for any `nn.Module` that maps images to one energy each.
 """
 
 from __future__ import annotations

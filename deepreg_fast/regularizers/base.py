@@ -1,4 +1,4 @@
-"""What every regularizer is: `r = (1+alpha)/2 ||x - center||^2 - s`, with its derivatives (docs/math.md, M8)."""
+"""Base class of regularizers, `r = (1+alpha)/2 ||x - center||^2 - s`, with derivatives (docs/math.md, M8)."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ class Regularizer(nn.Module):
         return backend.select(self, x).value_and_grad(self, x)
 
     def linearize(self, x: torch.Tensor) -> backend.Linearization:
-        """Keep what the Hessian at `x` needs: `.hvp(v)` and `.param_vjp(v)` then cost a sweep each."""
+        """Save the activations at `x`; `.hvp(v)` and `.param_vjp(v)` then cost one sweep each."""
         self._check(x)
         return backend.select(self, x).linearize(self, x)
 
     def backend_for(self, x: torch.Tensor) -> backend.Backend:
-        """The backend whose kernels answer for `x` under the choice in force."""
+        """The backend that computes the derivatives at `x` under the current selection."""
         return backend.select(self, x)
 
     def computed_by_backend(self) -> bool:
-        """Whether `value_and_grad` is the one of this class, which a backend computes, and not overridden."""
+        """Whether a backend computes `value_and_grad`, that is, it is not overridden."""
         return type(self).value_and_grad is Regularizer.value_and_grad and "value_and_grad" not in vars(self)
 
     def grad_s(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,8 +84,8 @@ class Regularizer(nn.Module):
         return (1.0 + self.alpha) * (x - self.center) - self.value_and_grad(x)[1]
 
     def rescaled(self, scale: float) -> Regularizer:
-        """`r(center + scale u)/scale^2`, `u = x - center`, `scale > 0`: the same energy at another contrast, with the
-        same Hessians. It shares this regularizer's weights, or has copies of them."""
+        """`r(center + scale u)/scale^2`, `u = x - center`, `scale > 0`: the energy at another contrast, with the same
+        Hessians. The result shares this regularizer's weights or has copies of them."""
         if checks.number(scale, "scale", 0.0, open_low=True) == 1.0:
             return self
         from .scaled import Scaled
@@ -98,24 +98,24 @@ class Regularizer(nn.Module):
             checks.same_kind(x, p, f"x and the parameters of {type(self).__name__}")
 
     def altered(self) -> str | None:
-        """What makes this energy another than its class defines, such as a hook or a replaced layer; None if nothing
-        does. Kernels are for energies that nothing has altered."""
+        """How this energy differs from its class's definition (a hook, a replaced layer); None if it does not. Kernels
+        support unaltered energies only."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """What rebuilds this regularizer (without its weights), as JSON values: its registered name under `kind`, and
-        its constructor's arguments. A class that is not registered is only named; its weight files are loaded by
+        """JSON values that rebuild this regularizer without its weights: the registered name under `kind`, and the
+        constructor arguments. An unregistered class is only named; load its weight files with
         `deepreg_fast.load(path, reg)`."""
         return {"kind": f"{type(self).__module__}.{type(self).__qualname__}"}
 
 
 def register(kind: str, cls: type[Regularizer]) -> None:
-    """Let weight files name this class: `describe()['kind'] == kind`, the rest are constructor arguments."""
+    """Register a class for weight files: `describe()['kind'] == kind`, and the rest are constructor arguments."""
     _REGISTRY[kind] = cls
 
 
 def from_description(description: dict[str, Any]) -> Regularizer:
-    """Rebuild a regularizer (with initial weights) from `describe()`'s answer."""
+    """Rebuild a regularizer (with initial weights) from the result of `describe()`."""
     kind = description.get("kind")
     if kind not in _REGISTRY:
         raise InputError(
@@ -130,14 +130,16 @@ def from_description(description: dict[str, Any]) -> Regularizer:
 
 
 def written(reg: Any) -> Any:
-    """A regularizer as it was written, where `torch.compile` made `reg` of one: its kernels need no compiler, and
-    compiled code has no second derivative."""
+    """The original regularizer if `reg` is the result of `torch.compile`, otherwise `reg`.
+
+    Kernels need no compiler, and compiled code has no second derivative.
+    """
     original = getattr(reg, "_orig_mod", None)
     return original if isinstance(original, Regularizer) else reg
 
 
 def as_regularizer(reg: nn.Module) -> Regularizer:
-    """`reg` itself if it is a `Regularizer`, else `reg` taken as the energy `r` itself."""
+    """`reg` itself if it is a `Regularizer`, otherwise the regularizer with the energy `r(x) = reg(x)`."""
     reg = written(reg)
     if isinstance(reg, Regularizer):
         return reg

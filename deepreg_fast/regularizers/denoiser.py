@@ -1,4 +1,4 @@
-"""RED with an explicit denoiser: a field `x - d(x)` that need not be the gradient of anything."""
+"""RED with an explicit denoiser: a field `x - d(x)` that need not be a gradient."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class DenoiserField(Regularizer):
         seed = checks.integer(seed, "seed", 0)
         checks.choice(norm_place, "norm_place", NORM_PLACES)
         self.net = ConvChain(channels, depth, norm, kernel_size, gain, eps, 1, seed, norm_place)
-        # Files of networks with the usual values stay readable by versions that know no other.
+        # Omit default values, so that older versions can read files of such networks.
         if kernel_size != 3:
             self._description["kernel_size"] = kernel_size
         if self.net.norm_place != "before":
@@ -91,19 +91,19 @@ class DenoiserField(Regularizer):
         return x.new_zeros(len(x)), self.net(x - self.center)
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
-        """A sentence: there is none."""
+        """Not defined; raises InputError."""
         raise InputError("A denoiser's field x - d(x) has no energy; use RED(head='residual') for one that has.")
 
     def linearize(self, x: torch.Tensor):  # type: ignore[no-untyped-def]
-        """A sentence: there is no Hessian."""
+        """Not defined; raises InputError."""
         self.energy(x)
 
     def rescaled(self, scale: float) -> Regularizer:
-        """The same with `scale` times the gain."""
+        """A copy with `scale` times the gain."""
         return with_gain(self, scale)
 
     def describe(self) -> dict[str, Any]:
-        """Constructor arguments but for the seed."""
+        """Constructor arguments except the seed."""
         return self._description | {"gain": float(self.net.gain), "center": float(self.center)}
 
 

@@ -1,4 +1,4 @@
-"""Any module of the user's that maps images to one energy each."""
+"""Regularizer from a user's module that maps images to one energy each."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ class EnergyRegularizer(Regularizer):
         self.center = checks.number(center, "center", -math.inf)
 
     def _check(self, x: torch.Tensor) -> None:
-        # A module of the user's may compute in several dtypes: the first parameter speaks for it.
+        # A user's module may compute in several dtypes; only its first parameter is checked.
         checks.images(x)
         for p in self.parameters():
             checks.same_kind(x, p, f"x and the parameters of {type(self.module).__name__}")
             break
 
     def describe(self) -> dict[str, Any]:
-        """Names the module's class; `deepreg_fast.load(path, reg)` needs the module built by you."""
+        """The name of the module's class. `deepreg_fast.load(path, reg)` needs a regularizer that you build."""
         kind = type(self.module)
         return {"kind": f"{kind.__module__}.{kind.__qualname__}", "models": self.models, "alpha": self.alpha}
 

@@ -82,21 +82,21 @@ class ICNN(Regularizer):
         return 0.5 * self.rho * per_image(u.square()) + self.net(u)
 
     def altered(self) -> str | None:
-        """What makes this another energy than that of `ICNN`, as a subclass or by a network of another class."""
+        """How this energy differs from `ICNN` (a subclass, or a network of another class); None if it does not."""
         if type(self).energy is not ICNN.energy or "energy" in vars(self):
             return "an energy of its own"
         return alteration(self.net, InputConvex)
 
     def rescaled(self, scale: float) -> Regularizer:
-        """The same with `scale` times the gain; wrapped, where something else is computed."""
+        """A copy with `scale` times the gain; a `Scaled` wrapper if the energy was altered."""
         return super().rescaled(scale) if self.altered() is not None else with_gain(self, scale)
 
     def describe(self) -> dict[str, Any]:
-        """Constructor arguments but for the seed of the initial weights; of an altered energy its class alone."""
+        """Constructor arguments except the seed of the initial weights; only the class if the energy was altered."""
         if self.altered() is not None:
             return super().describe()
-        now = {"rho": float(self.rho), "gain": float(self.net.gain), "center": float(self.center)}
-        return self._description | now
+        current = {"rho": float(self.rho), "gain": float(self.net.gain), "center": float(self.center)}
+        return self._description | current
 
 
 register("icnn", ICNN)

@@ -1,4 +1,4 @@
-"""A wider network, or one of larger filters, that starts as the function a trained smaller one is (Net2Net)."""
+"""Initialize a wider network, or one with larger filters, as the same function as a trained smaller one (Net2Net)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .sum import Sum
 
 _GROWING = ("channels", "kernel_size")
 _GROWING_RIDGE = ("filters", "kernel_size")
-# Of the mean strength of the old filters. With a hundredth the new ones were still idle after 2500 steps of training.
+# Relative to the mean strength of the old filters. With 0.01 new filters were still inactive after 2500 training steps.
 _NEW_FILTER_STRENGTH = 0.3
 
 
 def initialize_from(small: Regularizer, large: Regularizer) -> bool:
-    """Make `large` what `small` is, by a copy, `grow` or `grow_ridge`; of a `Sum`, the first part. False where the two
-    are of different kinds.
+    """Initialize `large` from `small` by a copy, `grow` or `grow_ridge`. In a `Sum`, this applies to the first part.
+    Returns False if the two are of different kinds.
 
     Raises
     ------
     InputError
-        If `large` differs in more than what can grow.
+        If `large` differs in settings that cannot grow.
     """
     if small.describe() == large.describe():
         large.load_state_dict(small.state_dict())
@@ -44,11 +44,11 @@ def initialize_from(small: Regularizer, large: Regularizer) -> bool:
 
 
 def grow(small: RED, large: RED) -> None:
-    """Make `large` equal to `small` as a function, its further channels ready to be trained.
+    """Make `large` equal to `small` as a function, with additional channels that can be trained.
 
-    `large` has no fewer channels and no smaller filters, and is like `small` in all else, without LayerNorm. The
-    filters of `small` stand in the middle of those of `large`; what `large` has more keeps its initial weights, but is
-    not listened to: the old channels' and the output's weights for it are zero. (Chen, Goodfellow, Shlens 2016.)
+    `large` has at least as many channels and at least as large filters, and otherwise the same settings, without
+    LayerNorm. The filters of `small` are centered in those of `large`. The additional channels keep their initial
+    weights, but the old channels' and the output's weights for them are zero (Chen, Goodfellow, Shlens 2016).
 
     Raises
     ------
@@ -74,11 +74,11 @@ def grow(small: RED, large: RED) -> None:
 
 
 def grow_ridge(small: Ridge, large: Ridge) -> None:
-    """Make `large` equal to `small` but for its further filters, which keep their initial weights and get 0.3 of the
-    mean profile of the old ones: a filter without any would never get a gradient.
+    """Make `large` equal to `small` except for its additional filters.
 
-    `large` has no fewer filters and no smaller ones, and is like `small` in all else. The filters of `small` stand in
-    the middle of those of `large`.
+    These keep their initial weights and get 0.3 of the mean profile of the old filters, because a filter without a
+    profile never gets a gradient. `large` has at least as many filters of at least the same size, and otherwise the
+    same settings. The filters of `small` are centered in those of `large`.
 
     Raises
     ------
@@ -91,14 +91,14 @@ def grow_ridge(small: Ridge, large: Ridge) -> None:
             "A ridge can start from one that has no more filters, no larger ones, and is like it in all else, but this "
             f"one is {_told(b)} and that one {_told(a)}; change the settings or the weights."
         )
-    kept, edge = a["filters"], (b["kernel_size"] - a["kernel_size"]) // 2
+    count, edge = a["filters"], (b["kernel_size"] - a["kernel_size"]) // 2
     old, new = small.net, large.net
     with torch.no_grad():
-        new.filters[:kept] = F.pad(old.numbers()[0], [edge] * 4)
+        new.filters[:count] = F.pad(old.numbers()[0], [edge] * 4)
         # Coefficients are divided by the number of filters.
-        strength = F.softplus(old.raw) * (b["filters"] / kept)
-        further = _NEW_FILTER_STRENGTH * strength.mean(0).expand(b["filters"] - kept, -1)
-        new.raw.copy_(inverse_softplus(torch.cat([strength, further])))
+        strength = F.softplus(old.raw) * (b["filters"] / count)
+        added = _NEW_FILTER_STRENGTH * strength.mean(0).expand(b["filters"] - count, -1)
+        new.raw.copy_(inverse_softplus(torch.cat([strength, added])))
 
 
 def _grows(small: dict[str, Any], large: dict[str, Any], growing: tuple[str, ...]) -> bool:

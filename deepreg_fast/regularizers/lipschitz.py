@@ -1,7 +1,7 @@
-"""How fast `grad s` may change, held by an adversarial penalty (docs/math.md, M11), one perturbation per image.
+"""Quotients of an adversarial penalty on the variation of `grad s` (docs/math.md, M11), one perturbation per image.
 
-`beta_hat(x, delta) = ||grad s(x) - grad s(x + delta)|| / ||delta||` holds the Lipschitz constant of `grad s`;
-`kappa(x, delta) = <delta, grad s(x + delta) - grad s(x)> / ||delta||^2` holds its curvature from above alone.
+`beta_hat(x, delta) = ||grad s(x) - grad s(x + delta)|| / ||delta||` bounds the Lipschitz constant of `grad s`;
+`kappa(x, delta) = <delta, grad s(x + delta) - grad s(x)> / ||delta||^2` bounds the curvature of s only from above.
 """
 
 from __future__ import annotations
@@ -63,37 +63,38 @@ class LipschitzQuotient:
     def power_step(self, radius: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A power-type step: `radius * normalize(hess s(x+delta)(grad s(x+delta) - grad s(x)))`.
 
-        Returns the new perturbations `[B, C, H, W]` and a flag `[B]` where the direction vanished (at
-        `hess s = 0`, as before the first update) and the old perturbation was kept.
+        Returns the new perturbations `[B, C, H, W]` and a flag `[B]` that is true if the direction vanished
+        (`hess s = 0`, as before the first update) and the perturbation is unchanged.
         """
         direction = -self._hess_s(self.u)
         length = norm(direction)
-        kept = ~(length > 1e-12) | ~torch.isfinite(length)
+        unchanged = ~(length > 1e-12) | ~torch.isfinite(length)
         moved = expand(radius / length.clamp_min(1e-300), direction) * direction
-        return torch.where(expand(kept, moved), self.delta, moved), kept
+        return torch.where(expand(unchanged, moved), self.delta, moved), unchanged
 
     def gradient_step(self, radius: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A plain step of length `radius / 4` along `d beta/d delta`, which leaves the norm free; as `power_step` else.
+        """A step of length `radius / 4` along `d beta/d delta`, without normalization; otherwise as `power_step`.
 
-        Perturbations shorter than `radius / 100`, where rounding would decide, are not taken.
+        Perturbations shorter than `radius / 100`, which rounding would dominate, are rejected.
         """
         direction = self.grad_delta()
         length = norm(direction)
         moved = self.delta + expand(0.25 * radius / length.clamp_min(1e-300), direction) * direction
-        kept = ~(length > 1e-12) | ~torch.isfinite(length) | (norm(moved) < 0.01 * radius)
-        return torch.where(expand(kept, moved), self.delta, moved), kept
+        unchanged = ~(length > 1e-12) | ~torch.isfinite(length) | (norm(moved) < 0.01 * radius)
+        return torch.where(expand(unchanged, moved), self.delta, moved), unchanged
 
 
 class CurvatureQuotient(LipschitzQuotient):
-    """`kappa` `[B]` at `(x, delta)`, kept as `beta`: the mean of `<e, hess s e>`, `e = delta / ||delta||`, on the way.
+    """`kappa` `[B]` at `(x, delta)`, stored as `beta`: the mean of `<e, hess s e>`, `e = delta / ||delta||`, from x to
+    x + delta.
 
-    With `u = -e` in `beta_hat`'s formulas `d kappa/d theta` is the same, and `d kappa/d delta` has
-    `(grad s(x + delta) - grad s(x) - kappa delta) / ||delta||^2` added. `kappa <= 1 + alpha` for all x and delta is
-    the convexity of r, whatever the negative curvature of s, by which r is sharp.
+    With `u = -e`, `beta_hat`'s formula for `d beta_hat/d theta` gives `d kappa/d theta`; `d kappa/d delta` has the
+    additional term `(grad s(x + delta) - grad s(x) - kappa delta) / ||delta||^2`. r is convex if and only if
+    `kappa <= 1 + alpha` for all x and delta. The negative curvature of s, which makes r sharp, is not limited.
     """
 
     def _measure(self, difference: torch.Tensor) -> None:
-        """`kappa`, and the part of `grad s(x + delta) - grad s(x)` that is orthogonal to delta."""
+        """Set `kappa`, and the part of `grad s(x + delta) - grad s(x)` that is orthogonal to delta."""
         self.u = -self.delta / expand(self._size, self.delta)
         self.beta = dot(self.u, difference) / self._size
         self._rest = -difference - expand(self.beta, self.delta) * self.delta
@@ -103,27 +104,27 @@ class CurvatureQuotient(LipschitzQuotient):
         return super().grad_delta() + self._rest / expand(self._size**2, self.delta)
 
     def power_step(self, radius: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A Rayleigh-Ritz step towards the largest eigenvalue of `hess s`, by one Hessian product.
+        """A Rayleigh-Ritz step towards the largest eigenvalue of `hess s`, with one Hessian product.
 
         In the orthonormal basis `e = delta / ||delta||`, `p` = normalized `grad s(x + delta) - grad s(x) - kappa delta`
-        the Hessian is `[[kappa, b], [b, <p, hess s(x + delta) p>]]`, `b = ||..|| / ||delta||`; the new perturbation is
-        its first eigenvector, of length `radius`. No shift is needed against large negative eigenvalues, which a
-        power iteration would go to, and `kappa` does not fall where s is quadratic. Where `b` is rounding alone the
-        old perturbation is kept and flagged `[B]`.
+        the Hessian is `[[kappa, b], [b, <p, hess s(x + delta) p>]]`, `b = ||..|| / ||delta||`. The new perturbation is
+        the eigenvector of its largest eigenvalue, of length `radius`. Unlike a power iteration, it needs no shift
+        against large negative eigenvalues, and `kappa` does not decrease if s is quadratic. If `b` is only rounding,
+        the perturbation is unchanged and flagged `[B]`.
         """
         length = norm(self._rest)
-        off = length / self._size
+        coupling = length / self._size
         p = self._rest / expand(length.clamp_min(1e-30), self._rest)
-        own = dot(p, self._hess_s(p))
-        # Half the angle whose tangent is 2 off / gap, by square roots: atan2 has other bits at the end of a batch.
-        gap = self.beta - own
-        reach = hypot(2.0 * off, gap)
-        major = torch.sqrt(0.5 + 0.5 * gap.abs() / reach)
-        minor = off / (reach * major)
+        p_curvature = dot(p, self._hess_s(p))
+        # Half the angle with tangent 2 coupling / gap, by square roots: atan2 has different bits at the end of a batch.
+        gap = self.beta - p_curvature
+        hypotenuse = hypot(2.0 * coupling, gap)
+        major = torch.sqrt(0.5 + 0.5 * gap.abs() / hypotenuse)
+        minor = coupling / (hypotenuse * major)
         cos, sin = torch.where(gap > 0, major, minor), torch.where(gap > 0, minor, major)
-        kept = ~(off > 100 * torch.finfo(p.dtype).eps) | ~torch.isfinite(cos + sin)
+        unchanged = ~(coupling > 100 * torch.finfo(p.dtype).eps) | ~torch.isfinite(cos + sin)
         moved = expand(radius * sin, p) * p - expand(radius * cos, p) * self.u
-        return torch.where(expand(kept, moved), self.delta, moved), kept
+        return torch.where(expand(unchanged, moved), self.delta, moved), unchanged
 
 
 def beta_hat(

@@ -115,11 +115,11 @@ class RED(Regularizer):
         }
         self.net = ConvChain(channels, depth, norm, kernel_size, gain, eps, image_channels, seed, norm_place)
         if head == "norm":
-            # 1/2 ||h||^2 is stationary in every parameter where h = 0, so it would never train from there.
+            # At h = 0, 1/2 ||h||^2 is stationary in every parameter, so training could not start there.
             self.net.reset(seed, last_zero=False)
 
     def h(self, u: torch.Tensor) -> torch.Tensor:
-        """The network, acting on centred images."""
+        """The network, applied to centered images."""
         return self.net(u)
 
     @full_precision
@@ -128,17 +128,17 @@ class RED(Regularizer):
         return ConvChainForm(self.net, self.head, self.alpha, self.center).energy(x)
 
     def conv_chain_form(self) -> ConvChainForm | None:
-        """What kernels for this energy need; None where something else is computed."""
+        """The form that kernels need; None if the energy was altered or has hooks."""
         if self.altered() is not None or hook_on(self.net, *chain.from_iterable(layers_of(self.net))) is not None:
             return None
         return self.unchecked_form()
 
     def unchecked_form(self) -> ConvChainForm:
-        """The same without the question whether something has altered it."""
+        """The form without checking for alterations."""
         return ConvChainForm(self.net, self.head, self.alpha, self.center)
 
     def altered(self) -> str | None:
-        """What makes this another energy than that of `RED`, as a subclass or by changes to the network."""
+        """How this energy differs from `RED` (a subclass, or changes to the network); None if it does not."""
         if type(self).energy is not RED.energy or "energy" in vars(self):
             return "an energy of its own"
         if not plain_numbers(self.alpha, self.center) or self.head not in HEADS:
@@ -146,18 +146,18 @@ class RED(Regularizer):
         return chain_alteration(self.net)
 
     def rescaled(self, scale: float) -> Regularizer:
-        """The same with `scale` times the gain; wrapped, where a subclass computes something else."""
+        """A copy with `scale` times the gain; a `Scaled` wrapper if the energy was altered."""
         return super().rescaled(scale) if self.conv_chain_form() is None else with_gain(self, scale)
 
     def describe(self) -> dict[str, Any]:
-        """Constructor arguments but for the seed of the initial weights; of an altered energy its class alone."""
+        """Constructor arguments except the seed of the initial weights; only the class if the energy was altered."""
         if self.altered() is not None:
             return super().describe()
         net, norms = self.net, [m for m in self.net.norms if isinstance(m, ChannelNorm)]
-        now = {"norm": net.norm, "alpha": float(self.alpha), "head": self.head, "gain": float(net.gain)}
-        now |= {"center": float(self.center)} | ({"eps": float(norms[0].eps)} if norms else {})
-        # Files of networks with the usual place stay readable by versions that know no other.
-        return {**self._description, **now} | ({"norm_place": net.norm_place} if net.norm_place != "before" else {})
+        current = {"norm": net.norm, "alpha": float(self.alpha), "head": self.head, "gain": float(net.gain)}
+        current |= {"center": float(self.center)} | ({"eps": float(norms[0].eps)} if norms else {})
+        # Omit the default position, so that older versions can read files of such networks.
+        return {**self._description, **current} | ({"norm_place": net.norm_place} if net.norm_place != "before" else {})
 
 
 register("red", RED)

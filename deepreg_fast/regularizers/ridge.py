@@ -88,23 +88,23 @@ class Ridge(Regularizer):
         return RidgeForm(self.net, self.center).energy(x)
 
     def ridge_form(self) -> RidgeForm | None:
-        """What kernels for this energy need; None where something else is computed."""
+        """The form that kernels need; None if the energy was altered or has hooks."""
         if self.altered() is not None or hook_on(self.net) is not None:
             return None
         return RidgeForm(self.net, self.center)
 
     def altered(self) -> str | None:
-        """What makes this another energy than that of `Ridge`, as a subclass or by changes to the network."""
+        """How this energy differs from `Ridge` (a subclass, or changes to the network); None if it does not."""
         if type(self).energy is not Ridge.energy or "energy" in vars(self):
             return "an energy of its own"
         return why_altered_ridge(self.net) if plain_numbers(self.center) else "a center that is no number"
 
     def weak_convexity(self) -> torch.Tensor:
-        """`[F]`, bounds `rho_i` with `psi_i'' >= -rho_i`: the sum of `c_ik < 0`; zeros where r is convex."""
+        """Bounds `rho_i`, `[F]`, with `psi_i'' >= -rho_i`: the sum of `|c_ik|`, `c_ik < 0`; zeros if r is convex."""
         return self.net.numbers()[1].detach().neg().clamp_min(0).sum(1)
 
     def describe(self) -> dict[str, Any]:
-        """Constructor arguments but for the seed of the initial weights; of an altered energy its class alone."""
+        """Constructor arguments except the seed of the initial weights; only the class if the energy was altered."""
         if self.altered() is not None:
             return super().describe()
         return self._description | {

@@ -1,4 +1,4 @@
-"""A regularizer seen through a change of contrast: `r(center + scale u)/scale^2`."""
+"""A regularizer at another contrast: `r(center + scale u)/scale^2`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ R = TypeVar("R", bound=Regularizer)
 
 @outside_inference
 def with_gain(reg: R, scale: float) -> R:
-    """A copy of `reg` whose network has `scale` times the input gain: for an energy of second degree in `u` and
-    `net(u) = N(gain u)/gain` together, that is `reg.rescaled(scale)` without a wrapper, so that kernels stay fused."""
+    """A copy of `reg` whose network has `scale` times the input gain. If the energy is homogeneous of degree two in `u`
+    and `net(u) = N(gain u)/gain` together, this is `reg.rescaled(scale)` without a wrapper, and keeps fused kernels."""
     out, scale = copy.deepcopy(reg), checks.number(scale, "scale", 0.0, open_low=True)
     out.net.gain *= scale  # type: ignore[union-attr, operator]
     out._description["gain"] *= scale  # type: ignore[index]
@@ -26,11 +26,11 @@ def with_gain(reg: R, scale: float) -> R:
 
 
 class Scaled(Regularizer):
-    """`r_s(x) = r(c + s u)/s^2`, `u = x - c`, `c` the centre and `s` the scale of its argument.
+    """`r_s(x) = r(c + s u)/s^2`, `u = x - c`, with center `c` and scale `s`.
 
     At `z = c + s u`: `grad r_s(x) = grad r(z)/s`, `hess r_s(x) = hess r(z)`, and
-    `d/dtheta <grad r_s(x), v> = d/dtheta <grad r(z), v>/s`. So `alpha`, and every bound on the Hessian, is that of `r`;
-    the derivatives are the inner regularizer's, with its kernels.
+    `d/dtheta <grad r_s(x), v> = d/dtheta <grad r(z), v>/s`. So `alpha` and every bound on the Hessian equal
+    those of `r`. The inner regularizer computes the derivatives with its kernels.
 
     Parameters
     ----------
@@ -60,15 +60,15 @@ class Scaled(Regularizer):
         return value / self.scale**2, grad / self.scale
 
     def linearize(self, x: torch.Tensor) -> Linearization:
-        """Keep what the Hessian at `x` needs."""
+        """The linearization of the inner regularizer at `z`, scaled."""
         return _ScaledLinearization(self.reg.linearize(self._inner(x)), x, self.scale)
 
     def backend_for(self, x: torch.Tensor) -> Backend:
-        """That of the inner regularizer."""
+        """The backend of the inner regularizer."""
         return self.reg.backend_for(x)
 
     def rescaled(self, scale: float) -> Regularizer:
-        """One wrapper with the product of both scales."""
+        """The inner regularizer, rescaled by the product of both scales."""
         return self.reg.rescaled(self.scale * checks.number(scale, "scale", 0.0, open_low=True))
 
     def describe(self) -> dict[str, Any]:

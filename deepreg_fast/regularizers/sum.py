@@ -1,4 +1,4 @@
-"""The sum of regularizers, such as a ridge and a network that corrects it."""
+"""Sums of regularizers, such as a ridge and a correcting network."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ class Sum(Regularizer):
         return torch.stack([p.energy(x) for p in self]).sum(0)
 
     def value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`r(x_b)` `[B]` and `grad r(x_b)`, as `Regularizer` has them."""
+        """`r(x_b)` `[B]` and `grad r(x_b)`, as in `Regularizer`."""
         value, grad = zip(*[p.value_and_grad(x) for p in self], strict=True)
         return _total(value), _total(grad)
 
     def linearize(self, x: torch.Tensor) -> Linearization:
-        """Keep what the Hessian at `x` needs."""
+        """The linearizations of the parts at `x`."""
         return _SumLinearization(self, [p.linearize(x) for p in self])
 
     def backend_for(self, x: torch.Tensor) -> Backend:
-        """That of the parts; if they differ, the first whose bits depend on the batch, for then so do the sum's."""
-        found = [p.backend_for(x) for p in self]
-        return next((b for b in found if not b.batch_invariant), found[0])
+        """The first of the parts' backends that is not batch-invariant (then the sum is not either), or the first."""
+        backends = [p.backend_for(x) for p in self]
+        return next((b for b in backends if not b.batch_invariant), backends[0])
 
     def rescaled(self, scale: float) -> Regularizer:
         """The sum of the rescaled parts."""
@@ -99,19 +99,19 @@ class _SumLinearization:
 
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
-        # A parameter of several parts has one name in the sum, and another in each part.
+        # A parameter that several parts share has one name in the sum and another in each part.
         names = {id(p): n for n, p in self._whole.named_parameters()}
         total: dict[str, torch.Tensor] = {}
         for part, lin in zip(self._whole, self._parts, strict=True):
-            places = {n: names[id(p)] for n, p in part.named_parameters()}
+            name_in_sum = {n: names[id(p)] for n, p in part.named_parameters()}
             for k, g in lin.param_vjp(v).items():
-                name = places[k]
+                name = name_in_sum[k]
                 total[name] = total[name] + g if name in total else g
         return total
 
 
 def _total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum, in the order of the parts."""
+    """The sum in the order of the parts."""
     total = terms[0]
     for t in terms[1:]:
         total = total + t

@@ -45,7 +45,7 @@ class TV(Regularizer):
         return smoothed_tv(x, self.eps)
 
     def tv_eps(self) -> float | None:
-        """What kernels for this energy need; None for a subclass that computes something else."""
+        """The smoothing, which kernels need; None for a subclass with a different energy."""
         altered = type(self).energy is not TV.energy or "energy" in vars(self) or not plain_numbers(self.eps)
         return None if altered else float(self.eps)
 

@@ -1,8 +1,8 @@
-"""Where the next gradient is taken: at the proximal step, or at a point extrapolated from it.
+"""Accelerators of PGD: they choose the point of the next gradient, the proximal step or an extrapolation from it.
 
-Each accelerator keeps one state per image, proposes a point from the proximal step `T = x + f`, and is
-reset for the images whose last proposal was refused or whose step size changed. `idx` `[b]` are the places of the
-images that it gets among all, distinct and in order; what it keeps for images that have ended is never used again.
+An accelerator has one state per image and proposes a point from the proximal step `T = x + f`. It is reset for images
+whose last proposal was rejected or whose step size changed. `idx` `[b]` are the indices of the given images in the
+whole batch, distinct and ascending. The state of inactive images is never used again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Plain:
         return x + f
 
     def reset(self, idx: torch.Tensor, forget: torch.Tensor) -> None:
-        """Nothing is kept."""
+        """There is no state."""
 
 
 class Fista:
     """Nesterov's extrapolation `T + (t-1)/t' (T - T_prev)` (Beck & Teboulle 2009) with the gradient restart of
-    O'Donoghue & Candes 2015: where `<f, T - T_prev> < 0` the momentum is dropped."""
+    O'Donoghue & Candes 2015: the momentum is dropped if `<f, T - T_prev> < 0`."""
 
     def __init__(self, like: torch.Tensor) -> None:
         self.prev = torch.zeros_like(like)
@@ -51,7 +51,7 @@ class Fista:
         return step + expand(weight, f) * move
 
     def reset(self, idx: torch.Tensor, forget: torch.Tensor) -> None:
-        """Drop the momentum of the images of `idx` where `forget` `[b]`."""
+        """Drop the momentum of those images of `idx` for which `forget` `[b]` is true."""
         self.t = scatter(self.t, idx, torch.where(forget, 0.0, gather(self.t, idx)))
 
 
@@ -59,8 +59,8 @@ class Anderson:
     """Anderson acceleration, type II, of the fixed-point map `x -> T(x)` (Walker & Ni 2011).
 
     `x+ = T - sum_i c_i (dx_i + df_i)` with `c = argmin ||f - sum_i c_i df_i||`, from the last `memory`
-    differences, by the normal equations in float64 with a relative Tikhonov term. The extrapolation is
-    at most `reach` residuals long, and the memory is dropped where the residual has grown.
+    differences, from the normal equations in float64 with a relative Tikhonov term. The extrapolation is at most
+    `reach` residuals long. The memory of an image is dropped if its residual has more than doubled.
     """
 
     def __init__(self, like: torch.Tensor, memory: int, reach: float = 20.0, ridge: float = 1e-8) -> None:
@@ -95,7 +95,7 @@ class Anderson:
         return self._combine(x, f, idx, torch.where(valid, c, 0.0), self.reach * length)
 
     def _propose_by(self, kernels: Any, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
-        """The same, by kernels that make the numbers, too."""
+        """The same with kernels, which also compute the scalars."""
         state = (self.dx, self.df, self.x, self.f)
         numbers = (gather(self.length, idx), gather(self.count, idx), self.memory, self.reach)
         length, count, slot, fresh, limit = kernels.anderson_update(kernels.dot(f, f), *numbers)
@@ -107,7 +107,7 @@ class Anderson:
     def _remember(
         self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor, slot: torch.Tensor, fresh: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the newest differences (zeros unless `fresh`) into `slot`; their products with all others, and f's."""
+        """Store the newest differences (zeros unless `fresh`) in `slot`; return `<df_k, newest df>` and `<df_k, f>`."""
         if len(idx) and (kernels := vector_kernels(x, f)) is not None:
             return kernels.remember(idx, (self.dx, self.df, self.x, self.f), slot, fresh, x, f)
         new_df = torch.where(fresh[:, None], (f - gather(self.f, idx)).flatten(1), 0.0)
@@ -120,13 +120,13 @@ class Anderson:
     def _combine(
         self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor, c: torch.Tensor, limit: torch.Tensor
     ) -> torch.Tensor:
-        """`T - sum_i c_i (dx_i + df_i)`, the sum at most `limit` long."""
+        """`T - sum_i c_i (dx_i + df_i)`, with the sum shortened to at most `limit`."""
         if len(idx) and (kernels := vector_kernels(x, f)) is not None:
             return kernels.combine(idx, (self.dx, self.df, self.x, self.f), c, limit, x, f)
         used = (c != 0)[..., None]
         differences = torch.where(used, gather(self.dx, idx) + gather(self.df, idx), 0.0)
         shift = torch.zeros_like(x).flatten(1)
-        # torch's sum over the memory adds in another order at the end of a line, and threads split lines.
+        # torch.sum over the memory adds in a different order at the end of a vector, and threads split vectors.
         for k in range(self.memory):
             shift = shift + c[:, k, None] * differences[:, k]
         shift = shift.reshape(x.shape)
@@ -135,7 +135,7 @@ class Anderson:
         return x + f - expand(factor, shift) * shift
 
     def reset(self, idx: torch.Tensor, forget: torch.Tensor) -> None:
-        """Drop the memory of the images of `idx` where `forget` `[b]`."""
+        """Drop the memory of those images of `idx` for which `forget` `[b]` is true."""
         self.count = scatter(self.count, idx, torch.where(forget, 0, gather(self.count, idx)))
 
 
@@ -145,7 +145,7 @@ def _products(df: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _solve(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`A_b^{-1} b_b`: on the CPU by LAPACK, which is faster there; elsewhere by what no device waits for."""
+    """`A_b^{-1} b_b`: LAPACK on the CPU (faster); on a device, elimination without synchronization."""
     return solve_spd(a, b) if uses_mask(a) else torch.linalg.solve(a, b[..., None])[..., 0]
 
 

@@ -1,4 +1,4 @@
-"""Batched preconditioned conjugate gradients (Hestenes & Stiefel 1952) with per-image ends (docs/math.md, M14)."""
+"""Batched preconditioned conjugate gradients (Hestenes & Stiefel 1952) with per-image stopping (docs/math.md, M14)."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class _ConjugateGradients:
 
     def step(self) -> None:
         s = self.system
-        # Without a preconditioner <r, z> is the square of r, which is known.
+        # Without a preconditioner <r, z> is ||r||^2, which is known.
         z, rz = s.r, self.squared_norms[1]
         if self.preconditioner:
             r = select(s.running, s.r, 0.0)
@@ -153,7 +153,7 @@ class _ConjugateGradients:
         s.x, s.r, self.squared_norms = fused.cg_move(s.x, s.r, p, product, length, s.running)
         self._test_convergence(sums, length)
 
-    # Each decision is a single launch where the backend has a kernel for it.
+    # Each decision is a single launch if the backend has a kernel for it.
 
     def _beta(self, rz: torch.Tensor) -> torch.Tensor:
         s = self.system
@@ -195,11 +195,11 @@ class _ConjugateGradients:
         s.running = s.running & ~done
 
 
-# The decisions of a step, on numbers [B]. A status of OPEN means go on.
+# The decisions of a step, on vectors [B]. The status RUNNING means that the image continues.
 
 
 def cg_beta(rz: torch.Tensor, rz_old: torch.Tensor, restarted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factor of the old direction, from `<r, M^{-1} r>` and the one before; and the status."""
+    """The factor of the old direction, from the current and the previous `<r, M^{-1} r>`, and the status."""
     status = torch.where(torch.isfinite(rz), int(Status.NEGATIVE_CURVATURE), int(Status.NON_FINITE))
     return torch.where(restarted, 0.0, rz / rz_old), torch.where(torch.isfinite(rz) & (rz > 0), RUNNING, status)
 
@@ -207,20 +207,20 @@ def cg_beta(rz: torch.Tensor, rz_old: torch.Tensor, restarted: torch.Tensor) -> 
 def cg_alpha(
     sums: torch.Tensor, rz: torch.Tensor, a_norm: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The length of the step from `<p, p>, <p, A p>, <A p, A p>`, `[3, B]`; and the status."""
-    pp, bend, size = sums
-    # <p, A p> carries the rounding of A p: below it the sign says nothing.
+    """The step length from `<p, p>, <p, A p>, <A p, A p>`, `[3, B]`, and the status."""
+    pp, curvature, apap = sums
+    # <p, A p> contains the rounding of A p; below it the sign has no meaning.
     noise = 0.5 * eps * a_norm * pp
-    status = torch.where(bend < -noise, int(Status.NEGATIVE_CURVATURE), int(Status.STAGNATED))
-    status = torch.where(bend > noise, RUNNING, status)
-    finite = torch.isfinite(bend) & torch.isfinite(size)
-    return rz / bend, torch.where(finite, status, int(Status.NON_FINITE))
+    status = torch.where(curvature < -noise, int(Status.NEGATIVE_CURVATURE), int(Status.STAGNATED))
+    status = torch.where(curvature > noise, RUNNING, status)
+    finite = torch.isfinite(curvature) & torch.isfinite(apap)
+    return rz / curvature, torch.where(finite, status, int(Status.NON_FINITE))
 
 
 def would_overflow(
     squared_norms: torch.Tensor, sums: torch.Tensor, length: torch.Tensor, max_norm: float
 ) -> torch.Tensor:
-    """The status: whether x or r could leave the number range with this step, from `<x, x>, <r, r>` before it."""
+    """`NON_FINITE` if x or r could overflow with this step, else `RUNNING`; `<x, x>, <r, r>` are those before it."""
     x = torch.sqrt(squared_norms[0]) + length * torch.sqrt(sums[0])
     r = torch.sqrt(squared_norms[1]) + length * torch.sqrt(sums[2])
     return torch.where((x <= max_norm) & (r <= max_norm), RUNNING, int(Status.NON_FINITE))
@@ -229,7 +229,7 @@ def would_overflow(
 def cg_has_converged(
     squared_norms: torch.Tensor, step: torch.Tensor, stagnant_steps: torch.Tensor, target_norm: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How often in a row a step of this length has left x unchanged, and whether the recurrence is done."""
+    """Consecutive steps that did not change x, and whether the recursive residual has converged or stagnated."""
     xx, rr = squared_norms
     stagnant_steps = torch.where(step <= 0.25 * eps * torch.sqrt(xx), stagnant_steps + 1, 0)
     return stagnant_steps, (torch.sqrt(rr) <= target_norm) | (rr == 0) | (stagnant_steps >= 3)

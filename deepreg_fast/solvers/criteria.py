@@ -1,6 +1,6 @@
-"""What PGD decides for each image, from the sums of its passes (docs/math.md, M4 and M5): functions of vectors `[b]`.
+"""PGD's per-image decisions, from the sums of its vector updates (docs/math.md, M4 and M5): functions of vectors `[b]`.
 
-A number changes only where `running`, so that sums of images that have ended may be anything.
+Only the numbers of active images change, so the sums of inactive images may be anything.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class PerImageState(NamedTuple):
 def convergence_test(
     n: PerImageState, sums: torch.Tensor, scale: torch.Tensor, options: PGDOptions, eps: float
 ) -> PerImageState:
-    """The residual at x from `<step, step>, <x, x>, <g, g>`, `[3, b]`: the image has converged, is stuck, or goes on.
+    """The residual at x from `<step, step>, <x, x>, <g, g>`, `[3, b]`: the image converges, stagnates or continues.
 
-    `scale` is the norm of the first gradient, `eps` the spacing of the images' floats at 1.
+    `scale` is the norm of the first gradient, `eps` the machine epsilon of the images' dtype.
     """
     length, size, slope = torch.sqrt(sums)
-    tested = n.lipschitz_estimate > 0
-    safe = torch.where(tested, torch.minimum(n.tau, 1.0 / n.lipschitz_estimate.clamp_min(1e-300)), n.tau)
-    residual = length / safe / torch.maximum(scale, slope).clamp_min(1e-300)
-    still = (length <= 2.0 * eps * size) | (n.tau < 1e-12 * options.tau)
-    probed = tested | (n.gradients > 1) | (length == 0)
-    done = n.running & (residual <= options.tolerance) & probed
-    stuck = n.running & (residual > options.tolerance) & still
+    has_estimate = n.lipschitz_estimate > 0
+    tau_eff = torch.where(has_estimate, torch.minimum(n.tau, 1.0 / n.lipschitz_estimate.clamp_min(1e-300)), n.tau)
+    residual = length / tau_eff / torch.maximum(scale, slope).clamp_min(1e-300)
+    stagnated = (length <= 2.0 * eps * size) | (n.tau < 1e-12 * options.tau)
+    testable = has_estimate | (n.gradients > 1) | (length == 0)
+    done = n.running & (residual <= options.tolerance) & testable
+    stuck = n.running & (residual > options.tolerance) & stagnated
     status = torch.where(stuck, int(Status.STAGNATED), torch.where(done, int(Status.CONVERGED), n.status))
     return n._replace(
         residual=torch.where(n.running, residual, n.residual),
@@ -60,25 +60,25 @@ def acceptance_test(
 ) -> tuple[PerImageState, torch.Tensor, torch.Tensor]:
     """Accept the candidate or shrink tau, from `<dx, dx>, <dg, dg>, <dx, dg>, <g, g>, <x+, x+>`, `[5, b]`.
 
-    `value` is the candidate's and `limit` the length of the longest plausible image. Returns the numbers, where the
-    candidate is accepted, and where the accelerator forgets, which may be anything for images not at work.
+    `value` is r at the candidate and `limit` the largest plausible norm of an image. Returns the state, and two masks:
+    candidates that are accepted, and images whose accelerator is reset (arbitrary for inactive images).
     """
-    dx2, dg2, bend, old2, size2 = sums
+    dx2, dg2, dxdg, old2, size2 = sums
     finite = torch.isfinite(dg2) & torch.isfinite(value)
-    # The difference of two gradients carries their rounding; below it the test says nothing.
+    # The difference of two gradients contains their rounding; below it the test has no meaning.
     slack = 4.0 * eps * torch.sqrt(old2 * dx2)
-    good = n.running & finite & (bend <= dx2 / n.tau + slack)
-    clear = good & (dg2 * 1e4 > (eps**2) * old2 * 1e6)
-    met = torch.maximum(n.lipschitz_estimate, torch.sqrt(dg2 / dx2.clamp_min(1e-300)))
-    lipschitz_estimate = torch.where(clear, met, n.lipschitz_estimate)
-    # With an accelerator the step size changes only when its memory is gone anyway.
+    good = n.running & finite & (dxdg <= dx2 / n.tau + slack)
+    significant = good & (dg2 * 1e4 > (eps**2) * old2 * 1e6)
+    largest = torch.maximum(n.lipschitz_estimate, torch.sqrt(dg2 / dx2.clamp_min(1e-300)))
+    lipschitz_estimate = torch.where(significant, largest, n.lipschitz_estimate)
+    # With acceleration, tau changes only if the accelerator is reset anyway.
     plain = n.plain_next if options.acceleration != "none" else torch.ones_like(n.plain_next)
     cap = torch.where(lipschitz_estimate > 0, 10.0 / lipschitz_estimate.clamp_min(1e-300), torch.inf)
     tau = torch.where(good, torch.minimum(n.tau * options.grow, cap), n.tau * options.shrink)
     tau = torch.where(n.running & plain, tau, n.tau)
-    lost = n.running & ~finite & (tau < 1e-6 * options.tau)
-    away = good & (torch.sqrt(size2) > limit)
-    status = torch.where(away, int(Status.RUNAWAY), torch.where(lost, int(Status.NON_FINITE), n.status))
+    failed = n.running & ~finite & (tau < 1e-6 * options.tau)
+    diverged = good & (torch.sqrt(size2) > limit)
+    status = torch.where(diverged, int(Status.RUNAWAY), torch.where(failed, int(Status.NON_FINITE), n.status))
     numbers = PerImageState(
         tau=tau,
         lipschitz_estimate=lipschitz_estimate,
@@ -87,18 +87,18 @@ def acceptance_test(
         gradients=n.gradients + n.running,
         iterations=n.iterations + good,
         status=status,
-        running=n.running & ~lost & ~away,
+        running=n.running & ~failed & ~diverged,
     )
     return numbers, good, plain | ~good
 
 
-# By the kernels of the backend that serves images like `x`, where it has them: one launch each.
+# The same with the kernels of the backend for images like `x`, if it has them: one launch each.
 
 
 def run_convergence_test(
     x: torch.Tensor, n: PerImageState, sums: torch.Tensor, scale: torch.Tensor, options: PGDOptions, eps: float
 ) -> PerImageState:
-    """`convergence_test`."""
+    """`convergence_test`, as one kernel if there is one."""
     if (kernel := kernel_for("pgd_residual", x)) is None:
         return convergence_test(n, sums, scale, options, eps)
     residual, status, running = kernel(n, sums, scale, _settings(options), eps)
@@ -114,7 +114,7 @@ def run_acceptance_test(  # noqa: PLR0913 - the arguments of acceptance_test, an
     options: PGDOptions,
     eps: float,
 ) -> tuple[PerImageState, torch.Tensor, torch.Tensor]:
-    """`acceptance_test`."""
+    """`acceptance_test`, as one kernel if there is one."""
     if (kernel := kernel_for("pgd_candidate", x)) is None:
         return acceptance_test(n, sums, value, limit, options, eps)
     plain = options.acceleration == "none"

@@ -21,20 +21,20 @@ def extreme_eigenvalues(matvec: Map, v0: torch.Tensor, steps: int = 20) -> tuple
     matvec : callable
         `v -> A v`, both like `v0`, for all images at once.
     v0 : Tensor `[B, ...]`, float32 or float64
-        Start vectors, of any size but zero; random ones see every eigenvalue.
+        Nonzero start vectors. Random vectors have a component along every eigenvector.
     steps : int
-        Dimension of the space, at least 1 (cut to the number of entries); as many vectors are kept.
+        Dimension of the space, at least 1 (at most the number of entries); as many vectors are stored.
 
     Returns
     -------
     lmin, lmax : Tensor `[B]`, float64
-        Both lie inside the spectrum, to rounding: `lambda_min <= lmin <= lmax <= lambda_max`. They are exact where
-        the space is invariant. NaN for an image whose start is zero or whose products are not finite.
+        Both lie inside the spectrum, to rounding: `lambda_min <= lmin <= lmax <= lambda_max`. They are exact if the
+        space is invariant. NaN for an image whose start is zero or whose products are not finite.
 
     Raises
     ------
     InputError
-        If `v0` or `steps` does not fit.
+        If `v0` or `steps` is invalid.
     """
     steps = checks.integer(steps, "steps", 1)
     if not isinstance(v0, torch.Tensor) or v0.ndim < 2 or v0.dtype not in checks.FLOATS:
@@ -44,32 +44,32 @@ def extreme_eigenvalues(matvec: Map, v0: torch.Tensor, steps: int = 20) -> tuple
     steps = min(steps, v0[0].numel())
     eps = torch.finfo(v0.dtype).eps
     v, good = _unit(v0)
-    alive = good
+    active = good
     basis: list[torch.Tensor] = []
     matrix = torch.zeros(len(v0), steps, steps, dtype=torch.float64, device=v0.device)
     size = torch.zeros(len(v0), dtype=torch.float64, device=v0.device)
     any_active = AnyActive()
     for k in range(steps):
         basis.append(v)
-        with backend.active_images(alive):
+        with backend.active_images(active):
             w = matvec(v)
         a = dot(v, w)
-        good = good & (~alive | torch.isfinite(a))
-        alive = alive & good
-        w = select(alive, w, 0.0)
-        a = torch.where(alive, a, 0.0)
+        good = good & (~active | torch.isfinite(a))
+        active = active & good
+        w = select(active, w, 0.0)
+        a = torch.where(active, a, 0.0)
         size = torch.maximum(size, norm(w))
-        # An image that has ended repeats its first Rayleigh quotient, which lies between its Ritz values.
-        matrix[:, k, k] = torch.where(alive, a, matrix[:, 0, 0])
-        if k + 1 == steps or not any_active(alive):
+        # An inactive image repeats its first Rayleigh quotient, which lies between its Ritz values.
+        matrix[:, k, k] = torch.where(active, a, matrix[:, 0, 0])
+        if k + 1 == steps or not any_active(active):
             matrix[:, k + 1 :, k + 1 :] = torch.diag_embed(matrix[:, :1, 0].expand(-1, steps - k - 1))
             break
         for q in basis * 2:
             w = w - expand(dot(q, w), w) * q
         b = norm(w)
-        alive = alive & (b > 10.0 * eps * size)
-        v = select(alive, w / expand(torch.where(alive, b, 1.0), w), 0.0)
-        b = torch.where(alive, b, 0.0)
+        active = active & (b > 10.0 * eps * size)
+        v = select(active, w / expand(torch.where(active, b, 1.0), w), 0.0)
+        b = torch.where(active, b, 0.0)
         matrix[:, k, k + 1] = matrix[:, k + 1, k] = b
     matrix = torch.where(good[:, None, None], matrix, 0.0)
     values = torch.linalg.eigvalsh(matrix)
@@ -78,10 +78,10 @@ def extreme_eigenvalues(matvec: Map, v0: torch.Tensor, steps: int = 20) -> tuple
 
 
 def _unit(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`v / ||v||` for each image, and a flag where that exists (zeros elsewhere)."""
+    """`v / ||v||` for each image (zeros if it is undefined), and whether it is defined."""
     finite = torch.isfinite(v).flatten(1).all(1)
     v = select(finite, v, 0.0)
-    # First by the largest entry: the squares of tiny or huge entries leave the number range.
+    # Divide by the largest entry first: the squares of tiny or huge entries underflow or overflow.
     largest = v.flatten(1).abs().amax(1)
     good = finite & (largest > 0)
     v = v / expand(torch.where(good, largest, 1.0), v)

@@ -1,9 +1,9 @@
-"""What CG and MINRES share: the scaled system, the true residual, and the loop that judges it (docs/math.md, M14).
+"""The common part of CG and MINRES: the scaled system, the true residual and the loop (docs/math.md, M14).
 
-Every image has its own state. A product with the matrix is taken for all images at once, with zeros in the
-place of those that have ended, and its result is read only where it was asked for. Kernels skip those that have ended.
+Every image has its own state. A product with the matrix is computed for all images at once. Inactive images are zero
+in it, kernels skip them, and their results are not read.
 
-Memory: some ten images for each image of the batch, whatever the number of iterations, and what `matvec` takes.
+Memory: about ten images per image of the batch, independent of the number of iterations, plus that of `matvec`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ REPLACEMENTS = 8
 
 @dataclass
 class LinearSolution:
-    """Answers of `A_b x_b = b_b`, per image.
+    """Solutions of `A_b x_b = b_b`, per image.
 
-    `x` like `b`; `status` `[B]` (see `deepreg_fast.Status`); `iterations` `[B]`, products with A that the recurrence
-    took; `residual` `[B]`, float64: `||b - A x|| / ||b||` evaluated at `x`, plus `eps ||A|| ||x|| / ||b||` for the
-    rounding of that evaluation (`inf` where it is not finite, 0 where `b = 0`). `CONVERGED` means that it is at or
-    below the tolerance.
+    `x` like `b`; `status` `[B]` (see `deepreg_fast.Status`); `iterations` `[B]`, products with A in the recurrence;
+    `residual` `[B]`, float64: `||b - A x|| / ||b||` evaluated at `x`, plus `eps ||A|| ||x|| / ||b||` for the rounding
+    of that evaluation (`inf` if it is not finite, 0 if `b = 0`). `CONVERGED` means that it is at or below the
+    tolerance.
     """
 
     x: torch.Tensor
@@ -43,30 +43,30 @@ class LinearSolution:
 
 
 class KrylovMethod(Protocol):
-    """One iterative method on a `System`, stepping all images in `system.running`."""
+    """An iterative method on a `System`; it steps all images in `system.running`."""
 
     preconditioner: Map | None
 
     def restart(self) -> None:
-        """Begin anew, for the running images, from `system.x` and its true residual `system.r`."""
+        """Restart the active images from `system.x` and its true residual `system.r`."""
         ...
 
     def step(self) -> None:
-        """One step; images that end get a status or leave `system.running` to have their residual checked."""
+        """One step. A finished image gets a status, or leaves `system.running` so that its residual is checked."""
         ...
 
 
 class System:
-    """`A x = b` with each right-hand side scaled by a power of two, so that no bit depends on its size.
+    """`A x = b` with each right-hand side scaled by a power of two, so that no bit depends on its magnitude.
 
-    Images of the batch that are not at work where this begins (`backend.only`) have `b = 0` here, which ends them.
+    Images that are already inactive (`backend.active_images`) get `b = 0`, which finishes them at once.
     """
 
     def __init__(self, matvec: Map, b: torch.Tensor, x0: torch.Tensor | None, tolerance: float) -> None:
         _check(b, x0)
-        at_work = backend.active_mask(b)
+        active = backend.active_mask(b)
         with backend.active_images(None):
-            self._begin(matvec, b if at_work is None else select(at_work, b, 0.0), x0, tolerance)
+            self._begin(matvec, b if active is None else select(active, b, 0.0), x0, tolerance)
 
     def _begin(self, matvec: Map, b: torch.Tensor, x0: torch.Tensor | None, tolerance: float) -> None:
         self.matvec, self.tolerance = matvec, tolerance
@@ -86,7 +86,7 @@ class System:
         self.r = self.b.clone()
         self.cold = x0 is None
         self.eps = torch.finfo(b.dtype).eps
-        # Vectors this long are about to leave the number range, or their squares that of float64.
+        # Vectors of this norm are close to overflow, or their squares are close to overflow in float64.
         self.max_norm = 1e38 if b.dtype == torch.float32 else 1e150
         self.a_norm = torch.zeros_like(self.b_norm)
         self.residual = torch.where(finite, (~zero).to(torch.float64), torch.inf)
@@ -100,17 +100,17 @@ class System:
         return (v.double() / expand(self.scale, v.double())).to(v.dtype)
 
     def end(self, rows: torch.Tensor, status: Status) -> None:
-        """Give these images their status; they stop running."""
+        """Give these images the status and make them inactive."""
         self.status = torch.where(rows, int(status), self.status)
         self.running = self.running & ~rows
 
     def end_as(self, status: torch.Tensor) -> None:
-        """Give the running images this status `[B]`; those where it is not `RUNNING` stop running."""
+        """Give the active images this status `[B]`; they become inactive unless it is `RUNNING`."""
         self.status = torch.where(self.running, status, self.status)
         self.running = self.running & (status == RUNNING)
 
     def apply(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`A v` for `rows`, undefined elsewhere. `v` must be zero there."""
+        """`A v` for the images `rows`. For the others `v` must be zero and the result is undefined."""
         with backend.active_images(rows):
             out = self.matvec(v)
         if out.shape != v.shape or out.dtype != v.dtype:
@@ -121,13 +121,13 @@ class System:
         return out
 
     def record_norm(self, v2: torch.Tensor, av2: torch.Tensor, rows: torch.Tensor) -> None:
-        """Raise the estimate of `||A||` to `||A v|| / ||v||`, given the squares."""
+        """Raise the estimate of `||A||` to at least `||A v|| / ||v||`, given the squares."""
         ratio = torch.sqrt(av2 / v2)
-        seen = rows & torch.isfinite(ratio)
-        self.a_norm = torch.where(seen, torch.maximum(self.a_norm, ratio), self.a_norm)
+        valid = rows & torch.isfinite(ratio)
+        self.a_norm = torch.where(valid, torch.maximum(self.a_norm, ratio), self.a_norm)
 
     def true_residual(self, rows: torch.Tensor) -> None:
-        """The true residual of `rows` at `x`, plus the rounding `eps ||A|| ||x||` that its evaluation may hide."""
+        """Compute the true residual of `rows` at `x`, plus a bound `eps ||A|| ||x||` of its rounding error."""
         product = self.apply(select(rows, self.x, 0.0), rows)
         size = dot(self.x, self.x)
         self.record_norm(size, dot(product, product), rows)
@@ -136,9 +136,10 @@ class System:
         self.residual = torch.where(rows, torch.where(torch.isfinite(value), value, torch.inf), self.residual)
 
     def begin(self, by_energy: bool) -> None:
-        """Residual of the start, which is dropped where it is worse than zero.
+        """Compute the residual of the initial guess; replace it by zero if it is worse than zero.
 
-        Worse is a residual above `||b||` and, `by_energy`, no less energy `1/2 <x, Ax> - <b, x>` either.
+        It is worse if its residual exceeds `||b||` and, with `by_energy`, its energy `1/2 <x, Ax> - <b, x>` is not
+        negative.
         """
         if self.cold or not bool((self.running & (self.x != 0).flatten(1).any(1)).any()):
             return
@@ -154,33 +155,33 @@ class System:
         self.end(rows & (self.residual <= self.tolerance), Status.CONVERGED)
 
     def partial_solution(self) -> LinearSolution:
-        """The iterates, with the residual of the last start."""
+        """The current iterates, with the residual of the last restart."""
         status = torch.where(self.status == RUNNING, int(Status.MAX_ITERATIONS), self.status)
         return LinearSolution(self.x * expand(self.scale, self.x), status, self.iterations, self.residual)
 
     def finish(self) -> LinearSolution:
-        """The answer in the caller's scale; where that costs bits (underflow) the residual is taken once more."""
+        """The solution in the caller's scale; if scaling loses bits (underflow), the residual is computed again."""
         x = (self.x.double() * expand(self.scale, self.x.double())).to(self.x.dtype)
-        over = ~torch.isfinite(x).flatten(1).all(1)
-        x = select(~over, x, 0.0)
-        back = self._divide(x)
-        changed = (back != self.x).flatten(1).any(1)
+        overflow = ~torch.isfinite(x).flatten(1).all(1)
+        x = select(~overflow, x, 0.0)
+        rescaled = self._divide(x)
+        changed = (rescaled != self.x).flatten(1).any(1)
         if bool(changed.any()):
-            self.x = back
+            self.x = rescaled
             self.true_residual(changed)
-            lost = changed & (self.status == int(Status.CONVERGED)) & (self.residual > self.tolerance)
-            self.end(lost, Status.STAGNATED)
-            self.end(over, Status.NON_FINITE)
+            missed = changed & (self.status == int(Status.CONVERGED)) & (self.residual > self.tolerance)
+            self.end(missed, Status.STAGNATED)
+            self.end(overflow, Status.NON_FINITE)
         return LinearSolution(x, self.status, self.iterations, self.residual)
 
 
 def empty(b: torch.Tensor) -> LinearSolution:
-    """The answer to no systems at all."""
+    """The solution of an empty batch."""
     none = torch.zeros(0, dtype=torch.int64, device=b.device)
     return LinearSolution(b.clone(), none, none.clone(), torch.zeros(0, dtype=torch.float64, device=b.device))
 
 
-def solve_system(  # noqa: PLR0913 - a method on a system, and what a step may be
+def solve_system(  # noqa: PLR0913 - a method, a system and their options
     system: System,
     method: KrylovMethod,
     max_iterations: int,
@@ -190,13 +191,13 @@ def solve_system(  # noqa: PLR0913 - a method on a system, and what a step may b
     capturable: bool = False,
     reuse: Reuse | None = None,
 ) -> LinearSolution:
-    """Run `method` until every image has ended, and let only true residuals say "converged".
+    """Run `method` until every image is inactive. Only true residuals decide on convergence.
 
-    When the recurrence of an image says that it is done, its true residual is taken; if that disagrees, the method
-    restarts from it (at most `REPLACEMENTS` times, each of which must halve it, else the image has stagnated).
-    `monotone`: the method minimizes the residual, so the start is kept where rounding made the end worse than it.
-    `fallback(b)` replaces an iterate that is still zero where the method gave up. `capturable`: a step may be replayed
-    as a CUDA graph; `reuse`: also in later solves of this method with these limits.
+    When the recurrence of an image stops, its true residual is computed. If it exceeds the tolerance, the method
+    restarts from it, at most `REPLACEMENTS` times. Each restart must halve the residual, otherwise the image has
+    stagnated. `monotone`: the method minimizes the residual, so if rounding increased it, the earlier iterate is
+    restored. `fallback(b)` replaces an iterate that is still zero when the method fails. `capturable`: a step may be
+    replayed as a CUDA graph; `reuse`: also in later solves of this method with these limits.
     """
     s = system
 
@@ -209,8 +210,8 @@ def solve_system(  # noqa: PLR0913 - a method on a system, and what a step may b
     if reuse is not None:
         kind = (type(method), method.preconditioner is None, max_iterations, s.tolerance)
         reuse = replace(reuse, key=(*kind, reuse.key))
-    worth_it = capturable and records(s.b) and worthwhile(max_iterations, reuse)
-    device = s.b.device if worth_it else None
+    graphed = capturable and records(s.b) and worthwhile(max_iterations, reuse)
+    device = s.b.device if graphed else None
     with (
         backend.active_images(None),
         attach_partial_result(s.partial_solution),
@@ -237,12 +238,12 @@ def solve_system(  # noqa: PLR0913 - a method on a system, and what a step may b
             best = torch.where(rows, s.residual, best)
             good = rows & (s.residual <= s.tolerance) & (s.status != int(Status.NON_FINITE))
             s.end(good, Status.CONVERGED)
-            out = (s.status == RUNNING) & (s.iterations >= max_iterations)
-            s.end(out, Status.MAX_ITERATIONS)
+            exhausted = (s.status == RUNNING) & (s.iterations >= max_iterations)
+            s.end(exhausted, Status.MAX_ITERATIONS)
             s.end(rows & (s.status == RUNNING) & ~(s.residual <= 0.5 * before), Status.STAGNATED)
         s.end(s.status == RUNNING, Status.STAGNATED)
-        end = s.finish()
-        return LinearSolution(*map(step_graphed.own, (end.x, end.status, end.iterations, end.residual)))
+        result = s.finish()
+        return LinearSolution(*map(step_graphed.own, (result.x, result.status, result.iterations, result.residual)))
 
 
 def _fall_back(s: System, rows: torch.Tensor, fallback: Map) -> None:

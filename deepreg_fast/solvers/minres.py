@@ -114,9 +114,9 @@ def minres(  # noqa: PLR0913 - the system, then the options
 
 
 class _Minres:
-    """Names as in Paige & Saunders: `r1, r2, y` the Lanczos vectors times their betas, `w` the search directions,
-    `(cs, sn)` the last rotation, `phibar` the residual in the norm of `M^{-1}`; `moved` the squares of x, r, w and of
-    the w before."""
+    """Names as in Paige & Saunders: `r1, r2, y` are the Lanczos vectors times their betas, `w` the search direction,
+    `(cs, sn)` the last rotation, `phibar` the residual in the norm of `M^{-1}`. `moved` holds the squared norms of x,
+    r, w and the previous w."""
 
     def __init__(self, system: System, preconditioner: Map | None) -> None:
         self.system, self.preconditioner = system, preconditioner
@@ -127,7 +127,7 @@ class _Minres:
         self.moved = torch.zeros(4, len(none), dtype=torch.float64, device=none.device)
 
     def _solve(self, r: torch.Tensor, rr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`M^{-1} r` and `sqrt(<r, M^{-1} r>)`; images where that is not a positive square end here. `rr = <r, r>`."""
+        """`M^{-1} r` and `sqrt(<r, M^{-1} r>)`; an image with a negative or non-finite square ends. `rr = <r, r>`."""
         s = self.system
         rows = s.running
         y, square, yy = r, rr, rr
@@ -145,7 +145,7 @@ class _Minres:
         rr = dot(r, r)
         y, beta = self._solve(r, rr)
         self.r1, self.w, self.w_old = (select(~rows, v, 0.0) for v in (self.r1, self.w, self.w_old))
-        # The Lanczos vector goes on in memory of its own.
+        # The Lanczos vector gets its own memory.
         self.r2, self.y = torch.where(expand(rows, r), r, self.r2), select(rows, y, self.y)
         none = torch.zeros_like(beta)
         self._keep(rows, beta_old=none + 1.0, beta=beta, phibar=beta, cs=none - 1.0, sn=none)
@@ -163,7 +163,7 @@ class _Minres:
         self.a_est = torch.where(rows, torch.maximum(self.a_est, hypot(alfa, beta)), self.a_est)
         tiny = s.eps * self.a_est
         gamma = hypot(gbar, beta)
-        # ||A r|| = phibar ||(gbar, dbar)||: where that vanishes, x is a least-squares solution of a singular system.
+        # ||A r|| = phibar ||(gbar, dbar)||. If it vanishes, x is a least-squares solution of a singular system.
         s.end(rows & (torch.minimum(hypot(gbar, dbar), gamma) <= 10.0 * tiny), Status.STAGNATED)
         gamma = torch.where(gamma > 0, gamma, 1.0)
         cs, sn = gbar / gamma, beta / gamma
@@ -178,12 +178,12 @@ class _Minres:
         self.moved = torch.stack([*moved, self.moved[2]])
         self._keep(rows, beta_old=self.beta, beta=beta, dbar=dbar, epsln=epsln, phibar=phibar, cs=cs, sn=sn)
         xx, rr, ww, _ = self.moved
-        still = phi.abs() * torch.sqrt(ww) <= 0.01 * s.eps * torch.sqrt(xx)
-        done = (torch.sqrt(rr) <= 0.9 * s.tolerance * s.b_norm) | (beta <= tiny) | (still & (phi != 0))
+        stagnated = phi.abs() * torch.sqrt(ww) <= 0.01 * s.eps * torch.sqrt(xx)
+        done = (torch.sqrt(rr) <= 0.9 * s.tolerance * s.b_norm) | (beta <= tiny) | (stagnated & (phi != 0))
         s.running = s.running & ~done
 
     def _fits(self, vv: torch.Tensor, r2r2: torch.Tensor, numbers: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Whether x, r and w stay in the number range: the bound of each by the triangle inequality."""
+        """Whether x, r and w cannot overflow, from bounds by the triangle inequality."""
         oldeps, delta, gamma, phi, a, b = (t.abs() for t in numbers)
         x, r, w, w_old = torch.sqrt(self.moved)
         w = (torch.sqrt(vv) + oldeps * w_old + delta * w) / gamma
@@ -191,7 +191,7 @@ class _Minres:
         return (x <= self.system.max_norm) & (r <= self.system.max_norm) & (w <= self.system.max_norm)
 
     def _lanczos(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`v`, `<v, v>`, `<v, A v>`, and the square of the next Lanczos vector times its beta, which is now `r2`."""
+        """`v`, `<v, v>`, `<v, A v>` and `<r2, r2>`; `r2` is now the next Lanczos vector times its beta."""
         s = self.system
         v = select(s.running, self.y / expand(torch.where(s.running, self.beta, 1.0), self.y), 0.0)
         u = s.apply(v, s.running)

@@ -1,4 +1,4 @@
-"""What `pgd` takes and gives."""
+"""Options and result type of `pgd`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Batched proximal gradient descent with per-image backtracking (docs/math.md, M4-M6).
 
-One round costs one gradient of every image still at work. Each image has its own step size, its own
-decision and its own end. On the CPU an image that has ended leaves the batch and costs nothing more; on a device it
-stays, and kernels skip it (`batched/loop.py`).
+One round costs one gradient per active image. Each image has its own step size, acceptance test and stopping test. On
+the CPU inactive images leave the batch and cost nothing; on a device they stay, and kernels skip them
+(`batched/loop.py`).
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ def pgd(  # noqa: PLR0913 - the problem is these five, the rest is optional
 ) -> Solution:
     """Minimize `1/2||y - Ax||^2 + mu r(x)` for each image from `x0`.
 
-    `x+ = prox_l2(x - tau grad r(x), y, tau/mu)` is accepted when
-    `<grad r(x+) - grad r(x), x+ - x> <= ||x+ - x||^2 / tau` (Becker, Candes, Grant 2011, sec. 5.3: no difference
-    of objective values, which would drown in rounding); tau then grows, else it shrinks. A candidate of Anderson's
-    acceleration is also refused, if `monotone`, where it lies above the lowest objective met by more than 1e-4 of its
-    fall so far.
+    `x+ = prox_l2(x - tau grad r(x), y, tau/mu)` is accepted if
+    `<grad r(x+) - grad r(x), x+ - x> <= ||x+ - x||^2 / tau` (Becker, Candes, Grant 2011, sec. 5.3). The test needs no
+    difference of objective values, which would be lost in rounding. After acceptance tau grows, otherwise it shrinks.
+    With `monotone`, a candidate of Anderson acceleration is also rejected if its objective exceeds the lowest one so
+    far by more than 1e-4 of the decrease so far.
 
     Parameters
     ----------
     y : `[B, m]` measurements; A, reg : operator and regularizer; mu : `[B]`, > 0.
-    x0 : `[B, C, H, W]`, the start; tau0 : `[B]`, float64, optional per-image first step sizes.
-    observer : called as `observer(round, x)` with all images after every round, which waits for the device.
+    x0 : `[B, C, H, W]`, the initial iterate; tau0 : `[B]`, float64, optional initial step sizes.
+    observer : called as `observer(round, x)` with all images after every round; this synchronizes with the device.
 
-    An image whose start, measurements or gradient is not finite ends as `NON_FINITE` with its last finite iterate
-    and its neighbours' bits do not change.
+    An image whose start, measurements or gradient is not finite ends as `NON_FINITE` with its last finite iterate. The
+    bits of its neighbors do not change.
 
-    Memory: x, its gradient, the accelerator's images (1 for "fista", `2 memory + 2` for "anderson") and some six
-    temporaries for each image, and what the operator and the gradient take; it does not grow with the rounds, except
-    for `record`. Where a CUDA graph is made its temporaries are there beside torch's cached ones; a graph that is kept
-    for later solves (`release_graphs`) keeps them, and the state.
+    Memory per image: x, its gradient, the accelerator's images (1 for "fista", `2 memory + 2` for "anderson") and about
+    six temporaries, plus that of the operator and the gradient. It does not grow with the rounds, except with `record`.
+    The temporaries of a CUDA graph add to torch's cached ones. A graph that is stored for later solves
+    (`release_graphs`) keeps them and the state.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def pgd(  # noqa: PLR0913 - the problem is these five, the rest is optional
     def solve() -> Solution:
         return _solve(_Run(y, A, reg, mu, options, x0, tau0), observer)
 
-    # An observer sees each round once.
+    # A retry would call the observer twice for the same round.
     return solve() if observer is not None else retry_after_freeing_graphs(solve)()
 
 
@@ -80,7 +80,7 @@ def _solve(run: _Run, observer: Observer | None) -> Solution:
         run.begin()
         if observer is not None:
             observer(0, run.state.x)
-        # Who watches wants to see every round and none that came too many.
+        # With an observer or recording, poll every round so that no extra round is reported.
         watched = run.options.record or observer is not None
         any_active = AnyActive(0 if watched else None)
         reuse = None if watched else run.reuse()
@@ -94,7 +94,7 @@ def _solve(run: _Run, observer: Observer | None) -> Solution:
 
 
 class _Run:
-    """One problem with its state; `round` changes nothing but the attributes of `state` and `accelerator`."""
+    """One problem with its state; `round` changes only the attributes of `state` and `accelerator`."""
 
     def __init__(  # noqa: PLR0913 - pgd's arguments
         self,
@@ -114,11 +114,11 @@ class _Run:
         self.accelerator = make(options.acceleration, self.state.x, options.memory)
         self.eps = torch.finfo(x0.dtype).eps
         self.rounds: list[torch.Tensor] = []
-        # Anderson's extrapolation may leave for a cycle above where it came from, at small residuals.
+        # Anderson acceleration can enter a limit cycle at a higher objective although its residual is small.
         self.guarded = options.monotone and isinstance(self.accelerator, Anderson)
 
     def begin(self) -> None:
-        """The first gradient, and what later ones are compared with."""
+        """Compute the first gradient and the reference values of the tests."""
         s = self.state
         s.compact()
         if len(s.idx):
@@ -133,8 +133,8 @@ class _Run:
         self.scale = norm(s.grad)
 
     def device(self, reuse: Reuse | None) -> torch.device | None:
-        """The device whose graph a round can be, None if it has none, if a part of the round may ask the host, or if
-        there are too few rounds for one."""
+        """The device if a round can be captured in its CUDA graph. None if it has no graphs, if a part of the round may
+        synchronize, or if there are too few rounds."""
         x = self.state.x
         if not records(x) or not self.reg.computed_by_backend() or not self.A.capturable(x):
             return None
@@ -143,7 +143,7 @@ class _Run:
         return x.device if getattr(self.reg.backend_for(x), "capturable", False) else None
 
     def reuse(self) -> Reuse | None:
-        """What lets a graph of a round serve later solves."""
+        """The key under which later solves can reuse the graph of a round."""
         x = self.state.x
         if not records(x) or not self.reg.computed_by_backend():
             return None
@@ -151,15 +151,15 @@ class _Run:
         return reuse_of(("pgd", self.options, self.guarded), self, signature(self.reg, x), self.A.signature(x))
 
     def place(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """As `graphs.Inputs`: what a round reads and does not change."""
+        """As `graphs.Inputs`: place the tensors that a round reads and does not change."""
         self.y, self.mu, self.limit, self.scale = map(put, (self.y, self.mu, self.limit, self.scale))
 
     def solution(self, own: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> Solution:
-        """What there is so far, in memory that `own` gives."""
+        """The current solution; `own` copies its tensors out of shared memory."""
         return self.state.solution(self.rounds, own)
 
     def round(self) -> None:
-        """One step of each image at work: judge x by its proximal step, then one gradient at the candidate."""
+        """One step of each active image: test x for convergence, then test a candidate with one gradient."""
         s = self.state
         with self._only():
             candidate, sums = self._propose()
@@ -192,7 +192,7 @@ class _Run:
         return backend.active_images(self.state.running if uses_mask(self.state.x) else None)
 
     def _propose(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The point where the next gradient of each image of `idx` is taken, and `<step, step>, <x, x>, <g, g>`."""
+        """The candidate, at which the next gradient of each image of `idx` is taken; `<step, step>, <x, x>, <g, g>`."""
         s, i = self.state, self.state.idx
         x, grad, tau, running = (gather(t, i) for t in (s.x, s.grad, s.tau, s.running))
         z = fused.descend(x, tau, grad, running)
@@ -205,9 +205,8 @@ class _Run:
         return torch.where(expand(gather(s.plain_next, i), x), plain, candidate), sums
 
     def _gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`r` and `grad r` at `x`. Unless the backend's bits are the same for any batch, the last image of one is
-        evaluated as a pair of itself: torch has other convolution kernels for a single image, and its bits would
-        depend on when its neighbours ended."""
+        """`r` and `grad r` at `x`. PyTorch selects different convolution kernels for a single image. Unless the backend
+        is batch-invariant, a lone image is duplicated, so that its bits do not depend on when its neighbors stopped."""
         if len(x) == 1 and len(self.state.x) > 1 and not self.reg.backend_for(x).batch_invariant:
             v, g = self._value_and_grad(torch.cat([x, x]))
             return v[:1], g[:1]
@@ -216,7 +215,7 @@ class _Run:
     def _value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.reg.computed_by_backend():
             return self.reg.value_and_grad(x)
-        # One of another class may differentiate something, and leave its graph on what it returns.
+        # A user's regularizer may differentiate, and its results may carry an autograd graph.
         with torch.enable_grad():
             value, grad = self.reg.value_and_grad(x)
         return value.detach(), grad.detach()

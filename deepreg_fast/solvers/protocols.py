@@ -1,4 +1,4 @@
-"""Protocols of the operator and the regularizer that `pgd` works on, and the context of solves inside a solver."""
+"""Protocols of the operator and the regularizer of `pgd`, and the context for solves inside a solver."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DataTerm(Protocol):
         ...
 
     def signature(self, like: torch.Tensor) -> Signature | None:
-        """What a captured product depends on besides the images; None if unknown."""
+        """Everything that a captured product depends on besides the images; None if unknown."""
         ...
 
 
@@ -55,8 +55,8 @@ class Energy(Protocol):
 
 @contextmanager
 def failing_per_image() -> Iterator[None]:
-    """Within this context, a proximal map that fails is NaN for its image, and never raises: the solver around it gives
-    each image its own status."""
+    """Within this context, a failed proximal map returns NaN for its image and does not raise. The surrounding solver
+    gives each image its own status."""
     token = _FAIL_PER_IMAGE.set(True)
     try:
         yield
@@ -65,5 +65,5 @@ def failing_per_image() -> Iterator[None]:
 
 
 def fails_per_image() -> bool:
-    """Whether a solver with a status per image is the caller."""
+    """Whether the caller is a solver with per-image status."""
     return _FAIL_PER_IMAGE.get()

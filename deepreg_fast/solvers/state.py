@@ -1,4 +1,4 @@
-"""The state of all images of a PGD run, and which of them are still at work."""
+"""The state of all images of a PGD run, and which of them are active."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ class State:
         self.end(~finite.flatten(1).all(1))
 
     def end(self, rows: torch.Tensor) -> None:
-        """The images where `rows` `[B]` end as not finite."""
+        """End the images `rows` `[B]` with the status `NON_FINITE`."""
         self.status = torch.where(rows & self.running, int(Status.NON_FINITE), self.status)
         self.running = self.running & ~rows
 
     def numbers(self) -> PerImageState:
-        """Those of the images `idx`."""
+        """The scalars of the images `idx`."""
         return PerImageState(*(gather(getattr(self, name), self.idx) for name in PerImageState._fields))
 
     def store_state(self, numbers: PerImageState) -> None:
-        """Put the numbers of the images `idx` back."""
+        """Write the scalars of the images `idx` back."""
         for name, value in numbers._asdict().items():
             setattr(self, name, scatter(getattr(self, name), self.idx, value))
 
     def compact(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """On the CPU take the images that have ended out of `idx` and of these tensors, which belong to it."""
+        """On the CPU, remove inactive images from `idx` and from these tensors, which are indexed like it."""
         running = gather(self.running, self.idx)
         if uses_mask(running) or bool(running.all()):
             return tensors
@@ -64,32 +64,34 @@ class State:
         return tuple(t[running] for t in tensors)
 
     def accept(self, good: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> None:
-        """Make x and its gradient those of the images of `idx` where `good`."""
+        """Store x and its gradient for the images of `idx` for which `good` is true."""
         if uses_mask(x):
             self.x, self.grad = fused.take(good, (self.x, x), (self.grad, grad))
             return
-        everyone = bool(good.all())
-        rows = self.idx if everyone else self.idx[good]
-        for mine, new in ((self.x, x), (self.grad, grad)):
-            mine[rows] = new if everyone else new[good]
+        all_good = bool(good.all())
+        rows = self.idx if all_good else self.idx[good]
+        for stored, new in ((self.x, x), (self.grad, grad)):
+            stored[rows] = new if all_good else new[good]
 
     def exceeds_best(self, objective: torch.Tensor) -> torch.Tensor:
-        """Where the candidates of the images `idx` lie visibly above the lowest objective met. The margin is far above
-        the rounding of the objective, and far below what a step astray climbs."""
+        """Whether the candidates of the images `idx` exceed the lowest objective so far by more than a margin.
+
+        The margin is far above the objective's rounding, and far below the increase of a diverging step.
+        """
         first, best = gather(self.first, self.idx), gather(self.best, self.idx)
         return ~gather(self.plain_next, self.idx) & (objective > best + 1e-4 * (best.abs() + first - best))
 
     def start_best(self, objective: torch.Tensor) -> None:
-        """Take the first objectives of the images `idx`."""
+        """Store the first objectives of the images `idx`."""
         self.first, self.best = scatter(self.first, self.idx, objective), scatter(self.best, self.idx, objective)
 
     def update_best(self, good: torch.Tensor, objective: torch.Tensor) -> None:
-        """Take the objectives of the images of `idx` where `good`."""
+        """Lower the best objectives of the images of `idx` for which `good` is true."""
         best = gather(self.best, self.idx)
         self.best = scatter(self.best, self.idx, torch.where(good, torch.minimum(best, objective), best))
 
     def solution(self, rounds: list[torch.Tensor], own: Callable[[torch.Tensor], torch.Tensor]) -> Solution:
-        """What there is so far, in memory that `own` gives."""
+        """The current solution; `own` copies its tensors out of shared memory."""
         history = {"residual": torch.stack(rounds)} if rounds else {}
         return Solution(
             own(self.x),
@@ -103,10 +105,10 @@ class State:
 
 
 def set_first_gradient(state: State, grad: torch.Tensor) -> None:
-    """Take the first gradient of the images `idx`; those where it is not finite end."""
+    """Store the first gradient of the images `idx`; an image whose gradient is not finite ends."""
     good = torch.isfinite(grad).flatten(1).all(1)
-    good_or_ended = scatter(torch.ones_like(state.running), state.idx, good)
+    good_or_inactive = scatter(torch.ones_like(state.running), state.idx, good)
     state.gradients = state.gradients + state.running
     running = gather(state.running, state.idx)
     state.grad = scatter(state.grad, state.idx, torch.where(expand(running & good, grad), grad, 0.0))
-    state.end(~good_or_ended)
+    state.end(~good_or_inactive)

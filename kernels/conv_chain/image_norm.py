@@ -1,20 +1,21 @@
-"""The conv chain with a LayerNorm over a whole image (docs/math.md, M10, (11), (12)), one kernel for each stage.
+"""The conv chain with a LayerNorm over a whole image (docs/math.md, M10, (11), (12)), one kernel per stage.
 
-A layer's mean and variance are known only when the layer is done: stage follows stage, each over the whole image. What
-a stage needs of all pixels is summed tile by tile in float64 by the stage before it, and added up by one more kernel.
+A layer's mean and variance are known only after the whole layer, so each stage runs over the whole image before the
+next begins. If a stage needs sums over all pixels, the stage before it sums each tile in float64, and another kernel
+adds up the tiles.
 
-Planes are as in `tiles.py`. A program has one tile of one image, and ends at once where `work` `[B]` is 0. Two arrays
-hold what is known of a whole image, `fixed` `[B, 4]` at a point x and `along` `[B, 8]` for a direction v:
+Planes are as in `tiles.py`. A program processes one tile of one image, and returns at once if `work` `[B]` is 0. Two
+arrays hold the sums over an image, `fixed` `[B, 4]` at a point x and `along` `[B, 8]` for a direction v:
 
     fixed   mean u,   rs = 1 / sqrt(var u + eps),   m1 = mean t,   m2 = mean(t xhat)
     along   mean u',  mean(xhat u'),   mean t',   mean(t' xhat),   mean(t xhat')
 
-with `xhat = rs (u - mean u)`, `n = gamma xhat + beta`, g the cotangent above SiLU and `t = gamma SiLU'(n) g`. `vectors`
-`[3, CP]` are bias, gamma and beta.
+with `xhat = rs (u - mean u)`, `n = gamma xhat + beta`, g the cotangent of SiLU's output and `t = gamma SiLU'(n) g`.
+`vectors` `[3, CP]` are bias, gamma and beta.
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
-# Triton's annotations say nothing of what its compiler takes.
+# Triton's type stubs do not describe what its compiler accepts.
 
 from __future__ import annotations
 
@@ -36,17 +37,17 @@ TYPES = {
     **dict.fromkeys(("eps", "uu", "uh", "hh"), "fp32"),
     "work": "*u8",
 }
-"""What is not a pointer to float32."""
+"""Types of arguments other than pointers to float32."""
 BLOCK = 512
-"""Of the tiles that are added up at a time."""
+"""Number of tiles that are added up at a time."""
 
 IMAGES = ("pixels", "direct", "out", "to", "work", "fixed", "along")
-"""Tensors that may begin anywhere: parts of images of any size, and numbers of an image."""
+"""Tensors of any alignment: parts of images of any size, and numbers of an image."""
 
 
 @triton.jit
 def _own(y, x, height, width, C, CP: tl.constexpr):
-    """`[P, CP]`: whether the pixel is the image's and the channel the network's."""
+    """`[P, CP]`: whether the pixel is inside the image and the channel is not padding."""
     return inside(y, x, height, width)[:, None] & (tl.arange(0, CP) < C)[None, :]
 
 
@@ -54,7 +55,7 @@ def _own(y, x, height, width, C, CP: tl.constexpr):
 def _filtered(  # noqa: PLR0913 - the arguments of tiles.conv
     before, w, at, y, x, height, width, CP: tl.constexpr, ONE: tl.constexpr, ADJOINT: tl.constexpr, PREC: tl.constexpr
 ):
-    """`[P, CP]`: the convolution with all channels of a plane, or with the ONE of an image."""
+    """`[P, CP]`: the convolution of a plane, or with ONE of an image (one channel)."""
     if ONE:
         return expand(before + at, w, y, x, height, width, CP, ADJOINT, PREC)
     else:
@@ -63,7 +64,7 @@ def _filtered(  # noqa: PLR0913 - the arguments of tiles.conv
 
 @triton.jit
 def _normalized(u, fixed, image, own):
-    """`xhat`, zero where there is nothing, and rs."""
+    """`xhat`, zero outside the image and in padding channels, and rs."""
     rs = tl.load(fixed + image * 4 + 1)
     return tl.where(own, (u - tl.load(fixed + image * 4)) * rs, 0.0), rs
 
@@ -77,7 +78,7 @@ def _affine(vectors, CP: tl.constexpr):
 
 @triton.jit
 def _sum(value):
-    """Of a tile, in float64."""
+    """The sum over a tile in float64."""
     return tl.sum(tl.sum(value.to(tl.float64), 1), 0)
 
 
@@ -100,49 +101,49 @@ def layer(  # noqa: PLR0913 - a kernel's launch
     before, w, vectors, u, moments, work, height, width, C,
     CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, ONE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """`u = w * before + bias`; of each tile how many values there are, their mean, and their squares' sum about it."""
+    """`u = w * before + bias`; per tile the number of values, their mean and the sum of squared deviations from it."""
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width
-    value = _filtered(before, w, at, y, x, height, width, CP, ONE, False, PREC)
+    offset = image * height * width
+    value = _filtered(before, w, offset, y, x, height, width, CP, ONE, False, PREC)
     value += tl.load(vectors + tl.arange(0, CP))[None, :]
-    store_tile(u + at * CP, value, y, x, height, width, CP)
-    own = _own(y, x, height, width, C, CP)
-    count = tl.sum(tl.sum(own.to(tl.int32), 1), 0).to(tl.float64)
-    mean = _sum(tl.where(own, value, 0.0)) / count
-    centred = tl.where(own, value.to(tl.float64) - mean, 0.0)
+    store_tile(u + offset * CP, value, y, x, height, width, CP)
+    valid = _own(y, x, height, width, C, CP)
+    count = tl.sum(tl.sum(valid.to(tl.int32), 1), 0).to(tl.float64)
+    mean = _sum(tl.where(valid, value, 0.0)) / count
+    centered = tl.where(valid, value.to(tl.float64) - mean, 0.0)
     to = moments + tl.program_id(0) * 3
     tl.store(to, count)
     tl.store(to + 1, mean)
-    tl.store(to + 2, _sum(centred * centred))
+    tl.store(to + 2, _sum(centered * centered))
 
 
 @unspecialized("tiles", "count", "stride", "column", anywhere=IMAGES)
 def merge(moments, fixed, work, tiles, eps, BLOCK: tl.constexpr):
-    """The mean of an image and `1 / sqrt(var + eps)` from its tiles' moments, into `fixed`; one program an image.
+    """The mean of an image and `1 / sqrt(var + eps)` from its tiles' moments, to `fixed`; one program per image.
 
-    `sum (u - m)^2 = sum_tiles [sum (u - m_tile)^2 + n_tile (m_tile - m)^2]`: no difference of large sums.
+    `sum (u - m)^2 = sum_tiles [sum (u - m_tile)^2 + n_tile (m_tile - m)^2]`, which has no difference of large sums.
     """
     image = tl.program_id(0)
     if tl.load(work + image) == 0:
         return
-    of = moments + image.to(tl.int64) * tiles * 3
+    tile_moments = moments + image.to(tl.int64) * tiles * 3
     n = tl.zeros((BLOCK,), tl.float64)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, tiles, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        count = tl.load(of + i * 3, mask=i < tiles, other=0.0)
+        count = tl.load(tile_moments + i * 3, mask=i < tiles, other=0.0)
         n += count
-        total += count * tl.load(of + i * 3 + 1, mask=i < tiles, other=0.0)
+        total += count * tl.load(tile_moments + i * 3 + 1, mask=i < tiles, other=0.0)
     count_all = tl.sum(n, 0)
     mean = tl.sum(total, 0) / count_all
     squares = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, tiles, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        count = tl.load(of + i * 3, mask=i < tiles, other=0.0)
-        apart = tl.load(of + i * 3 + 1, mask=i < tiles, other=0.0) - mean
-        squares += count * apart * apart + tl.load(of + i * 3 + 2, mask=i < tiles, other=0.0)
+        count = tl.load(tile_moments + i * 3, mask=i < tiles, other=0.0)
+        deviation = tl.load(tile_moments + i * 3 + 1, mask=i < tiles, other=0.0) - mean
+        squares += count * deviation * deviation + tl.load(tile_moments + i * 3 + 2, mask=i < tiles, other=0.0)
     var = tl.sum(squares, 0) / count_all
     tl.store(fixed + image * 4, mean.to(tl.float32))
     tl.store(fixed + image * 4 + 1, (1.0 / tl.sqrt(var + eps)).to(tl.float32))
@@ -152,7 +153,7 @@ def merge(moments, fixed, work, tiles, eps, BLOCK: tl.constexpr):
 def add_tiles(  # noqa: PLR0913 - a kernel's launch
     partial, to, work, tiles, count, stride, column, K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The K sums over an image's tiles, divided by `count`, to columns of `to` `[B, stride]`; one program an image."""
+    """The K sums over an image's tiles, divided by `count`, to columns of `to` `[B, stride]`; one program per image."""
     image = tl.program_id(0)
     if tl.load(work + image) == 0:
         return
@@ -172,12 +173,12 @@ def activate(  # noqa: PLR0913 - a kernel's launch
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width * CP
-    own = _own(y, x, height, width, C, CP)
-    xhat, _ = _normalized(load_tile(u + at, y, x, height, width, CP), fixed, image, own)
+    offset = image * height * width * CP
+    valid = _own(y, x, height, width, C, CP)
+    xhat, _ = _normalized(load_tile(u + offset, y, x, height, width, CP), fixed, image, valid)
     gamma, beta = _affine(vectors, CP)
     value, _, _ = silu(gamma * xhat + beta)
-    store_tile(a + at, value, y, x, height, width, CP)
+    store_tile(a + offset, value, y, x, height, width, CP)
 
 
 @unspecialized(anywhere=(*IMAGES, "cotangent"))
@@ -187,20 +188,20 @@ def head(  # noqa: PLR0913 - a kernel's launch
 ):  # fmt: skip
     """`h = w * a + bias`, and with the pixels u `direct = uu u + uh h`, `cotangent = uh u + hh h` (M9).
 
-    The energy is half of `<u, direct> + <h, cotangent>`, being quadratic in u and h. Of the tangents of a and u, and
-    without a bias, the same are tangents.
+    The energy is `(<u, direct> + <h, cotangent>) / 2`, because it is quadratic in u and h. Given the tangents of a and
+    u and no bias, the results are the tangents.
     """
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width
-    h = _to_one(a + at * CP, w, y, x, height, width, CP, False) + tl.load(bias)
+    offset = image * height * width
+    h = _to_one(a + offset * CP, w, y, x, height, width, CP, False) + tl.load(bias)
     within = inside(y, x, height, width)
     h = tl.where(within, h, 0.0)
-    pixel = load_pixels(pixels + at, y, x, height, width)
+    pixel = load_pixels(pixels + offset, y, x, height, width)
     by_u = uu * pixel + uh * h
     by_h = uh * pixel + hh * h
-    place = at + y * width + x
+    place = offset + y * width + x
     tl.store(direct + place, by_u, mask=within)
     tl.store(cotangent + place, by_h, mask=within)
     energy = pixel.to(tl.float64) * by_u.to(tl.float64) + h.to(tl.float64) * by_h.to(tl.float64)
@@ -212,18 +213,18 @@ def above(  # noqa: PLR0913 - a kernel's launch
     cotangent, w, u, fixed, vectors, g, partial, work, height, width, C,
     CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, ONE: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """`g = w^T * cotangent`; of each tile the sums of t and t xhat."""
+    """`g = w^T * cotangent`; per tile the sums of t and t xhat."""
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width
-    value = _filtered(cotangent, w, at, y, x, height, width, CP, ONE, True, PREC)
-    store_tile(g + at * CP, value, y, x, height, width, CP)
-    own = _own(y, x, height, width, C, CP)
+    offset = image * height * width
+    value = _filtered(cotangent, w, offset, y, x, height, width, CP, ONE, True, PREC)
+    store_tile(g + offset * CP, value, y, x, height, width, CP)
+    valid = _own(y, x, height, width, C, CP)
     gamma, beta = _affine(vectors, CP)
-    xhat, _ = _normalized(load_tile(u + at * CP, y, x, height, width, CP), fixed, image, own)
+    xhat, _ = _normalized(load_tile(u + offset * CP, y, x, height, width, CP), fixed, image, valid)
     _, slope, _ = silu(gamma * xhat + beta)
-    t = tl.where(own, gamma * slope * value, 0.0)
+    t = tl.where(valid, gamma * slope * value, 0.0)
     tl.store(partial + tl.program_id(0) * 2, _sum(t))
     tl.store(partial + tl.program_id(0) * 2 + 1, _sum(t * xhat))
 
@@ -243,44 +244,46 @@ def below(  # noqa: PLR0913 - a kernel's launch
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width * CP
-    own = _own(y, x, height, width, C, CP)
-    xhat, rs = _normalized(load_tile(u + at, y, x, height, width, CP), fixed, image, own)
+    offset = image * height * width * CP
+    valid = _own(y, x, height, width, C, CP)
+    xhat, rs = _normalized(load_tile(u + offset, y, x, height, width, CP), fixed, image, valid)
     gamma, beta = _affine(vectors, CP)
     _, slope, _ = silu(gamma * xhat + beta)
-    t = gamma * slope * load_tile(g + at, y, x, height, width, CP)
-    store_tile(gu + at, _cotangent(xhat, rs, t, fixed, image, own), y, x, height, width, CP)
+    t = gamma * slope * load_tile(g + offset, y, x, height, width, CP)
+    store_tile(gu + offset, _cotangent(xhat, rs, t, fixed, image, valid), y, x, height, width, CP)
 
 
 @unspecialized(anywhere=IMAGES)
 def join(  # noqa: PLR0913 - a kernel's launch
     gu, w, direct, out, work, height, width, CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr
 ):
-    """`out = direct + w^T * gu`, images."""
+    """`out = direct + w^T * gu` (images)."""
     image, y, x = tile(height, width, TH, TW)
     if tl.load(work + image) == 0:
         return
-    at = image * height * width
-    value = _to_one(gu + at * CP, w, y, x, height, width, CP, True) + load_pixels(direct + at, y, x, height, width)
-    tl.store(out + at + y * width + x, value, mask=inside(y, x, height, width))
+    offset = image * height * width
+    value = _to_one(gu + offset * CP, w, y, x, height, width, CP, True) + load_pixels(
+        direct + offset, y, x, height, width
+    )
+    tl.store(out + offset + y * width + x, value, mask=inside(y, x, height, width))
 
 
 def shape(cp: int) -> tuple[dict[str, Any], dict[str, int]]:
-    """The constants of a program's tile, and the options of its launch."""
+    """The constants of a tile, and the launch options."""
     th, tw, warps = TILES[cp]
     return {"CP": cp, "TH": th, "TW": tw}, {"num_warps": warps, "num_stages": STAGES}
 
 
 def variants() -> list[Variant]:
-    """By CP; those that begin with a convolution with one channel and with all."""
-    found = [variant(merge, {"BLOCK": BLOCK}, TYPES, 4, STAGES)]
-    found += [variant(add_tiles, {"K": k, "BLOCK": BLOCK}, TYPES, 4, STAGES) for k in (1, 2)]
+    """The kernels as shipped: for each CP, those with a convolution both for one channel and for all."""
+    shipped = [variant(merge, {"BLOCK": BLOCK}, TYPES, 4, STAGES)]
+    shipped += [variant(add_tiles, {"K": k, "BLOCK": BLOCK}, TYPES, 4, STAGES) for k in (1, 2)]
     for cp in TILES:
         constants, options = shape(cp)
-        found += [variant(kernel, constants, TYPES, **options) for kernel in (activate, head, below, join)]
-        found += [
+        shipped += [variant(kernel, constants, TYPES, **options) for kernel in (activate, head, below, join)]
+        shipped += [
             variant(kernel, constants | {"ONE": one, "PREC": PRECISION}, TYPES, **options)
             for kernel in (layer, above)
             for one in (True, False)
         ]
-    return found
+    return shipped

@@ -1,12 +1,12 @@
 """The sweeps of the conv chain, without a LayerNorm or with one over the channels of a pixel (docs/math.md, M9, M10).
 
-A sweep launches `primal` or `tangent` for each hidden layer, forward and back, in the order of
+A sweep launches `primal` or `tangent` for each hidden layer, forward and backward, in the order of
 `backend/gpu/pixel_norm.py`. Hidden layers are 1..K, the last convolution is K + 1; `FIRST` is layer 1, `LAST` is
 layer K. Outputs whose pointer is None are not computed. Filters and biases before a LayerNorm are centered over their
 outputs (`pack`), so that the means of u and of `gamma SiLU'(n) g` do not occur (docs/kernels.md).
 """
 
-# Constants are numbers here, and constexpr only to the compiler.
+# Constants are numbers here; only the compiler sees them as constexpr.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ RESIDUAL = tl.constexpr(1)
 TILES = {16: (8, 16, 4), 32: (8, 8, 4), 64: (8, 8, 8)}
 """Height, width and warps of a tile by CP."""
 BLOCK = 1024
-"""Of the tiles of an image that are added up at a time."""
+"""Number of tiles of an image that are added up at a time."""
 
 IMAGES = ("u", "v", "c", "c1", "image_in", "out", "h_taps", "g_taps", "value", "rows")
-"""Tensors that may begin anywhere: parts of images of any size, and numbers of an image or a tile."""
+"""Tensors of any alignment: parts of images of any size, and numbers of an image or a tile."""
 
 
 def maxnreg(cp: int, sums: bool) -> int | None:
-    """The most registers of a thread of `primal` and `tangent`, None where the compiler chooses.
+    """Maximum registers per thread of `primal` and `tangent`; None if the compiler decides.
 
-    With 168, three programs of four warps share a multiprocessor in the place of two. Layers that also form sums would
-    spill some.
+    With 168, three programs of four warps share a multiprocessor instead of two. Layers that also compute sums would
+    spill.
     """
     return None if cp != 16 or sums else 168
 
@@ -45,14 +45,14 @@ def pack(  # noqa: PLR0913 - a kernel's launch
     w, bias, gamma, beta, filters, vectors, gain, C: tl.constexpr, CP: tl.constexpr, FIRST: tl.constexpr,
     LAST: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
-    """The parameters of one convolution and the LayerNorm after it, as the other kernels read them; grid: 16 taps.
+    """Pack the parameters of one convolution and the LayerNorm after it for the other kernels; grid: 16 taps.
 
-    `filters` `[9, CP, CP]` (tap, in, out), or `[16, CP]` of the FIRST and the LAST, the gain folded in; `vectors`
-    `[3, CP]`: bias, gamma, beta. CENTRED over the outputs, in float64.
+    `filters` `[9, CP, CP]` (tap, in, out), or `[16, CP]` for FIRST and LAST, including the gain; `vectors` `[3, CP]`:
+    bias, gamma, beta. CENTRED: filters and bias are centered over the outputs, in float64.
     """
     t = tl.program_id(0)
     c = tl.arange(0, CP)
-    # Nothing lies at the taps 9 to 15.
+    # The taps 9 to 15 are padding.
     real = c < tl.where(t < 9, C, 0)
     if FIRST or LAST:
         v = tl.load(w + c * 9 + t, mask=real, other=0.0).to(tl.float64)
@@ -64,12 +64,12 @@ def pack(  # noqa: PLR0913 - a kernel's launch
                 v = tl.where(real, v - tl.sum(v, 0) / C, 0.0)
         tl.store(filters + t * CP + c, v.to(tl.float32))
     else:
-        both = real[:, None] & real[None, :]
-        v = tl.load(w + (c[None, :] * C + c[:, None]) * 9 + t, mask=both, other=0.0).to(tl.float64)
+        real_pair = real[:, None] & real[None, :]
+        v = tl.load(w + (c[None, :] * C + c[:, None]) * 9 + t, mask=real_pair, other=0.0).to(tl.float64)
         if CENTRED:
-            v = tl.where(both, v - (tl.sum(v, 1) / C)[:, None], 0.0)
-        at = t * CP * CP + c[:, None] * CP + c[None, :]
-        tl.store(filters + at, v.to(tl.float32), mask=(c < tl.where(t < 9, CP, 0))[:, None])
+            v = tl.where(real_pair, v - (tl.sum(v, 1) / C)[:, None], 0.0)
+        offset = t * CP * CP + c[:, None] * CP + c[None, :]
+        tl.store(filters + offset, v.to(tl.float32), mask=(c < tl.where(t < 9, CP, 0))[:, None])
     if t == 0:
         outputs = c < (1 if LAST else C)
         b = tl.load(bias + c, mask=outputs, other=0.0).to(tl.float64)
@@ -85,7 +85,7 @@ def pack(  # noqa: PLR0913 - a kernel's launch
 
 @triton.jit
 def _normalized(raw, vectors, eps, C: tl.constexpr, CP: tl.constexpr, NORM: tl.constexpr):
-    """`n`, `xhat`, `rs`, `gamma` of what the convolution gave; without a LayerNorm n is that, the others unused."""
+    """`n`, `xhat`, `rs`, `gamma` of a convolution's output; without LayerNorm n equals it and the others are unused."""
     if NORM:
         c = tl.arange(0, CP)
         gamma = tl.load(vectors + CP + c)[None, :]
@@ -98,7 +98,7 @@ def _normalized(raw, vectors, eps, C: tl.constexpr, CP: tl.constexpr, NORM: tl.c
 
 @triton.jit
 def _mean(v, C: tl.constexpr):
-    """Over the channels, `[P, 1]`."""
+    """The mean over the channels, `[P, 1]`."""
     return (tl.sum(v, 1) / C)[:, None]
 
 
@@ -111,10 +111,11 @@ def primal(  # noqa: PLR0913 - a kernel's launch
 ):  # fmt: skip
     """A hidden layer of the gradient's sweep.
 
-    FORWARD: `z = W * before + b`, `a = SiLU(LN(z))` into `a_out`, or of LAST `h_taps` for h (`scatter`).
-    BACKWARD: `g = W_after^T * after`, of LAST that of c; `gu = LN'^T(SiLU' g)` into `gu_out`, of FIRST `g_taps`.
-    With the head red, c is `-u / 2` whatever h is: LAST then goes FORWARD and BACKWARD at once, and sums up
-    `r = (1 + alpha) / 2 |u|^2 - <u, h> / 2` with `-<u, h> / 2 = <a, g> - b <u, 1> / 2`, into `value` `[B, tiles]`.
+    FORWARD: `z = W * before + b`; `a = SiLU(LN(z))` to `a_out`, or for LAST `h_taps` for h (`scatter`).
+    BACKWARD: `g = W_after^T * after`, with c instead of `after` for LAST; `gu = LN'^T(SiLU' g)` to `gu_out`, or for
+    FIRST to `g_taps`.
+    For the head red, c is `-u / 2` whatever h is. LAST then runs FORWARD and BACKWARD in one launch, and writes
+    `r = (1 + alpha) / 2 |u|^2 - <u, h> / 2` with `-<u, h> / 2 = <a, g> - b <u, 1> / 2` to `value` `[B, tiles]`.
     """
     image, y, x = tile(height, width, TH, TW)
     if rows is not None:
@@ -122,7 +123,7 @@ def primal(  # noqa: PLR0913 - a kernel's launch
             return
     pixel = image * height * width
     plane = pixel * CP
-    # The convolutions of all channels first: they need registers. Only LAST goes both ways at once.
+    # The convolutions of all channels come first: they need registers. Only LAST can be FORWARD and BACKWARD at once.
     if BACKWARD and not LAST:
         cot = conv(after + plane, w_after, y, x, height, width, CP, True, PRECISION)
     if FIRST:
@@ -160,7 +161,7 @@ def primal(  # noqa: PLR0913 - a kernel's launch
             energy = 0.5 * v * ((1.0 + alpha) * v - tl.load(last)) + tl.sum(a * cot, 1)
             energy = tl.where(inside(y, x, height, width), energy, 0.0)
             tl.store(value + tl.program_id(0), tl.sum(energy.to(tl.float64), 0))
-    # Last, when little else lies in registers.
+    # This comes last, when few other values occupy registers.
     if h_taps is not None:
         scatter(a, w_after, h_taps + pixel * 9, y, x, height, width, CP, PRECISION)
 
@@ -172,11 +173,11 @@ def tangent(  # noqa: PLR0913 - a kernel's launch
     C: tl.constexpr, CP: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same layer's derivative along v (a trailing 1), at a point whose z and g are kept.
+    """The layer's derivative along v (a trailing 1), at a point whose z and g are saved.
 
-    FORWARD: `z' = W * before'` into `raw1_out`, `a'` into `a1_out` and a into `a_out`, or of LAST `h_taps`.
-    BACKWARD: `g' = W_after^T * after'`, of LAST that of c'; `gu'` into `gu1_out`, gu into `gu_out`, of FIRST `g_taps`.
-    `sums` `[B, tiles, 3, CP]`, float64, of a tile: `gu'` (bias), `cn' xhat + cn xhat'` (gamma), `cn'` (beta).
+    FORWARD: `z' = W * before'` to `raw1_out`, `a'` to `a1_out` and a to `a_out`, or for LAST `h_taps`.
+    BACKWARD: `g' = W_after^T * after'`, with c' for LAST; `gu'` to `gu1_out`, gu to `gu_out`, or for FIRST `g_taps`.
+    `sums` `[B, tiles, 3, CP]`, float64, per tile: `gu'` (bias), `cn' xhat + cn xhat'` (gamma), `cn'` (beta).
     """
     image, y, x = tile(height, width, TH, TW)
     if rows is not None:
@@ -184,7 +185,7 @@ def tangent(  # noqa: PLR0913 - a kernel's launch
             return
     pixel = image * height * width
     plane = pixel * CP
-    # The convolutions of all channels first: they need registers. Only LAST goes both ways at once.
+    # The convolutions of all channels come first: they need registers. Only LAST can be FORWARD and BACKWARD at once.
     if BACKWARD and not LAST:
         cot1 = conv(after1 + plane, w_after, y, x, height, width, CP, True, PRECISION)
     if FIRST:
@@ -225,10 +226,10 @@ def tangent(  # noqa: PLR0913 - a kernel's launch
         cn1 = bend * n1 * cot + slope * cot1
         if sums is not None:
             to = sums + tl.program_id(0).to(tl.int64) * (3 * CP) + tl.arange(0, CP)
-            own = inside(y, x, height, width)[:, None]
+            valid = inside(y, x, height, width)[:, None]
             if NORM:
-                tl.store(to + CP, tl.sum(tl.where(own, cn1 * xhat + cn * xhat1, 0.0).to(tl.float64), 0))
-                tl.store(to + 2 * CP, tl.sum(tl.where(own, cn1, 0.0).to(tl.float64), 0))
+                tl.store(to + CP, tl.sum(tl.where(valid, cn1 * xhat + cn * xhat1, 0.0).to(tl.float64), 0))
+                tl.store(to + 2 * CP, tl.sum(tl.where(valid, cn1, 0.0).to(tl.float64), 0))
         if NORM:
             t = gamma * cn
             t1 = gamma * cn1
@@ -245,8 +246,8 @@ def tangent(  # noqa: PLR0913 - a kernel's launch
         if g_taps is not None:
             scatter(gu1, w, g_taps + pixel * 9, y, x, height, width, CP, PRECISION)
         if sums is not None:
-            tl.store(to, tl.sum(tl.where(own, gu1, 0.0).to(tl.float64), 0))
-    # Last, when little else lies in registers.
+            tl.store(to, tl.sum(tl.where(valid, gu1, 0.0).to(tl.float64), 0))
+    # This comes last, when few other values occupy registers.
     if h_taps is not None:
         scatter(slope * n1, w_after, h_taps + pixel * 9, y, x, height, width, CP, PRECISION)
 
@@ -256,7 +257,7 @@ def head(  # noqa: PLR0913 - a kernel's launch
     image_in, h_taps, bias, rows, c, value, height, width, alpha,
     TH: tl.constexpr, TW: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """`c = phi_h(u, h)` of the heads residual (`h - u`) and norm (`h`); of v and h' the same, without the bias.
+    """`c = phi_h(u, h)` for the heads residual (`h - u`) and norm (`h`); the same for v and h', without the bias.
 
     `value` `[B, tiles]`: `alpha / 2 |u|^2 + |c|^2 / 2`.
     """
@@ -270,10 +271,10 @@ def head(  # noqa: PLR0913 - a kernel's launch
         h += tl.load(bias)
     v = load_pixels(image_in + pixel, y, x, height, width)
     cot = h - v if HEAD == RESIDUAL else h
-    own = inside(y, x, height, width)
-    tl.store(c + pixel + y * width + x, cot, mask=own)
+    valid = inside(y, x, height, width)
+    tl.store(c + pixel + y * width + x, cot, mask=valid)
     if value is not None:
-        energy = tl.where(own, 0.5 * (alpha * v * v + cot * cot), 0.0)
+        energy = tl.where(valid, 0.5 * (alpha * v * v + cot * cot), 0.0)
         tl.store(value + tl.program_id(0), tl.sum(energy.to(tl.float64), 0))
 
 
@@ -282,13 +283,13 @@ def join(  # noqa: PLR0913 - a kernel's launch
     image_in, c, h_taps, g_taps, bias, rows, out, height, width, alpha,
     TH: tl.constexpr, TW: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """The gradient `alpha u + phi_u + W_1^T gu_1` of u, and of v the product (without the bias)."""
+    """The gradient `alpha u + phi_u + W_1^T gu_1`; with v in place of u and without the bias, the Hessian product."""
     image, y, x = tile(height, width, TH, TW)
     if rows is not None:
         if tl.load(rows + image) == 0:
             return
     pixel = image * height * width
-    own = inside(y, x, height, width)
+    valid = inside(y, x, height, width)
     v = load_pixels(image_in + pixel, y, x, height, width)
     through = gather(g_taps + pixel * 9, y, x, height, width, True)
     if HEAD == RED:
@@ -300,12 +301,12 @@ def join(  # noqa: PLR0913 - a kernel's launch
         through += alpha * v - load_pixels(c + pixel, y, x, height, width)
     else:
         through += alpha * v
-    tl.store(out + pixel + y * width + x, through, mask=own)
+    tl.store(out + pixel + y * width + x, through, mask=valid)
 
 
 @unspecialized("tiles", anywhere=IMAGES)
 def total(value, rows, out, tiles, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """`out_b = sum_t value[b, t]`, a program an image, in an order that follows from the image's size alone."""
+    """`out_b = sum_t value[b, t]`, one program per image, in an order that depends only on the image's size."""
     image = tl.program_id(0).to(tl.int64)
     if rows is not None:
         if tl.load(rows + image) == 0:
@@ -317,7 +318,7 @@ def total(value, rows, out, tiles, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     tl.store(out + image, tl.sum(acc, 0).to(tl.float32))
 
 
-# Of the hidden layers of networks of 2, 3 and 4 convolutions: FIRST, LAST, forward or back, and the outputs.
+# Hidden layers of networks of 2, 3 and 4 convolutions: FIRST, LAST, forward or backward, and the outputs.
 _PRIMAL = (
     (True, False, "f", "a_out"),
     (False, False, "f", "z a_out"),
@@ -345,17 +346,17 @@ _OUTPUTS = {
 
 
 def variants() -> list[Variant]:
-    """All layers of a network of 16 channels with LayerNorm; of others those that need most; the small kernels."""
-    found = []
+    """All layers of a network of 16 channels with LayerNorm, the largest ones of others, and the small kernels."""
+    shipped = []
     for cp, (th, tw, warps) in TILES.items():
         size = {"TH": th, "TW": tw}
         for first, last in ((True, False), (False, False), (False, True)):
-            places = {"FIRST": first, "LAST": last, "CENTRED": not last}
+            position = {"FIRST": first, "LAST": last, "CENTRED": not last}
             absent = {"gamma": None, "beta": None} if last else {}
-            found.append(_variant(pack, {"C": cp, "CP": cp, **places, **absent}, 4))
+            shipped.append(_variant(pack, {"C": cp, "CP": cp, **position, **absent}, 4))
         for kernel, cases in ((primal, _PRIMAL), (tangent, _TANGENT)):
             for norm, (first, last, ways, outputs) in itertools.product((True, False), cases):
-                # Both ways at once, and back with all outputs.
+                # Forward and backward in one launch, and backward with all outputs.
                 if (cp, norm) != (16, True) and not (ways == "fb" or len(outputs.split()) == 3):
                     continue
                 absent = {n: None for n in _OUTPUTS[kernel] if n not in outputs.split()}
@@ -363,14 +364,14 @@ def variants() -> list[Variant]:
                 head_of = {"HEAD": 0 if ways == "fb" else 1, "NORM": norm, "PRECISION": "tf32x3"}
                 constants = {"C": cp, "CP": cp, **size, **way, **head_of, **absent}
                 limit = maxnreg(cp, "sums" in outputs)
-                found.append(_variant(kernel, constants, warps, maxnreg=limit))
+                shipped.append(_variant(kernel, constants, warps, maxnreg=limit))
                 if cp == 16 and ways == "fb":
-                    found.append(_variant(kernel, constants, warps, "*bf16", limit))
+                    shipped.append(_variant(kernel, constants, warps, "*bf16", limit))
     th, tw, warps = TILES[16]
     size = {"TH": th, "TW": tw}
-    found += [_variant(join, {**size, "HEAD": h}, warps) for h in (0, 1)]
-    found += [_variant(head, {**size, "HEAD": 1}, warps), _variant(total, {"BLOCK": BLOCK, "BLOCKS": 1}, 4)]
-    return found
+    shipped += [_variant(join, {**size, "HEAD": h}, warps) for h in (0, 1)]
+    shipped += [_variant(head, {**size, "HEAD": 1}, warps), _variant(total, {"BLOCK": BLOCK, "BLOCKS": 1}, 4)]
+    return shipped
 
 
 _STORED = ("before", "before1", "after", "after1", "z", "g", "raw1_in", *itertools.chain(*_OUTPUTS.values()))

@@ -1,11 +1,11 @@
-"""What the Triton kernels of the conv chain share: tiles of pixels, planes of channels, 3 x 3 convolutions, SiLU.
+"""Shared functions of the conv chain's Triton kernels: tiles of pixels, planes of channels, 3 x 3 convolutions, SiLU.
 
-A plane is `[B, H, W, CP]` float32 (or bfloat16), contiguous: the channels of a pixel lie side by side, padded with
-zeros to CP = 16, 32 or 64. A program works on a tile of TH x TW pixels of one image. Filters are `[9, CP, CP]`
-(tap, in, out), those between one channel and all are `[16, CP]` of which nine rows are taps; tap t is at
+A plane is `[B, H, W, CP]` float32 (or bfloat16), contiguous: the channels of a pixel are adjacent, padded with zeros to
+CP = 16, 32 or 64. A program processes a tile of TH x TW pixels of one image. Filters are `[9, CP, CP]` (tap, in, out);
+those between one channel and all are `[16, CP]`, of which nine rows are taps. Tap t is at
 (dy, dx) = (t // 3 - 1, t % 3 - 1).
 """
-# Constants are numbers here, and constexpr only to the compiler.
+# Constants are numbers here; only the compiler sees them as constexpr.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -15,59 +15,59 @@ import triton.language as tl
 
 
 def padded(channels: int) -> int:
-    """CP: the channels that a plane has for `channels` of the network; a product of matrices wants at least 16."""
+    """CP: the padded number of channels of a plane, at least 16 as matrix products require."""
     return max(16, triton.next_power_of_2(channels))
 
 
 @triton.jit
 def tile(height, width, TH: tl.constexpr, TW: tl.constexpr):
-    """Of program 0, 1, ... (tile by tile of each image): its image, and the rows and columns `[TH * TW]` of its pixels.
+    """The image of this program, and the rows and columns `[TH * TW]` of its pixels; tiles are numbered image by image.
 
-    Some lie beyond the image's lower or right edge.
+    Some pixels lie beyond the image's lower or right edge.
     """
     columns = tl.cdiv(width, TW)
     tiles = tl.cdiv(height, TH) * columns
     image = tl.program_id(0) // tiles
     t = tl.program_id(0) % tiles
     i = tl.arange(0, TH * TW)
-    # An image's place may be beyond 2^31 entries, a pixel's place within its image is not (`unsupported_reason` of the backend).
+    # An image's offset may exceed 2^31 entries; a pixel's offset within its image does not (`unsupported_reason`).
     return image.to(tl.int64), t // columns * TH + i // TW, t % columns * TW + i % TW
 
 
 @triton.jit
 def inside(y, x, height, width):
-    """Which pixels lie in the image."""
+    """Whether pixels are inside the image."""
     return (y >= 0) & (y < height) & (x >= 0) & (x < width)
 
 
 @triton.jit
 def load_pixels(image, y, x, height, width):
-    """`[P]` of an image `[H, W]`, zeros outside."""
+    """Pixels `[P]` of an image `[H, W]`, zero outside."""
     return tl.load(image + y * width + x, mask=inside(y, x, height, width), other=0.0)
 
 
 @triton.jit
 def load_tile(plane, y, x, height, width, CP: tl.constexpr):
-    """`[P, CP]` of a plane `[H, W, CP]`, float32 whatever it is stored in, zeros outside."""
-    at = (y * width + x)[:, None] * CP + tl.arange(0, CP)[None, :]
-    return tl.load(plane + at, mask=inside(y, x, height, width)[:, None], other=0.0).to(tl.float32)
+    """Pixels `[P, CP]` of a plane `[H, W, CP]` of any dtype as float32, zero outside."""
+    offset = (y * width + x)[:, None] * CP + tl.arange(0, CP)[None, :]
+    return tl.load(plane + offset, mask=inside(y, x, height, width)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_tile(plane, value, y, x, height, width, CP: tl.constexpr):  # noqa: PLR0913 - a place, a size and constants
-    """`[P, CP]` into a plane `[H, W, CP]`."""
-    at = (y * width + x)[:, None] * CP + tl.arange(0, CP)[None, :]
-    tl.store(plane + at, value, mask=inside(y, x, height, width)[:, None])
+    """Store pixels `[P, CP]` in a plane `[H, W, CP]`."""
+    offset = (y * width + x)[:, None] * CP + tl.arange(0, CP)[None, :]
+    tl.store(plane + offset, value, mask=inside(y, x, height, width)[:, None])
 
 
 @triton.jit
 def load_filter(w, k, n, CP: tl.constexpr, ADJOINT: tl.constexpr):
     """The rows k and columns n of a filter `[CP, CP]` or of its transpose."""
     if ADJOINT:
-        at = n[None, :] * CP + k[:, None]
+        offset = n[None, :] * CP + k[:, None]
     else:
-        at = k[:, None] * CP + n[None, :]
-    return tl.load(w + at)
+        offset = k[:, None] * CP + n[None, :]
+    return tl.load(w + offset)
 
 
 @triton.jit
@@ -81,9 +81,9 @@ def split(a):
 def product(a, w, acc, PRECISION: tl.constexpr):
     """`acc + a w`, `[P, K] [K, N]`; PRECISION is `"tf32x3"`, `"tf32"` or `"ieee"`.
 
-    `"tf32x3"` is as exact as float32: three products of tf32 parts on the tensor cores. `tl.dot` has a mode of that
-    name, but mends infinities on the way and takes 1.4 times the instructions. The sum with acc is apart, because
-    tensor cores round a running sum towards zero.
+    `"tf32x3"` is as accurate as float32: three products of tf32 parts on the tensor cores. `tl.dot` has a mode of that
+    name, but it also repairs infinities and takes 1.4 times the instructions. acc is added separately, because tensor
+    cores round a running sum towards zero.
     """
     if PRECISION == "tf32x3":
         a_high, a_low = split(a)
@@ -102,7 +102,7 @@ def conv(  # noqa: PLR0913 - a place, a size and constants
 ):
     """All channels to all: `sum_t plane[p + t] W_t`, or `sum_t plane[p - t] W_t^T`; `[P, CP]`.
 
-    Each pixel is read nine times, eight of them from the L1 cache. What is not unrolled keeps the registers few.
+    Each pixel is read nine times, eight of them from the L1 cache. The outer loop is not unrolled, to save registers.
     """
     SIGN: tl.constexpr = -1 if ADJOINT else 1
     K: tl.constexpr = 16 if CP == 16 else 32
@@ -115,8 +115,8 @@ def conv(  # noqa: PLR0913 - a place, a size and constants
         for s in tl.static_range(ALONG):
             t = r % DOWN * ALONG + s
             py, px = y + SIGN * (t // 3 - 1), x + SIGN * (t % 3 - 1)
-            at = (py * width + px)[:, None] * CP + (from_channel + k)[None, :]
-            a = tl.load(plane + at, mask=inside(py, px, height, width)[:, None], other=0.0).to(tl.float32)
+            offset = (py * width + px)[:, None] * CP + (from_channel + k)[None, :]
+            a = tl.load(plane + offset, mask=inside(py, px, height, width)[:, None], other=0.0).to(tl.float32)
             wt = load_filter(w + t * CP * CP, from_channel + k, tl.arange(0, CP), CP, ADJOINT)
             acc = product(a, wt, acc, PRECISION)
     return acc
@@ -126,24 +126,24 @@ def conv(  # noqa: PLR0913 - a place, a size and constants
 def load_taps(  # noqa: PLR0913 - a place, a size and constants
     image, y, x, height, width, ADJOINT: tl.constexpr, STEP: tl.constexpr
 ):
-    """`[P, 16]`: of an image `[H, W]` the pixel p + t at tap t, or p - t; zeros outside and in the columns 9 to 15.
+    """`[P, 16]`: for each tap t, the pixel p + t (or p - t) of an image `[H, W]`; zero outside and in columns 9 to 15.
 
-    STEP is 1 where each tap has an image of its own, `[9, H, W]`.
+    STEP is 1 if each tap has its own image, `[9, H, W]`.
     """
     t = tl.arange(0, 16)[None, :]
     if ADJOINT:
         py, px = y[:, None] - (t // 3 - 1), x[:, None] - (t % 3 - 1)
     else:
         py, px = y[:, None] + (t // 3 - 1), x[:, None] + (t % 3 - 1)
-    at = STEP * t * (height * width) + py * width + px
-    return tl.load(image + at, mask=inside(py, px, height, width) & (t < 9), other=0.0)
+    offset = STEP * t * (height * width) + py * width + px
+    return tl.load(image + offset, mask=inside(py, px, height, width) & (t < 9), other=0.0)
 
 
 @triton.jit
 def expand(  # noqa: PLR0913 - a place, a size and constants
     image, w, y, x, height, width, CP: tl.constexpr, ADJOINT: tl.constexpr, PRECISION: tl.constexpr = "tf32x3"
 ):
-    """One channel to all: `sum_t image[p + t] w_t`, or of all to one transposed `sum_t image[p - t] w_t`; `[P, CP]`."""
+    """One channel to all: `sum_t image[p + t] w_t`, or (transposed all to one) `sum_t image[p - t] w_t`; `[P, CP]`."""
     wt = tl.load(w + tl.arange(0, 16)[:, None] * CP + tl.arange(0, CP)[None, :])
     taps = load_taps(image, y, x, height, width, ADJOINT, 0)
     return product(taps, wt, tl.zeros((y.shape[0], CP), tl.float32), PRECISION)
@@ -153,37 +153,37 @@ def expand(  # noqa: PLR0913 - a place, a size and constants
 def scatter(  # noqa: PLR0913 - a place, a size and constants
     value, w, taps, y, x, height, width, CP: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """First half of all channels to one: the nine numbers `<value_p, w_t>` of each pixel, into `taps` `[9, H, W]`.
+    """First half of all channels to one: store the nine numbers `<value_p, w_t>` of each pixel in `taps` `[9, H, W]`.
 
-    `gather` adds them up where they belong, which needs pixels of other tiles.
+    `gather` sums them at their target pixels, which involves other tiles.
     """
     t = tl.arange(0, 16)
     nine = tl.zeros((y.shape[0], 16), tl.float32)
     if CP == 64:
-        # Half of the channels at a time: all of them and their filters would take all registers.
+        # Half of the channels at a time: all of them with their filters would use up the registers.
         k = tl.arange(0, 32)[:, None]
         low, high = tl.split(tl.permute(tl.reshape(value, (y.shape[0], 2, 32)), (0, 2, 1)))
         nine = product(low, tl.load(w + t[None, :] * CP + k), nine, PRECISION)
         nine = product(high, tl.load(w + t[None, :] * CP + 32 + k), nine, PRECISION)
     else:
         nine = product(value, tl.load(w + t[None, :] * CP + tl.arange(0, CP)[:, None]), nine, PRECISION)
-    at = t[None, :] * (height * width) + (y * width + x)[:, None]
-    tl.store(taps + at, nine, mask=inside(y, x, height, width)[:, None] & (t < 9)[None, :])
+    offset = t[None, :] * (height * width) + (y * width + x)[:, None]
+    tl.store(taps + offset, nine, mask=inside(y, x, height, width)[:, None] & (t < 9)[None, :])
 
 
 @triton.jit
 def gather(taps, y, x, height, width, ADJOINT: tl.constexpr):
-    """Second half: `sum_t taps_t[p + t]`, or of the transpose of one channel to all, `sum_t taps_t[p - t]`; `[P]`."""
+    """Second half: `sum_t taps_t[p + t]`, or (transpose of one channel to all) `sum_t taps_t[p - t]`; `[P]`."""
     return tl.sum(load_taps(taps, y, x, height, width, ADJOINT, 1), 1)
 
 
 INTERPRETED = tl.constexpr(not isinstance(tile, triton.JITFunction))
-"""Whether Triton's interpreter runs the kernels, which knows no assembly."""
+"""Whether Triton's interpreter runs the kernels; it does not support inline assembly."""
 
 
 @triton.jit
 def exp2(x):
-    """`2^x`: the unit's own answer, zero below 2^-126. `tl.exp2` spends three operations more to get that right."""
+    """`2^x` by the hardware instruction, zero below 2^-126, for which `tl.exp2` spends three more operations."""
     if INTERPRETED:
         return tl.exp2(x)
     else:
@@ -194,7 +194,7 @@ def exp2(x):
 
 @triton.jit
 def reciprocal(x):
-    """`1 / x`, off by one bit at most, zero above 2^126. A division spends four operations more on such x."""
+    """`1 / x`, accurate to one bit, zero above 2^126. A division spends four more operations on such x."""
     if INTERPRETED:
         return 1.0 / x
     else:
@@ -207,11 +207,11 @@ def reciprocal(x):
 def silu(n):
     """Value and derivatives: `n s`, `s (1 + n r)`, `s r (2 + n (r - s))`, `s = 1 / (1 + exp(-n))`, `r = 1 - s`.
 
-    One exponential and one reciprocal: `r = exp(-n) s` has no cancellation. Where the exponential overflows, s is 0 and
-    r must only be finite.
+    One exponential and one reciprocal: `r = exp(-n) s` has no cancellation. If the exponential overflows, s is 0 and r
+    only has to be finite.
     """
     e = exp2(n * -1.4426950408889634)
     s = reciprocal(1.0 + e)
     r = tl.minimum(e, 3e38) * s
-    both = s * r
-    return n * s, s + n * both, both * (2.0 + n * (r - s))
+    sr = s * r
+    return n * s, s + n * sr, sr * (2.0 + n * (r - s))

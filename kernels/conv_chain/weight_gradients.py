@@ -1,15 +1,14 @@
-"""The gradients of filters: sums over the pixels of a batch of outer products of planes (docs/math.md, (10)).
+"""Gradients of filters: outer products of planes, summed over the pixels of a batch (docs/math.md, (10)).
 
-Planes are `[B, H, W, CP]`, float32 or bfloat16, contiguous; an image plane is `[B, H, W]`. Tap `t` is the neighbour
+Planes are `[B, H, W, CP]`, float32 or bfloat16, contiguous; an image plane is `[B, H, W]`. Tap `t` is the neighbor
 `(dy, dx) = (t // 3 - 1, t % 3 - 1)`, zero outside the image.
 
-A piece is a block of pixels of one image, so that nothing is divided but the number of the piece. A program takes
-every n-th piece of the batch, sums the products of one piece in float32 and the pieces in float64, and writes a partial
-sum; the partial sums are added last. Which pixels a program takes follows from the shapes alone, so that the bits are
-the same at every repetition.
+A piece is a block of pixels of one image, so only the piece's number needs divisions. A program processes every n-th
+piece of the batch, sums the products of one piece in float32 and the pieces in float64, and writes a partial sum; the
+partial sums are added last. The pixels of a program depend only on the shapes, so the bits are reproducible.
 """
 
-# Constants are numbers here, and constexpr only to the compiler.
+# Constants are numbers here; only the compiler sees them as constexpr.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -26,28 +25,28 @@ from .tiles import product
 
 PRECISION = "tf32x3"
 TILE = (1, 32)
-"""Rows and columns of a piece, powers of two: the tensor cores' longest sum."""
+"""Rows and columns of a piece, powers of two: the longest sum on the tensor cores."""
 DOWN = 8
-"""Tiles of a piece of the filters of one channel, below each other: a thread's longest sum."""
+"""Tiles per piece, stacked vertically, for the filters of one channel: the longest sum of a thread."""
 STAGES = 1
 PROGRAMS = 1024
-"""At most, for each pair and group of taps; for filters of all channels less, so that partial sums take up to 38 MB."""
+"""Maximum per pair and group of taps; fewer for filters of all channels, so that partial sums take at most 38 MB."""
 
 Pair = tuple[Tensor, Tensor]
 
 
 def _outer_constants(cp: int) -> dict[str, Any]:
-    """A row of three taps, or one tap where three sums of `[CP, CP]` would take too many registers."""
+    """A row of three taps, or one tap if three sums of `[CP, CP]` would take too many registers."""
     return {"CP": cp, "TAPS": 3 if cp == 16 else 1, "TH": TILE[0], "TW": TILE[1], "PREC": PRECISION}
 
 
 def _outer_options(cp: int) -> dict[str, Any]:
-    """Several warps would each take parts of the same products apart."""
+    """Few warps: each of several would split the same operands into tf32 parts."""
     return {"num_warps": {16: 1, 32: 1, 64: 4}[cp], "num_stages": STAGES}
 
 
 def _image_constants(cp: int) -> dict[str, Any]:
-    """So many columns that a thread of four warps has four channels of a pixel."""
+    """With this number of columns, each thread of four warps has four channels of a pixel."""
     return {"CP": cp, "DOWN": DOWN, "TH": TILE[0], "TW": 16 * TILE[1] // cp}
 
 
@@ -55,24 +54,24 @@ def _image_constants(cp: int) -> dict[str, Any]:
 def _piece(  # noqa: PLR0913 - a place, a size and constants
     work, number, H, W, HIGH: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr
 ):
-    """Image of piece `number`, its columns that count, and rows and columns `[TH * TW]` of its first tile.
+    """Image of piece `number`, its width, and rows and columns `[TH * TW]` of its first tile.
 
-    A piece has HIGH rows and TW columns; no columns count in an image that is not at work.
+    A piece has HIGH rows and TW columns. The width of an inactive image is 0.
     """
-    along = tl.cdiv(W, TW)
-    pieces = tl.cdiv(H, HIGH) * along
+    per_row = tl.cdiv(W, TW)
+    pieces = tl.cdiv(H, HIGH) * per_row
     image = number // pieces
     piece = number % pieces
     i = tl.arange(0, TH * TW)
     width = tl.where(tl.load(work + image) != 0, W, 0)
-    return image.to(tl.int64), width, piece // along * HIGH + i // TW, piece % along * TW + i % TW
+    return image.to(tl.int64), width, piece // per_row * HIGH + i // TW, piece % per_row * TW + i % TW
 
 
 @triton.jit
 def _pixels(plane, y, x, W, counts, CP: tl.constexpr):
-    """`[P, CP]`, zeros where they do not count."""
-    at = plane + (y * W + x)[:, None] * CP + tl.arange(0, CP)[None, :]
-    return tl.load(at, mask=counts[:, None], other=0.0).to(tl.float32)
+    """Pixels `[P, CP]`, zero unless `counts`."""
+    pointers = plane + (y * W + x)[:, None] * CP + tl.arange(0, CP)[None, :]
+    return tl.load(pointers, mask=counts[:, None], other=0.0).to(tl.float32)
 
 
 @unspecialized("pieces", anywhere=("work",))
@@ -92,33 +91,33 @@ def outer_sums(  # noqa: PLR0913 - a kernel's launch
     for number in range(tl.program_id(1), pieces, tl.num_programs(1)):
         image, width, y, x = _piece(work, number, H, W, TH, TH, TW)
         plane = image * H * W * CP
-        # Where p lies outside, a is not read either: it may be NaN, which zero times it would be, too.
-        both = (y < H) & (y + dy >= 0) & (y + dy < H) & (x < width)
-        cotangent = _pixels(g + plane, y, x, W, both, CP)
-        taps = _pixels(a + plane, y + dy, x + dx, W, both & (x + dx >= 0) & (x + dx < width), CP)
+        # If p lies outside, a is not read either: it may be NaN, and so would be zero times it.
+        valid = (y < H) & (y + dy >= 0) & (y + dy < H) & (x < width)
+        cotangent = _pixels(g + plane, y, x, W, valid, CP)
+        taps = _pixels(a + plane, y + dy, x + dx, W, valid & (x + dx >= 0) & (x + dx < width), CP)
         zero = tl.zeros((CP, CP), tl.float32)
         total += product(tl.trans(taps), cotangent, zero, PREC).to(tl.float64)
         if TAPS == 3:
-            taps = _pixels(a + plane, y + dy, x, W, both, CP)
+            taps = _pixels(a + plane, y + dy, x, W, valid, CP)
             total1 += product(tl.trans(taps), cotangent, zero, PREC).to(tl.float64)
-            taps = _pixels(a + plane, y + dy, x + 1, W, both & (x + 1 < width), CP)
+            taps = _pixels(a + plane, y + dy, x + 1, W, valid & (x + 1 < width), CP)
             total2 += product(tl.trans(taps), cotangent, zero, PREC).to(tl.float64)
-    at = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * 9 + first
-    place = tl.arange(0, CP)[:, None] * CP + tl.arange(0, CP)[None, :]
-    tl.store(out + at * CP * CP + place, total)
+    index = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * 9 + first
+    entries = tl.arange(0, CP)[:, None] * CP + tl.arange(0, CP)[None, :]
+    tl.store(out + index * CP * CP + entries, total)
     if TAPS == 3:
-        tl.store(out + (at + 1) * CP * CP + place, total1)
-        tl.store(out + (at + 2) * CP * CP + place, total2)
+        tl.store(out + (index + 1) * CP * CP + entries, total1)
+        tl.store(out + (index + 2) * CP * CP + entries, total2)
 
 
 @triton.jit
 def _neighbours(image, y, x, H, W, width):
-    """The pixels at the columns x - 1, x, x + 1, `[P, 1]`, zeros outside; `width` is zero where nothing counts."""
-    at = image + y * W + x
+    """The pixels at the columns x - 1, x, x + 1, `[P, 1]`, zero outside; `width` is zero for inactive images."""
+    pointers = image + y * W + x
     rows = (y >= 0) & (y < H)
-    left = tl.load(at - 1, mask=rows & (x >= 1) & (x < width), other=0.0)
-    middle = tl.load(at, mask=rows & (x < width), other=0.0)
-    right = tl.load(at + 1, mask=rows & (x + 1 < width), other=0.0)
+    left = tl.load(pointers - 1, mask=rows & (x >= 1) & (x < width), other=0.0)
+    middle = tl.load(pointers, mask=rows & (x < width), other=0.0)
+    right = tl.load(pointers + 1, mask=rows & (x + 1 < width), other=0.0)
     return left[:, None], middle[:, None], right[:, None]
 
 
@@ -129,7 +128,7 @@ def image_sums(  # noqa: PLR0913 - a kernel's launch
 ):  # fmt: skip
     """Partial sums of `image[p + tap] g[p]`; grid (n, pairs), `out` `[pairs, n, 9, CP]`.
 
-    Each thread has sums of its own for its columns and channels, of multiply-adds; threads are added up last.
+    Each thread accumulates its own columns and channels by multiply-adds; the threads are added up last.
     """
     if tl.program_id(1) == 1:
         image = image2
@@ -137,8 +136,8 @@ def image_sums(  # noqa: PLR0913 - a kernel's launch
     t0 = tl.zeros((TH * TW, CP), tl.float64)
     t1, t2, t3, t4, t5, t6, t7, t8 = t0, t0, t0, t0, t0, t0, t0, t0
     for number in range(tl.program_id(0), pieces, tl.num_programs(0)):
-        which, width, y, x = _piece(work, number, H, W, DOWN * TH, TH, TW)
-        pixels, plane = image + which * H * W, g + which * H * W * CP
+        b, width, y, x = _piece(work, number, H, W, DOWN * TH, TH, TW)
+        pixels, plane = image + b * H * W, g + b * H * W * CP
         s0 = tl.zeros((TH * TW, CP), tl.float32)
         s1, s2, s3, s4, s5, s6, s7, s8 = s0, s0, s0, s0, s0, s0, s0, s0
         for _ in tl.static_range(DOWN):
@@ -179,13 +178,13 @@ def image_sums(  # noqa: PLR0913 - a kernel's launch
 
 
 def _work(like: Tensor, rows: Tensor | None) -> Tensor:
-    """Bytes, which Triton reads alike on every device."""
+    """The mask as bytes, which Triton reads on every device."""
     ones = torch.ones(len(like), dtype=torch.bool, device=like.device) if rows is None else rows
     return ones.view(torch.uint8)
 
 
 def _programs(like: Tensor, high: int, wide: int, most: int) -> tuple[int, int]:
-    """How many pieces the pixels of a batch make; and how many programs share them."""
+    """The number of pieces of a batch, and the number of programs that process them."""
     pieces = like.shape[0] * triton.cdiv(like.shape[1], high) * triton.cdiv(like.shape[2], wide)
     return pieces, max(1, min(pieces, most))
 
@@ -193,7 +192,7 @@ def _programs(like: Tensor, high: int, wide: int, most: int) -> tuple[int, int]:
 def filters(a: Tensor, g: Tensor, rows: Tensor | None = None, second: Pair | None = None) -> Tensor:
     """`sum_{b,p} a[b, p + tap] (x) g[b, p]`, `[9, CP, CP]` (tap, channel of a, channel of g), float64.
 
-    Over the images where `rows` `[B]`, bool, or over all; the same sum over a `second` pair `(a, g)` is added.
+    The sum is over the images `rows` `[B]`, bool, or over all. The sum over a `second` pair `(a, g)` is added.
     """
     _, height, width, cp = g.shape
     constants = _outer_constants(cp)
@@ -210,9 +209,9 @@ def filters(a: Tensor, g: Tensor, rows: Tensor | None = None, second: Pair | Non
 def image_filters(image: Tensor, g: Tensor, rows: Tensor | None = None, second: Pair | None = None) -> Tensor:
     """`sum_{b,p} image[b, p + tap] g[b, p]`, `[9, CP]`, float64, with `rows` and `second` as in `filters`.
 
-    These are the filters of a convolution of one channel to all, `g` its cotangent. Of one from all channels to one,
-    with the input `a` and the cotangent `c`, an image, they are `sum_p c[p] a[p + tap] = sum_q c[q - tap] a[q]`, which
-    is `image_filters(c, a).flip(0)`.
+    These are the gradients of the filters of a convolution of one channel to all, with cotangent `g`. Those of a
+    convolution of all channels to one, with input `a` and cotangent `c` (an image), are
+    `sum_p c[p] a[p + tap] = sum_q c[q - tap] a[q]`, which is `image_filters(c, a).flip(0)`.
     """
     _, height, width, cp = g.shape
     constants = _image_constants(cp)
@@ -227,10 +226,10 @@ def image_filters(image: Tensor, g: Tensor, rows: Tensor | None = None, second: 
 
 
 def variants() -> list[Variant]:
-    """By CP: filters of all channels, filters of one."""
+    """The kernels as shipped: for each CP, filters of all channels and of one."""
     types = {"work": "*u8", "out": "*fp64", "pieces": "i32", "H": "i32", "W": "i32"}
-    found = []
+    shipped = []
     for cp in (16, 32, 64):
-        found.append(variant(outer_sums, _outer_constants(cp), types, **_outer_options(cp)))
-        found.append(variant(image_sums, _image_constants(cp), types, 4, 1))
-    return found
+        shipped.append(variant(outer_sums, _outer_constants(cp), types, **_outer_options(cp)))
+        shipped.append(variant(image_sums, _image_constants(cp), types, 4, 1))
+    return shipped

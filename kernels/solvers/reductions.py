@@ -1,11 +1,11 @@
 # ruff: noqa: PLR0913 - a launch needs every pointer
-"""The solvers' vector work: entrywise moves of images `[B, n]` and the inner products that judge them, in one pass.
+"""The solvers' vector work: entrywise updates of images `[B, n]` with their inner products, in one read of memory.
 
-A program handles one piece of `PIECE` entries of one image. Products of two float32 numbers are exact in float64;
-each program adds those of its piece and writes one number per sum into `partial` `[sums, B, pieces]`, which `total`
-adds up piece after piece. The order depends on n alone: no atomics, no bit of an image depends on its batch.
+A program processes one piece of `PIECE` entries of one image. Products of two float32 numbers are exact in float64.
+Each program adds those of its piece and writes one number per sum to `partial` `[sums, B, pieces]`, which `total` adds
+up piece by piece. The order depends only on n, without atomics, so the bits of an image do not depend on its batch.
 
-`work` `[B]` (bytes) or None: a program whose image is not at work returns at once. `N`, the entries of an image, is a
+`work` `[B]` (bytes) or None: a program of an inactive image returns at once. `N`, the entries of an image, is a
 constant, so that the compiler knows the alignment of every image.
 """
 
@@ -17,18 +17,18 @@ import triton.language as tl
 from ..variants import Variant, unspecialized
 
 PIECE = 2048
-"""Entries of a piece: 16 for each of 128 threads, four loads of 16 bytes on the way per tensor."""
+"""Entries of a piece: 16 for each of 128 threads, with four loads of 16 bytes in flight per tensor."""
 WARPS = 4
 NUMBERS = ("idx", "work", "rows", "s", "slot", "fresh", "limit")
-"""Tensors of one number or flag an image."""
+"""Tensors with one number or flag per image."""
 
 
 @triton.jit
 def piece_of(N: tl.constexpr, PIECE: tl.constexpr):
-    """Image of this program, where its piece starts in it, offsets into the piece, and how many entries are left."""
+    """Image of this program, start of its piece, offsets within the piece, and number of remaining entries."""
     pieces: tl.constexpr = (N + PIECE - 1) // PIECE
     program = tl.program_id(0)
-    # In 64 bit: a batch may hold more than 2^31 entries.
+    # 64-bit: a batch may have more than 2^31 entries.
     start = (program % pieces).to(tl.int64) * PIECE
     k = tl.arange(0, PIECE)
     return (program // pieces).to(tl.int64), start, k, N - start
@@ -36,7 +36,7 @@ def piece_of(N: tl.constexpr, PIECE: tl.constexpr):
 
 @triton.jit
 def place_of(idx, image):
-    """Where image `image` of the call lies among all images."""
+    """Index among all images of the image `image` of the call."""
     if idx is None:
         return image
     else:
@@ -45,7 +45,7 @@ def place_of(idx, image):
 
 @triton.jit
 def add_up(pieces, COUNT: tl.constexpr, STEP: tl.constexpr):
-    """The sum of COUNT numbers in a row, STEP of them at a time."""
+    """The sum of COUNT consecutive numbers, STEP of them at a time."""
     k = tl.arange(0, STEP)
     s = tl.zeros((), tl.float64)
     for first in range(0, COUNT, STEP):
@@ -61,7 +61,7 @@ def product(a, b):
 
 @triton.jit
 def keep(partial, k, value):
-    """Sum number k of this program's piece, to `partial` `[sums, B, pieces]`."""
+    """Store sum k of this program's piece in `partial` `[sums, B, pieces]`."""
     tl.store(partial + tl.num_programs(0).to(tl.int64) * k + tl.program_id(0), value)
 
 
@@ -74,13 +74,13 @@ def total(partial, out, PIECES: tl.constexpr, STEP: tl.constexpr):
 
 @unspecialized(anywhere=NUMBERS)
 def products(a, b, c, d, partial, work, N: tl.constexpr, PIECE: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr):
-    """`COUNT` inner products of a, b, c, d; four bits of `PAIRS` name the two factors of each, the lowest first."""
-    image, start, k, left = piece_of(N, PIECE)
+    """`COUNT` inner products of a, b, c, d; four bits of `PAIRS` encode the factors of each, lowest bits first."""
+    image, start, k, remaining = piece_of(N, PIECE)
     if work is not None:
         if tl.load(work + image) == 0:
             return
-    inside, offset = k < left, image * N + start
-    # Loads that no pair asks for are dropped by the compiler.
+    inside, offset = k < remaining, image * N + start
+    # The compiler removes loads that no pair uses.
     values = (
         tl.load(a + offset + k, mask=inside, other=0.0),
         tl.load(b + offset + k, mask=inside, other=0.0),
@@ -93,15 +93,17 @@ def products(a, b, c, d, partial, work, N: tl.constexpr, PIECE: tl.constexpr, CO
 
 @unspecialized(anywhere=NUMBERS)
 def add(x, s, p, rows, out, partial, work, N: tl.constexpr, PIECE: tl.constexpr):
-    """`out_b = x_b + s_b p_b` where `rows`, else `x_b`, and `<out_b, out_b>`."""
-    image, start, k, left = piece_of(N, PIECE)
+    """`out_b = x_b + s_b p_b` if `rows`, otherwise `x_b`; and `<out_b, out_b>`."""
+    image, start, k, remaining = piece_of(N, PIECE)
     if work is not None:
         if tl.load(work + image) == 0:
             return
-    inside, offset = k < left, image * N + start
+    inside, offset = k < remaining, image * N + start
     moved = tl.load(rows + image) != 0
     old = tl.load(x + offset + k, mask=inside, other=0.0)
-    step = tl.load(s + image).to(tl.float32) * tl.load(p + offset + k, mask=k < tl.where(moved, left, 0), other=0.0)
+    step = tl.load(s + image).to(tl.float32) * tl.load(
+        p + offset + k, mask=k < tl.where(moved, remaining, 0), other=0.0
+    )
     new = tl.where(moved, old + step, old)
     tl.store(out + offset + k, new, mask=inside)
     keep(partial, 0, product(new, new))
@@ -113,16 +115,16 @@ def secant(idx, candidate, candidate_g, x, g, partial, work, N: tl.constexpr, PI
 
     `dx = candidate_b - x_i`, `dg = candidate_g_b - g_i`, `i = idx[b]`, or b if `idx` is None.
     """
-    image, start, k, left = piece_of(N, PIECE)
+    image, start, k, remaining = piece_of(N, PIECE)
     if work is not None:
         if tl.load(work + image) == 0:
             return
-    inside, place = k < left, place_of(idx, image)
-    mine, state = image * N + start, place * N + start
-    new_x = tl.load(candidate + mine + k, mask=inside, other=0.0)
-    new_g = tl.load(candidate_g + mine + k, mask=inside, other=0.0)
-    old_g = tl.load(g + state + k, mask=inside, other=0.0)
-    dx = new_x - tl.load(x + state + k, mask=inside, other=0.0)
+    inside, index = k < remaining, place_of(idx, image)
+    offset, old_offset = image * N + start, index * N + start
+    new_x = tl.load(candidate + offset + k, mask=inside, other=0.0)
+    new_g = tl.load(candidate_g + offset + k, mask=inside, other=0.0)
+    old_g = tl.load(g + old_offset + k, mask=inside, other=0.0)
+    dx = new_x - tl.load(x + old_offset + k, mask=inside, other=0.0)
     dg = new_g - old_g
     keep(partial, 0, product(dx, dx))
     keep(partial, 1, product(dg, dg))
@@ -138,66 +140,66 @@ def remember(
     idx, dx, df, old_x, old_f, slot, fresh, x, f, partial, work,
     N: tl.constexpr, PIECE: tl.constexpr, MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """Anderson's newest differences (zeros unless `fresh`) into `slot` of dx and df `[B, MEMORY, N]`, x and f into
-    old_x and old_f, all at `idx`; `<df_k, newest df>` and `<df_k, f>` for every slot k, the new one in its place."""
-    image, start, k, left = piece_of(N, PIECE)
+    """Store Anderson's newest differences (zeros unless `fresh`) in `slot` of dx and df `[B, MEMORY, N]`, and x and f
+    in old_x and old_f, all at `idx`; sum `<df_k, newest df>` and `<df_k, f>` for every slot k, the new one included."""
+    image, start, k, remaining = piece_of(N, PIECE)
     if work is not None:
         if tl.load(work + image) == 0:
             return
-    inside, place = k < left, place_of(idx, image)
-    mine, state, history = image * N + start, place * N + start, place * MEMORY * N + start
+    inside, index = k < remaining, place_of(idx, image)
+    offset, old_offset, history = image * N + start, index * N + start, index * MEMORY * N + start
     newest, is_fresh = tl.load(slot + image), tl.load(fresh + image) != 0
-    at_x = tl.load(x + mine + k, mask=inside, other=0.0)
-    at_f = tl.load(f + mine + k, mask=inside, other=0.0)
-    before = k < tl.where(is_fresh, left, 0)
-    new_dx = tl.where(is_fresh, at_x - tl.load(old_x + state + k, mask=before, other=0.0), 0.0)
-    new_df = tl.where(is_fresh, at_f - tl.load(old_f + state + k, mask=before, other=0.0), 0.0)
+    at_x = tl.load(x + offset + k, mask=inside, other=0.0)
+    at_f = tl.load(f + offset + k, mask=inside, other=0.0)
+    before = k < tl.where(is_fresh, remaining, 0)
+    new_dx = tl.where(is_fresh, at_x - tl.load(old_x + old_offset + k, mask=before, other=0.0), 0.0)
+    new_df = tl.where(is_fresh, at_f - tl.load(old_f + old_offset + k, mask=before, other=0.0), 0.0)
     tl.store(dx + history + newest * N + k, new_dx, mask=inside)
     tl.store(df + history + newest * N + k, new_df, mask=inside)
-    tl.store(old_x + state + k, at_x, mask=inside)
-    tl.store(old_f + state + k, at_f, mask=inside)
+    tl.store(old_x + old_offset + k, at_x, mask=inside)
+    tl.store(old_f + old_offset + k, at_f, mask=inside)
     for i in tl.static_range(MEMORY):  # pyright: ignore[reportGeneralTypeIssues] - its stub says NoReturn
-        # The slot just written is not read back.
-        kept = tl.load(df + history + i * N + k, mask=k < tl.where(newest == i, 0, left), other=0.0)
-        kept = tl.where(newest == i, new_df, kept)
-        keep(partial, i, product(kept, new_df))
-        keep(partial, MEMORY + i, product(kept, at_f))
+        # The slot that was just written is not read back.
+        slot_df = tl.load(df + history + i * N + k, mask=k < tl.where(newest == i, 0, remaining), other=0.0)
+        slot_df = tl.where(newest == i, new_df, slot_df)
+        keep(partial, i, product(slot_df, new_df))
+        keep(partial, MEMORY + i, product(slot_df, at_f))
 
 
 @unspecialized(anywhere=(*NUMBERS, "c"))
 def shift(idx, dx, df, c, out, partial, work, N: tl.constexpr, PIECE: tl.constexpr, MEMORY: tl.constexpr):
     """`out_b = sum_k c_bk (dx_k + df_k)` over the slots of image `idx[b]`, and its squared norm."""
-    image, start, k, left = piece_of(N, PIECE)
+    image, start, k, remaining = piece_of(N, PIECE)
     if work is not None:
         if tl.load(work + image) == 0:
             return
-    inside, place = k < left, place_of(idx, image)
-    history = place * MEMORY * N + start
+    inside, index = k < remaining, place_of(idx, image)
+    history = index * MEMORY * N + start
     s = tl.zeros((PIECE,), tl.float32)
     for i in tl.static_range(MEMORY):  # pyright: ignore[reportGeneralTypeIssues] - its stub says NoReturn
         weight = tl.load(c + image * MEMORY + i).to(tl.float32)
-        # A slot that is not in use may hold anything; it is not read.
-        used = k < tl.where(weight != 0.0, left, 0)
-        at = history + i * N + k
-        s += weight * (tl.load(dx + at, mask=used, other=0.0) + tl.load(df + at, mask=used, other=0.0))
+        # An unused slot may hold anything; it is not read.
+        used = k < tl.where(weight != 0.0, remaining, 0)
+        offset = history + i * N + k
+        s += weight * (tl.load(dx + offset, mask=used, other=0.0) + tl.load(df + offset, mask=used, other=0.0))
     tl.store(out + image * N + start + k, s, mask=inside)
     keep(partial, 0, product(s, s))
 
 
 @unspecialized(anywhere=NUMBERS)
 def shorten(partial, limit, x, f, out, work, N: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr):
-    """`out_b = x_b + f_b - out_b min(1, limit_b / ||out_b||)`; the pieces of `||out_b||^2` come in `partial`."""
-    image, start, k, left = piece_of(N, PIECE)
+    """`out_b = x_b + f_b - out_b min(1, limit_b / ||out_b||)`; `partial` holds the pieces of `||out_b||^2`."""
+    image, start, k, remaining = piece_of(N, PIECE)
     if work is not None:
         if tl.load(work + image) == 0:
             return
     pieces: tl.constexpr = (N + PIECE - 1) // PIECE
     length = tl.sqrt(add_up(partial + image * pieces, pieces, STEP))
-    most = tl.load(limit + image).to(tl.float64)
-    factor = tl.where(length > most, most / tl.where(length > 1e-300, length, 1e-300), 1.0).to(tl.float32)
-    inside, at = k < left, image * N + start + k
-    step = tl.load(x + at, mask=inside, other=0.0) + tl.load(f + at, mask=inside, other=0.0)
-    tl.store(out + at, step - factor * tl.load(out + at, mask=inside, other=0.0), mask=inside)
+    longest = tl.load(limit + image).to(tl.float64)
+    factor = tl.where(length > longest, longest / tl.where(length > 1e-300, length, 1e-300), 1.0).to(tl.float32)
+    inside, offset = k < remaining, image * N + start + k
+    step = tl.load(x + offset, mask=inside, other=0.0) + tl.load(f + offset, mask=inside, other=0.0)
+    tl.store(out + offset, step - factor * tl.load(out + offset, mask=inside, other=0.0), mask=inside)
 
 
 def variants() -> list[Variant]:

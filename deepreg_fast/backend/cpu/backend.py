@@ -1,7 +1,7 @@
 """The C++ backend: the extension built from `csrc/cpu`, for float32 tensors on the CPU.
 
-It has the sweeps of the conv chain, the ridge energy and smoothed TV (value, gradient, Hessian-vector and parameter
-product), the SRM's products and the solvers' vector work; docs/kernels.md says how.
+It implements the sweeps of the conv chain, the ridge energy and smoothed TV (value, gradient, Hessian-vector and
+parameter product), the SRM's products and the solvers' vector work; see docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _MAX_DEPTH = 16
 
 
 class CpuLinearization:
-    """The Hessian at a point: what enters SiLU and the cotangent above it at the hidden pixels, in float32, of those
-    that a convolution of one channel does not make again (docs/kernels.md).
+    """The Hessian at a point: SiLU's inputs and the cotangents of its outputs at the hidden pixels, in float32, except
+    those that a one-channel convolution recomputes (docs/kernels.md).
 
     Memory: 5.1 MB for a 180 x 180 image of the 3-layer network with 16 channels and LayerNorm.
     """
@@ -75,14 +75,14 @@ class CpuLinearization:
         parts[self._last] /= self._gain
         parts[self._last + 1] /= self._gain
         if self._centred:
-            # The kernels' filters are centred over their outputs (csrc/cpu/conv.h): the chain rule through that.
+            # The kernels' filters are centered over their outputs (csrc/cpu/conv.h); this is the chain rule through it.
             for part in parts[: self._last]:
                 part -= part.mean(0, keepdim=True)
         return self._gradients.by_name(parts)
 
 
 def _form(energy: Any) -> ConvChainForm:
-    """The form of an energy that `unsupported_reason` let pass."""
+    """The form of an energy that `unsupported_reason` accepted."""
     return getattr(energy, "unchecked_form", energy.conv_chain_form)()
 
 
@@ -103,7 +103,7 @@ _PACKED: WeakKeyDictionary[nn.Module, tuple[Any, ConvChain]] = WeakKeyDictionary
 
 
 def _chain(form: ConvChainForm) -> ConvChain:
-    """The chain with its filters packed: again only if a value has changed, which is looked at, not guessed."""
+    """The chain with packed filters. They are packed again only if a comparison shows that a value has changed."""
     extension, _ = _extension()
     assert extension is not None
     convs, norms = _convs(form), _norms(form)
@@ -126,11 +126,11 @@ def _chain(form: ConvChainForm) -> ConvChain:
         form.net.norm == "image",
         instruction_set(),
     )
-    found = _PACKED.get(form.net)
-    if found is None or found[0] != (len(convs), settings) or not found[1].current(*tensors):
-        found = ((len(convs), settings), extension.ConvChain(*tensors, *settings))
-        _PACKED[form.net] = found
-    return found[1]
+    cached = _PACKED.get(form.net)
+    if cached is None or cached[0] != (len(convs), settings) or not cached[1].current(*tensors):
+        cached = ((len(convs), settings), extension.ConvChain(*tensors, *settings))
+        _PACKED[form.net] = cached
+    return cached[1]
 
 
 def _gradient(
@@ -146,12 +146,12 @@ _SRMS: WeakKeyDictionary[nn.Module, tuple[Any, CpuSrm | None]] = WeakKeyDictiona
 
 
 class CpuSrm:
-    """The C++ kernels of one SRM; they hold copies of its buffers.
+    """The C++ kernels of one SRM, with copies of its buffers.
 
     Raises
     ------
     ValueError, IndexError
-        If the buffers are none that the kernels cover.
+        If the kernels do not cover the buffers.
     """
 
     def __init__(self, A: Any, isa: str) -> None:
@@ -175,7 +175,7 @@ class CpuSrm:
         )
 
     def current(self, A: Any) -> bool:
-        """Whether the operator's buffers have the values that were copied, which is looked at, not guessed."""
+        """Whether the operator's buffers equal the copies, by comparison of all values."""
         try:
             return self._kernels.current(A.rows, A.signs, A.perm)
         except ValueError:
@@ -185,11 +185,11 @@ class CpuSrm:
         self, product: int, x: torch.Tensor | None, y: torch.Tensor | None, weight: float | torch.Tensor = 0.0
     ) -> torch.Tensor:
         like = cast(torch.Tensor, y if x is None else x)
-        one, weights = (0.0, weight.to(like)) if isinstance(weight, torch.Tensor) else (weight, None)
+        scalar, weights = (0.0, weight.to(like)) if isinstance(weight, torch.Tensor) else (weight, None)
         x, y, weights = (None if t is None else plain(t) for t in (x, y, weights))
         count = len(like)
         out = like.new_empty((count, self._measurements) if product == 0 else (count, *self._shape))
-        self._kernels.apply(product, count, torch.get_num_threads(), x, y, weights, one, out)
+        self._kernels.apply(product, count, torch.get_num_threads(), x, y, weights, scalar, out)
         return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -213,13 +213,13 @@ _VECTORS: dict[str, CpuVectors] = {}
 
 
 class CpuBackend:
-    """Value and derivatives of the conv chain, the ridge energy and TV in C++; the rest goes to the reference."""
+    """Value and derivatives of the conv chain, the ridge energy and TV in C++."""
 
     name = "cpu"
     batch_invariant = True
 
     def unavailable(self) -> str | None:
-        """None if the extension is built, else the reason."""
+        """None if the extension is built, otherwise the reason."""
         extension, reason = _extension()
         return reason if extension is None else None
 
@@ -257,18 +257,18 @@ class CpuBackend:
             return None
         isa = instruction_set()
         kind = (isa, A.transform, A.block, A.image_shape, A.measurements)
-        found = _SRMS.get(A)
-        if found is not None and found[0] == kind and found[1] is not None and found[1].current(A):
-            return found[1]
-        # Of one that the kernels do not cover, until its buffers are others.
+        cached = _SRMS.get(A)
+        if cached is not None and cached[0] == kind and cached[1] is not None and cached[1].current(A):
+            return cached[1]
+        # An SRM that the kernels do not cover is cached under this key until its buffers change.
         key = (isa, *srm_key(A))
-        if found is None or found[1] is not None or found[0] != key:
+        if cached is None or cached[1] is not None or cached[0] != key:
             try:
-                found = (kind, CpuSrm(A, isa))
+                cached = (kind, CpuSrm(A, isa))
             except (ValueError, IndexError):
-                found = (key, None)
-            _SRMS[A] = found
-        return found[1]
+                cached = (key, None)
+            _SRMS[A] = cached
+        return cached[1]
 
     def vectors(self, like: torch.Tensor) -> CpuVectors | None:
         """The solvers' vector work for float32 on the CPU."""
@@ -290,7 +290,7 @@ class CpuBackend:
         return _gradient(_chain(_form(energy)), plain(x))
 
     def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
-        """Keeps what the Hessian at x needs."""
+        """Save the activations that the Hessian at x needs."""
         if (ridge := cpu_ridge.form_of(energy)) is not None:
             return cpu_ridge.CpuRidgeLinearization(energy, ridge, x)
         if (eps := cpu_tv.eps_of(energy)) is not None:

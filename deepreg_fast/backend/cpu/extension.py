@@ -1,4 +1,4 @@
-"""The C++ extension of `csrc/cpu`, the instruction set that it runs with, and memory lent to its sweeps."""
+"""The C++ extension of `csrc/cpu`, its instruction set, and scratch memory for its sweeps."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from ...machine import extension, instruction_set
 
 __all__ = ["acquire_scratch", "extension", "release_scratch", "instruction_set"]
 
-# The memory of the linearization that died last: fresh pages cost as much as the sweep that fills them.
+# The memory of the last deleted linearization: fresh pages cost as much as the sweep that fills them.
 _SPARE: list[torch.Tensor] = []
 
 
 def acquire_scratch(count: int) -> torch.Tensor:
-    """Uninitialized floats: the spare ones if they are enough and not far too many, else new ones."""
+    """Uninitialized floats: the spare memory if it is large enough and at most 4 times too large, else new memory."""
     try:
         spare = _SPARE.pop()
     except IndexError:
@@ -26,10 +26,10 @@ def _fresh(count: int) -> torch.Tensor:
 
 
 def plain(t: torch.Tensor) -> torch.Tensor:
-    """The same numbers in memory of their own order, for a kernel to read."""
+    """The same values, detached, contiguous and without lazy negation, for a kernel to read."""
     return t.detach().resolve_neg().contiguous()
 
 
 def release_scratch(memory: torch.Tensor) -> None:
-    """The next `acquire_scratch` may have this memory."""
+    """Return this memory to the next `acquire_scratch`."""
     _SPARE[:] = [memory]

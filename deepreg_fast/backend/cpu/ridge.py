@@ -21,7 +21,7 @@ _MAX_SIDE = 15
 
 
 def form_of(energy: Any) -> RidgeForm | None:
-    """The form of an energy that is a ridge energy, else None."""
+    """The form of a ridge energy; None for any other energy."""
     return getattr(energy, "ridge_form", lambda: None)()
 
 
@@ -41,15 +41,15 @@ _MADE: WeakKeyDictionary[nn.Module, tuple[Any, list[torch.Tensor], Ridge]] = Wea
 
 
 def _kernels(form: RidgeForm) -> Ridge:
-    """The kernels with copies of the filters and coefficients: anew only if a parameter's value has changed."""
+    """The kernels with copies of the filters and coefficients, rebuilt only if a parameter's value has changed."""
     net = form.net
     key = (float(form.center), instruction_set(), net.convex, net.zero_mean, tuple(net.scales))
-    found = _MADE.get(net)
-    if found is None or found[0] != key or not all(map(torch.equal, found[1], net.parameters())):
+    cached = _MADE.get(net)
+    if cached is None or cached[0] != key or not all(map(torch.equal, cached[1], net.parameters())):
         values = [p.detach().clone() for p in net.parameters()]
-        found = (key, values, _make(net, *key[:2]))
-        _MADE[net] = found
-    return found[2]
+        cached = (key, values, _make(net, *key[:2]))
+        _MADE[net] = cached
+    return cached[2]
 
 
 def _make(net: RidgeNet, center: float, isa: str) -> Ridge:
@@ -111,8 +111,10 @@ class CpuRidgeLinearization:
 
     @outside_inference
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name: the kernels' sums by filters and coefficients, which
-        autograd takes on to the parameters."""
+        """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name.
+
+        The kernels differentiate by filters and coefficients, and autograd from these to the parameters.
+        """
         v = self._check(v)
         if not self._params:
             return {}
@@ -121,8 +123,8 @@ class CpuRidgeLinearization:
         dw, dc = (v.new_empty(t.shape, dtype=torch.float64) for t in (w, c))
         self._kernels.param_vjp(self.x, v, dw, dc, *_size(v))
         pairs = [(t, d.to(t.dtype)) for t, d in ((w, dw), (c, dc)) if t.requires_grad]
-        found = torch.autograd.grad([t for t, _ in pairs], self._params, [d for _, d in pairs], allow_unused=True)
+        grads = torch.autograd.grad([t for t, _ in pairs], self._params, [d for _, d in pairs], allow_unused=True)
         return {
             self._names[id(p)]: torch.zeros_like(p) if g is None else g
-            for p, g in zip(self._params, found, strict=True)
+            for p, g in zip(self._params, grads, strict=True)
         }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def eps_of(energy: Any) -> float | None:
-    """The smoothing of an energy that is smoothed TV, else None."""
+    """The smoothing of smoothed TV; None for any other energy."""
     return getattr(energy, "tv_eps", lambda: None)()
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class CpuVectors:
-    """Few passes over memory and sums in float64; no bit depends on the number of threads or on other images."""
+    """Few reads of memory and sums in float64; the bits do not depend on the number of threads or on other images."""
 
     def __init__(self, kernels: Vectors) -> None:
         self._kernels = kernels
@@ -26,7 +26,7 @@ class CpuVectors:
     def add(
         self, x: torch.Tensor, s: torch.Tensor, p: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x_b + s_b p_b` where `rows`, else `x_b`, and its squared norm, float64."""
+        """`x_b + s_b p_b` if `rows`, otherwise `x_b`; and its squared norm, float64."""
         x, p, s, rows = x.contiguous(), p.contiguous(), s.float().contiguous(), rows.contiguous()
         out, size = torch.empty_like(x), x.new_empty(len(x), dtype=torch.float64)
         self._kernels.add(*_size(x), x, s, p, rows, out, size)
@@ -59,7 +59,7 @@ class CpuVectors:
         x: torch.Tensor,
         f: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Into `state` (dx, df, x, f of all images) the newest differences; `<df_k, newest df>` and `<df_k, f>`."""
+        """Update `state` (all of dx, df, x, f) with the newest differences; `<df_k, newest df>` and `<df_k, f>`."""
         memory = state[0].shape[1]
         gram = x.new_empty(len(idx), memory, dtype=torch.float64)
         rhs = torch.empty_like(gram)
@@ -88,7 +88,7 @@ class CpuVectors:
         x: torch.Tensor,
         f: torch.Tensor,
     ) -> torch.Tensor:
-        """`x + f - sum_k c_k (dx_k + df_k)`, the sum shortened to the length `limit` `[b]`."""
+        """`x + f - sum_k c_k (dx_k + df_k)`, the sum shortened to `limit` `[b]`."""
         idx, c, limit, x, f = (t.contiguous() for t in (idx, c.float(), limit.double(), x, f))
         out = torch.empty_like(x)
         self._kernels.combine(

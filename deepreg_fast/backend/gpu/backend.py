@@ -1,6 +1,7 @@
 """The GPU backend: Triton kernels of `kernels/` and CUDA C++ of `csrc/cuda`, for float32 (docs/kernels.md).
 
-This module says what is covered; `gpu_chain`, `gpu_srm` and `gpu_vectors` launch, and are imported at their first use.
+This module decides what is covered. `conv_chain.py`, `srm.py` and `vectors.py` launch kernels and are imported at their
+first use.
 """
 
 from __future__ import annotations
@@ -63,24 +64,24 @@ def gpu_options(precision: str = "tf32x3", storage: str = "float32") -> Iterator
 
 
 class GpuBackend:
-    """The conv chain and the vector work by Triton, the SRM by CUDA C++; other energies go to the reference."""
+    """The conv chain and the vector work in Triton, the SRM in CUDA C++. Other energies are not supported."""
 
     name = "gpu"
     batch_invariant = True
     capturable = True
 
     def unavailable(self) -> str | None:
-        """The first thing that is missing, and the way to get it."""
+        """None if the backend can run, otherwise the first missing requirement and the remedy."""
         return _unavailable(torch.cuda.is_available, find_spec)
 
     def serves(self, like: torch.Tensor) -> str | None:
-        """None for float32 on a CUDA device."""
+        """None for float32 on a CUDA device, otherwise the reason."""
         if like.device.type != "cuda" or like.dtype != torch.float32:
             return f"it takes float32 tensors on a CUDA device, not {like.dtype} on {like.device}."
         return _too_old(like.device)
 
     def unsupported_reason(self, energy: nn.Module, x: torch.Tensor) -> str | None:
-        """None for a conv chain that the kernels cover, on a tensor that they serve."""
+        """None for a conv chain and a tensor that the kernels cover, otherwise the reason."""
         form = _form(energy)
         if form is None:
             return f"it has kernels for the conv chain (RED) only, not for {describe_energy(energy)}."
@@ -97,7 +98,7 @@ class GpuBackend:
         return conv_chain.value_and_grad(form, x.detach(), _OPTIONS.get())
 
     def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
-        """Keeps what the Hessian at x needs."""
+        """Save the activations that the Hessian at x needs."""
         from . import conv_chain
 
         form = _form(energy)
@@ -105,7 +106,7 @@ class GpuBackend:
         return conv_chain.GpuLinearization(energy, form, x, _OPTIONS.get())
 
     def signature(self, energy: nn.Module, x: torch.Tensor) -> Signature:
-        """What recorded gradients depend on besides their images."""
+        """Everything that recorded gradients depend on besides their images."""
         from . import conv_chain
 
         form = _form(energy)
@@ -135,7 +136,7 @@ def _form(energy: Any) -> ConvChainForm | None:
 
 @lru_cache(maxsize=4)
 def _unavailable(cuda: Callable[[], bool], find: Callable[[str], object]) -> str | None:
-    # Asked at every product, so it is looked up once.
+    # Every product calls this, so the result is cached.
     if not cuda():
         return NO_CUDA
     for package, name in (("triton", "triton"), ("cupy", "cupy-cuda13x")):

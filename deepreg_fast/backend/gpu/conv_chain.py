@@ -1,4 +1,4 @@
-"""The conv chain on a GPU: value and gradient, and the linearization, by the sweeps of `gpu_sweeps.py`."""
+"""The conv chain on a GPU: value and gradient, and the linearization, with the sweeps of `pixel_norm.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_CHANNELS = 64
 
 
 def unsupported_reason(form: ConvChainForm, x: Tensor) -> str | None:
-    """None if the kernels cover this network and these images, else the reason."""
+    """None if the kernels cover this network and these images, otherwise the reason."""
     net, convs = form.net, convs_of(form)
     if (reason := dtype_or_device_mismatch(x, *chain.from_iterable(layers_of(net)))) is not None:
         return reason
@@ -41,8 +41,11 @@ def unsupported_reason(form: ConvChainForm, x: Tensor) -> str | None:
 
 
 def signature(energy: nn.Module, form: ConvChainForm, options: ChainOptions = DEFAULT) -> Signature:
-    """What recorded products of this energy depend on: the numbers that launches are given, and the parameters' places.
-    Not their values: a gradient's graph packs them each time it runs, a linearization's are copied to it."""
+    """Everything that recorded products of this energy depend on: the launches' numbers and the parameters' addresses.
+
+    The parameters' values do not matter: a gradient's graph packs them at every replay, and those of a linearization
+    are copied to its graph.
+    """
     net = form.net
     eps = tuple(float(m.eps) for m in norms_of(form))
     numbers = (form.head, float(form.alpha), float(form.center), net.norm, net.norm_place, float(net.gain), eps)
@@ -59,11 +62,14 @@ def value_and_grad(form: ConvChainForm, x: Tensor, options: ChainOptions = DEFAU
 
 
 class GpuLinearization:
-    """The Hessian at a point: of each hidden layer but the first what its convolution gave, of each but the last the
-    cotangent above SiLU, and of the heads other than red the cotangent of h. With a LayerNorm over the image, of all.
+    """The Hessian at a point.
 
-    Memory: `8 CP (depth - 2) + 4` bytes a pixel, 4 more for those heads: 4.3 MB for a 180 x 180 image of the 3-layer
-    network with 16 channels, beside x and the gradient. `8 CP (depth - 1) + 8` with a LayerNorm over the image.
+    It saves the output of each hidden layer's convolution except the first, the cotangent of each SiLU's output except
+    the last, and, for heads other than red, the cotangent of h. With a LayerNorm over the image it saves all of them.
+
+    Memory: `8 CP (depth - 2) + 4` bytes per pixel, and 4 more for heads other than red: 4.3 MB for a 180 x 180 image of
+    the 3-layer network with 16 channels, besides x and the gradient. With a LayerNorm over the image:
+    `8 CP (depth - 1) + 8`.
     """
 
     capturable = True
@@ -82,22 +88,22 @@ class GpuLinearization:
             self.value, self.grad = self._sweeps.gradient(self._kept)
 
     def signature(self) -> Signature:
-        """What a recorded `hvp` depends on besides the tensors that `moved` moves."""
+        """Everything that a recorded `hvp` depends on besides the tensors that `moved` replaces."""
         return self._signature
 
     def moved(self, put: Callable[[Tensor], Tensor]) -> GpuLinearization:
-        """The same linearization, whose `hvp` reads `put(t)` in the place of each tensor t that it reads."""
-        places: dict[int, Tensor] = {}
+        """A copy of the linearization whose `hvp` reads `put(t)` instead of each tensor t."""
+        replaced: dict[int, Tensor] = {}
 
         def once(t: Tensor) -> Tensor:
-            # The point may be a part of what is kept.
-            if id(t) not in places:
-                places[id(t)] = put(t)
-            return places[id(t)]
+            # The point may be one of the saved tensors.
+            if id(t) not in replaced:
+                replaced[id(t)] = put(t)
+            return replaced[id(t)]
 
-        there = copy(self)
-        there._sweeps, there._kept = self._sweeps.moved(once), self._kept.each(once)
-        return there
+        moved = copy(self)
+        moved._sweeps, moved._kept = self._sweeps.moved(once), self._kept.each(once)
+        return moved
 
     def _check(self, v: Tensor) -> Tensor:
         self._guard.check(v, self.x)
@@ -128,5 +134,5 @@ def _sweeps(form: ConvChainForm, x: Tensor, options: ChainOptions) -> Sweeps:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """Make `device` current: Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

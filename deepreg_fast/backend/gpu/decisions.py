@@ -1,7 +1,7 @@
 """Launches of the solvers' per-image scalar logic (`kernels/solvers/decisions.py`): one instead of dozens.
 
-Each function is the one of its name in the solvers, with the same bits. All results are new tensors. Where the sums of
-images that do not run are undefined, so are the results but `running`, `status` and what is said to be kept.
+Each function computes the same bits as its PyTorch counterpart in the solvers. All results are new tensors. The sums of
+inactive images are undefined; of their results, only `running`, `status` and unchanged state are defined.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from ...kernels.solvers import decisions as kernels  # pyright: ignore[reportMis
 from .memory import hold, stream_of
 
 PerImageState = tuple[torch.Tensor, ...]
-"""PGD's of all images: tau, curvature, residual, cautious, gradients, iterations, status, running."""
+"""The fields of PGD's `PerImageState`: tau, lipschitz_estimate, residual, plain_next, gradients, iterations, status,
+running."""
 
 
 def on(like: torch.Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Make the device of `like` current: Triton launches on the current device."""
     return torch.cuda.device(like.device) if like.is_cuda else nullcontext()
 
 
 def launch(kernel: Any, given: tuple[torch.Tensor, ...], out: tuple[torch.Tensor, ...], **constants: Any) -> None:
-    """`kernel` on numbers of all images; flags go as bytes."""
+    """Launch `kernel` on vectors with one entry per image; flags are passed as bytes."""
     tensors = [t.contiguous() for t in given] + list(out)
     images = len(tensors[-1])
     if images:
         with on(tensors[0]):
-            # Products are not fused into sums, so that every number has the bits of torch's.
+            # No fused multiply-add, so that the bits equal torch's.
             kernel[(-(-images // kernels.BLOCK),)](
                 *(t.view(torch.uint8) if t.dtype == torch.bool else t for t in tensors),
                 images,
@@ -48,7 +49,7 @@ def _made(numbers: tuple[float, ...], device: torch.device, stream: int) -> torc
 
 
 def _options(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Made once for each stream: making it waits for the device. A graph keeps it beyond its end here."""
+    """The options on the device, created once per stream because creation synchronizes. A graph keeps them alive."""
     options = _made(numbers, device, stream_of(device))
     hold(options)
     return options
@@ -57,14 +58,14 @@ def _options(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
 def pgd_residual(
     n: PerImageState, sums: torch.Tensor, scale: torch.Tensor, options: tuple[float, ...], eps: float
 ) -> tuple[torch.Tensor, ...]:
-    """PGD's `convergence_test`: residual, status and running as they are after it.
+    """PGD's `convergence_test`: the new residual, status and running.
 
-    `options`: tolerance, first tau, growth, shrinkage, limit on gradients.
+    `options`: tolerance, initial tau, grow, shrink, maximum number of gradients.
     """
     tau, lipschitz_estimate, residual, _, gradients, _, status, running = n
-    given = (sums, scale, _options(options, tau.device), tau, lipschitz_estimate, residual, gradients, status, running)
+    inputs = (sums, scale, _options(options, tau.device), tau, lipschitz_estimate, residual, gradients, status, running)
     out = tuple(map(torch.empty_like, (residual, status, running)))
-    launch(kernels.pgd_residual, given, out, EPS=eps)
+    launch(kernels.pgd_residual, inputs, out, EPS=eps)
     return out
 
 
@@ -77,22 +78,22 @@ def pgd_candidate(  # noqa: PLR0913 - all of a round's numbers
     eps: float,
     plain: bool,
 ) -> tuple[PerImageState, torch.Tensor, torch.Tensor]:
-    """PGD's `acceptance_test`: the numbers, where the candidate is accepted, and where the accelerator forgets.
+    """PGD's `acceptance_test`: the state, whether the candidate is accepted, and whether the accelerator is reset.
 
-    `options` as in `pgd_residual`; `plain`: there is no accelerator.
+    `options` as in `pgd_residual`; `plain`: without acceleration.
     """
     tau, lipschitz_estimate, residual, plain_next, gradients, iterations, status, running = n
     changing = (tau, lipschitz_estimate, plain_next, gradients, iterations, status, running)
     out = (*map(torch.empty_like, changing), torch.empty_like(running), torch.empty_like(running))
-    given = (sums, value, limit, _options(options, tau.device), *changing)
-    launch(kernels.pgd_candidate, given, out, EPS=eps, PLAIN=plain)
+    inputs = (sums, value, limit, _options(options, tau.device), *changing)
+    launch(kernels.pgd_candidate, inputs, out, EPS=eps, PLAIN=plain)
     return (out[0], out[1], residual, *out[2:7]), out[7], out[8]
 
 
 def anderson_update(
     square: torch.Tensor, length: torch.Tensor, count: torch.Tensor, memory: int, reach: float
 ) -> tuple[torch.Tensor, ...]:
-    """Of Anderson acceleration, from `<f, f>`: length, count, slot, whether it is fresh, and the limit of the sum."""
+    """Anderson acceleration, from `<f, f>`: length, count, slot, fresh, and the limit of the sum."""
     restarted = torch.empty(len(count), dtype=torch.bool, device=count.device)
     out = (*map(torch.empty_like, (length, count, count)), restarted, torch.empty_like(length))
     launch(anderson.anderson_update, (square, length, count), out, MEMORY=memory, REACH=reach)
@@ -108,9 +109,9 @@ def anderson_solve(  # noqa: PLR0913 - all of a step's numbers
     gram: torch.Tensor,
     ridge: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`row` `[b, m]` into `gram` `[B, m, m]` in place, count and one more, and the weights c `[b, m]`, float32.
+    """Write `row` `[b, m]` to `gram` `[B, m, m]` in place; return count + 1 and the weights c `[b, m]`, float32.
 
-    `row` and `rhs` as `remember` returns them; weights of slots not in use are zero.
+    `row` and `rhs` are the results of `remember`; weights of unused slots are zero.
     """
     images, memory = row.shape
     next_count = torch.empty_like(count)
@@ -141,7 +142,7 @@ def anderson_solve(  # noqa: PLR0913 - all of a step's numbers
 def cg_beta(
     new_rz: torch.Tensor, rz: torch.Tensor, restarted: torch.Tensor, status: torch.Tensor, running: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """CG's `turn`: the factor of the old direction; then rz, fresh, status and running as they are after it."""
+    """CG's `cg_beta`: the factor of the old direction, and the new rz, restarted, status and running."""
     out = (torch.empty_like(rz), torch.empty_like(rz), *map(torch.empty_like, (restarted, status, running)))
     launch(kernels.cg_beta, (new_rz, rz, restarted, status, running), out)
     return out
@@ -157,7 +158,7 @@ def cg_alpha(  # noqa: PLR0913 - all of a step's numbers
     eps: float,
     max_norm: float,
 ) -> tuple[torch.Tensor, ...]:
-    """`System.note_norm`, CG's `stride` and `overflow`: the length of the step; then a_norm, status and running."""
+    """`record_norm`, `cg_alpha` and `would_overflow`: the step length, and the new a_norm, status and running."""
     out = (torch.empty_like(rz), *map(torch.empty_like, (a_norm, status, running)))
     launch(kernels.cg_alpha, (sums, squared_norms, rz, a_norm, status, running), out, EPS=eps, MAX_NORM=max_norm)
     return out
@@ -172,7 +173,7 @@ def cg_has_converged(  # noqa: PLR0913 - all of a step's numbers
     running: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """CG's `arrived`: idle and running."""
+    """`cg_has_converged`: the new stagnant_steps and running."""
     out = torch.empty_like(stagnant_steps), torch.empty_like(running)
     launch(kernels.cg_has_converged, (squared_norms, sums, length, stagnant_steps, target_norm, running), out, EPS=eps)
     return out

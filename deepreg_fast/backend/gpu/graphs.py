@@ -1,7 +1,7 @@
 """Recorded loops that outlive a solve: a bounded cache of CUDA graphs with the memory that they read and write.
 
-A graph reads fixed memory. A later solve may replay it if all that the recorded work depends on is the same, or is
-copied to that memory first. `Signature` says the former, `Loop` holds the latter.
+A graph reads fixed memory. A later solve may replay it if everything that the recorded work depends on is either the
+same (`Signature`) or copied to that memory first (`Loop`).
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from .memory import recording_here
 F = TypeVar("F", bound=Callable[..., Any])
 
 MOST = 8
-"""Loops that are kept for each device."""
+"""Maximum number of cached loops per device."""
 
 SHARE = 8
-"""They have at most this part of the device's memory, an eighth."""
+"""Cached loops use at most 1 / SHARE of the device's memory."""
 
 SEEN = 64
-"""Keys that are remembered without a loop."""
+"""Number of recent keys that are stored without a loop."""
 
 
 class Graph(Protocol):
-    """Recorded work: what `torch.cuda.CUDAGraph` offers."""
+    """Recorded work: the methods of `torch.cuda.CUDAGraph`."""
 
     def replay(self) -> None:
         """Queue the work again, on the same memory."""
         ...
 
     def reset(self) -> None:
-        """Free it."""
+        """Free the graph."""
         ...
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What recorded products depend on besides the tensors that are copied to the graph's memory.
+    """Everything that recorded products depend on besides the tensors that are copied to the graph's memory.
 
-    `key`: settings, and the places of memory that the graph reads where it lies; `owner`: the object whose products
-    they are, without which no loop is kept; `memory`: the tensors at those places, which keep the loop from finding
-    others there.
+    `key`: settings, and the addresses of tensors that the graph reads in place; `owner`: the object that the products
+    belong to, with which the loop is freed; `memory`: the tensors at those addresses. Holding them prevents other
+    tensors from being allocated there.
     """
 
     key: Hashable
@@ -59,13 +59,13 @@ class Signature:
 
 
 def places_of(tensors: Iterable[torch.Tensor]) -> tuple[Hashable, ...]:
-    """Where tensors lie and how they are read there, for the key of a `Signature`."""
+    """Addresses, dtypes, shapes and strides of tensors, for the key of a `Signature`."""
     return tuple((t.data_ptr(), t.dtype, tuple(t.shape), t.stride()) for t in tensors)
 
 
 @dataclass
 class Loop:
-    """A recorded loop: the fixed memory of its state, by holder and name, and of its inputs, and what else it reads.
+    """A recorded loop: the fixed memory of its state (by holder and name) and of its inputs, and other objects.
 
     `size`: the bytes that torch reserved for the graph's temporaries.
     """
@@ -77,7 +77,7 @@ class Loop:
     size: int = 0
 
     def bytes(self) -> int:
-        """Of device memory, with the state and the inputs."""
+        """Bytes of device memory, including the state and the inputs."""
         tensors = {id(t): t for t in (*self.state.values(), *self.inputs)}
         return self.size + sum(t.nbytes for t in tensors.values())
 
@@ -94,8 +94,10 @@ class _Entry:
 
 
 class Cache:
-    """Loops by key, the least recently used first to go. One that is taken is in nobody else's hands until it is put
-    back; a loop that is not put back is its taker's to free."""
+    """Loops by key; the least recently used is evicted first.
+
+    A loop that is taken leaves the cache until it is put back. If it is not put back, the caller frees it.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -107,65 +109,65 @@ class Cache:
         return len(self._entries)
 
     def take(self, key: Hashable) -> tuple[Loop | None, bool]:
-        """A loop of this key, if one is kept and free; and whether the key has been asked for before."""
+        """Remove and return a loop of this key, if one is cached; and whether the key was requested before."""
         with self._lock:
-            seen = key in self._seen
+            seen_before = key in self._seen
             self._seen[key] = None
             self._seen.move_to_end(key)
             if len(self._seen) > SEEN:
                 self._seen.popitem(last=False)
-            place = next((i for i in reversed(range(len(self._entries))) if self._entries[i].key == key), None)
-            found = None if place is None else self._entries.pop(place).loop
+            index = next((i for i in reversed(range(len(self._entries))) if self._entries[i].key == key), None)
+            loop = None if index is None else self._entries.pop(index).loop
         self._bury()
-        return found, seen
+        return loop, seen_before
 
     def put(self, key: Hashable, device: torch.device, owners: Sequence[object], loop: Loop) -> None:
-        """Keep a loop for as long as its owners live and there is room for it."""
+        """Cache a loop as long as its owners live and there is room for it."""
         entry = _Entry(key, device, tuple(weakref.ref(owner, self._died) for owner in owners), loop)
         with self._lock:
             self._entries.append(entry)
-            gone = self._surplus(device)
-        _free(gone)
+            surplus = self._surplus(device)
+        _free(surplus)
         self._bury()
 
     def clear(self, device: torch.device | None = None) -> int:
-        """Free the loops of a device, or all; how many there were. Loops in use stay."""
+        """Free the cached loops of a device, or all; return their number. Loops in use stay."""
         with self._lock:
-            gone = [e for e in self._entries if device is None or e.device == device]
-            self._entries = [e for e in self._entries if not any(e is g for g in gone)]
+            cleared = [e for e in self._entries if device is None or e.device == device]
+            self._entries = [e for e in self._entries if not any(e is g for g in cleared)]
             if device is None:
                 self._seen.clear()
-        _free(gone)
-        return len(gone)
+        _free(cleared)
+        return len(cleared)
 
     def _surplus(self, device: torch.device) -> list[_Entry]:
-        """Take out what is too much for a device: its oldest entries."""
-        mine = [e for e in self._entries if e.device == device]
-        room, count = _room(device), 0
-        gone = mine[:-MOST]
-        for entry in reversed(mine[-MOST:]):
-            count += entry.loop.bytes()
-            if count > room:
-                gone.append(entry)
-        self._entries = [e for e in self._entries if not any(e is g for g in gone)]
-        return gone
+        """Remove and return the oldest entries of a device that exceed the limits."""
+        cached = [e for e in self._entries if e.device == device]
+        limit, total = _room(device), 0
+        surplus = cached[:-MOST]
+        for entry in reversed(cached[-MOST:]):
+            total += entry.loop.bytes()
+            if total > limit:
+                surplus.append(entry)
+        self._entries = [e for e in self._entries if not any(e is g for g in surplus)]
+        return surplus
 
     def _died(self, _: object) -> None:
-        # Python calls this at any time: with the lock held, or while a graph is recorded. Then others bury.
+        # Python may call this while the lock is held or a graph is recorded. Then a later call frees the loops.
         self._orphaned.append(None)
         if not recording_here():
             self._bury(wait=False)
 
     def _bury(self, wait: bool = True) -> None:
-        """Free the loops of owners that have died."""
+        """Free the loops whose owners were deleted."""
         while self._orphaned and self._lock.acquire(blocking=wait):
             try:
                 self._orphaned.clear()
-                gone = [e for e in self._entries if not e.alive()]
+                dead = [e for e in self._entries if not e.alive()]
                 self._entries = [e for e in self._entries if e.alive()]
             finally:
                 self._lock.release()
-            _free(gone)
+            _free(dead)
 
 
 def _room(device: torch.device) -> float:
@@ -175,7 +177,7 @@ def _room(device: torch.device) -> float:
 
 
 KEPT = Cache()
-# Graphs must go before the driver does.
+# Graphs must be freed before the driver shuts down.
 atexit.register(KEPT.clear)
 
 
@@ -208,7 +210,7 @@ def release_graphs(device: torch.device | str | None = None) -> int:
 
 
 def retry_after_freeing_graphs(function: F) -> F:
-    """The function, called a second time if it runs out of memory while loops are kept that nobody uses."""
+    """Decorator: on running out of memory, free the cached loops and call the function once more."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -228,9 +230,11 @@ def _free(entries: Sequence[_Entry]) -> None:
 
 
 def free(loop: Loop, device: torch.device) -> None:
-    """Give a loop's memory back: to torch's allocator, and to the device once it adds up to an eighth of all. Torch
-    keeps a graph's memory, unused by anything else, until it is told to let go, and telling it costs the time of an
-    allocation for all its blocks."""
+    """Return a loop's memory to torch's allocator, and to the device once freed loops add up to an eighth of it.
+
+    Torch reserves a graph's memory, and nothing else uses it, until `empty_cache`, which costs a new allocation of
+    every cached block.
+    """
     loop.graph.reset()
     loop.held.clear()
     if device.type != "cuda":

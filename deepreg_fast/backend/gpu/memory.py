@@ -1,5 +1,5 @@
-"""A device's memory: what is asked for, said before it is asked, so that a lack of memory is a sentence with both
-numbers; and what a CUDA graph reads, kept as long as the graph."""
+"""Out-of-memory errors that report both the bytes required and the bytes free; and the memory that a CUDA graph reads,
+which is kept alive as long as the graph."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ...errors import OutOfMemory
 
 @contextmanager
 def memory_guard(count: int, device: torch.device, what: str) -> Iterator[None]:
-    """Allocate inside; if the memory is not there, raise `OutOfMemory` with `count`, the bytes that `what` needs, and
-    those that are free (torch's own unused blocks among them)."""
+    """Context for allocations. If memory runs out, raise `OutOfMemory` with `count`, the bytes that `what` needs, and
+    the free bytes (including torch's unused blocks)."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -36,8 +36,8 @@ def _free(device: torch.device) -> int:
 
 @dataclass
 class Recording:
-    """A CUDA graph that is being made: the stream on which it will run, what it reads and does not make, and what it
-    has made of parameters."""
+    """A CUDA graph that is being recorded: its stream, the external objects that it reads (`held`), and the parameters
+    that it packs (`packed`)."""
 
     stream: int
     held: list[object] = field(default_factory=list)
@@ -49,35 +49,35 @@ _RECORDING: ContextVar[Recording | None] = ContextVar("deepreg_fast_recording", 
 
 @contextmanager
 def recording(device: torch.device) -> Iterator[Recording]:
-    """What is recorded inside reads memory that others own: `held` keeps it, and must live as long as the graph."""
-    now = Recording(stream_of(device))
-    token = _RECORDING.set(now)
+    """Record a graph within this context. `held` owns the memory that it reads and must live as long as the graph."""
+    graph = Recording(stream_of(device))
+    token = _RECORDING.set(graph)
     try:
-        yield now
+        yield graph
     finally:
         _RECORDING.reset(token)
 
 
 def hold(thing: object) -> None:
-    """Keep what a launch reads with the graph that is being recorded, if one is."""
-    now = _RECORDING.get()
-    if now is not None and not any(thing is other for other in now.held):
-        now.held.append(thing)
+    """Add an object that a launch reads to the graph that is being recorded, if any."""
+    graph = _RECORDING.get()
+    if graph is not None and not any(thing is other for other in graph.held):
+        graph.held.append(thing)
 
 
 def recording_here() -> Recording | None:
-    """The graph that is being made in this thread by `recording`, if one is."""
+    """The graph that `recording` is recording in this thread, if any."""
     return _RECORDING.get()
 
 
 def stream_of(device: torch.device) -> int:
-    """The stream on which launches of now will run: of those being recorded, that of the graph."""
-    now = _RECORDING.get()
-    if now is not None:
-        return now.stream
+    """The stream on which current launches will run; during recording, the graph's stream."""
+    graph = _RECORDING.get()
+    if graph is not None:
+        return graph.stream
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def recording_now(device: torch.device) -> bool:
-    """Whether launches are being recorded, by `recording` or by anyone else's graph, and do not run."""
+    """Whether launches are being recorded, by `recording` or by another program's graph, and do not run."""
     return _RECORDING.get() is not None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())

@@ -1,6 +1,6 @@
-"""CUDA C++ sources compiled at their first use by NVRTC, kept on disk, loaded and launched through CuPy.
+"""CUDA C++ sources: compiled by NVRTC at their first use, cached on disk, loaded and launched through CuPy.
 
-Compiling needs no GPU; `CudaModule` does. CuPy is imported inside functions: `import deepreg_fast` stays without it.
+Compilation needs no GPU; `CudaModule` does. CuPy is imported inside functions, so the package imports without it.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ _ERROR = re.compile(r"^([\w.]+)\((\d+)\): (?:catastrophic )?error", re.MULTILINE
 
 
 def sources(name: str) -> dict[str, str]:
-    """The text of a source of `csrc/cuda` and of every header that it includes, by name, the source first."""
-    found: dict[str, str] = {}
-    wanted = [name]
-    while wanted:
-        one = wanted.pop()
-        if one not in found:
-            found[one] = cuda.source(one)
-            wanted += _INCLUDE.findall(found[one])
-    return found
+    """The texts of a source in `csrc/cuda` and of every header that it includes, by name; the source comes first."""
+    texts: dict[str, str] = {}
+    pending = [name]
+    while pending:
+        file = pending.pop()
+        if file not in texts:
+            texts[file] = cuda.source(file)
+            pending += _INCLUDE.findall(texts[file])
+    return texts
 
 
 def compile_sources(texts: dict[str, str], options: Sequence[str], architecture: str) -> tuple[bytes, str]:
-    """The cubin of the first of `texts`, the others being its headers, for `"sm_90"` or the like; NVRTC's log.
+    """Compile the first of `texts` (the others are its headers) for e.g. `"sm_90"`; return the cubin and NVRTC's log.
 
     Raises
     ------
     BackendUnavailable
-        If NVRTC is not here or does not compile it, with its log and the first line that it complains about.
+        If NVRTC is not installed, or compilation fails; the message contains the log and the first faulty line.
     """
     nvrtc = _nvrtc()
     (name, text), *headers = texts.items()
     program = nvrtc.createProgram(text, name, [t.encode() for _, t in headers], [n.encode() for n, _ in headers])
     try:
         nvrtc.compileProgram(program, [*_OPTIONS, f"--gpu-architecture={architecture}", *options])
-        # CuPy cuts off the last byte as if it ended a string; tools that read the ELF file whole miss that zero.
+        # CuPy cuts off the last byte as a string terminator, but tools that read the whole ELF file need that zero.
         return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
@@ -63,20 +63,20 @@ def compile_sources(texts: dict[str, str], options: Sequence[str], architecture:
 
 
 def compiled(name: str, options: Sequence[str], architecture: str) -> bytes:
-    """The cubin of a source of `csrc/cuda`, from the user's cache where it is there and whole.
+    """The cubin of a source in `csrc/cuda`, from the user's cache if it is there and intact.
 
-    The cache is `$XDG_CACHE_HOME/deepreg-fast/cuda` (`~/.cache` by default). A file is the SHA-256 of its contents,
-    then the contents; its name is the SHA-256 of all that the contents depend on. Without a folder to write to,
-    every process compiles.
+    The cache is `$XDG_CACHE_HOME/deepreg-fast/cuda` (`~/.cache` by default). A file holds the SHA-256 of its contents
+    and the contents; its name contains the SHA-256 of everything that the contents depend on. Without a writable
+    folder, every process compiles.
     """
     texts = sources(name)
     parts = [*(t for pair in texts.items() for t in pair), *_OPTIONS, *options, architecture, _version(_nvrtc())]
     key = hashlib.sha256("\0".join(f"{len(p)}\0{p}" for p in parts).encode()).hexdigest()
     try:
         path = _folder() / f"{Path(name).stem}-{key}.cubin"
-        kept = path.read_bytes()
-        if hashlib.sha256(kept[32:]).digest() == kept[:32]:
-            return kept[32:]
+        cached = path.read_bytes()
+        if hashlib.sha256(cached[32:]).digest() == cached[:32]:
+            return cached[32:]
     except (OSError, RuntimeError):  # not there yet; RuntimeError: no home folder
         pass
     cubin, _ = compile_sources(texts, options, architecture)
@@ -89,8 +89,8 @@ def compiled(name: str, options: Sequence[str], architecture: str) -> bytes:
 
 
 def _folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "deepreg-fast" / "cuda"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "deepreg-fast" / "cuda"
 
 
 def _cupy() -> Any:
@@ -117,7 +117,7 @@ def _version(nvrtc: Any) -> str:
 
 
 def _quoted(texts: dict[str, str], log: str) -> str:
-    """The first line that the log complains about."""
+    """The source line of the log's first error."""
     place = _ERROR.search(log)
     lines = texts.get(place[1], "").splitlines() if place else []
     if place is None or not 0 < int(place[2]) <= len(lines):
@@ -126,7 +126,7 @@ def _quoted(texts: dict[str, str], log: str) -> str:
 
 
 def shared_limit(device: torch.device) -> int:
-    """The bytes of shared memory that a block of this GPU can have."""
+    """Maximum bytes of shared memory per block of this GPU."""
     runtime = _cupy().runtime
     return int(runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, _index(device)))
 
@@ -138,7 +138,7 @@ def _index(device: torch.device) -> int:
 class CudaModule:
     """A compiled source on one GPU.
 
-    The first launch of a kernel loads it, which a CUDA graph cannot capture: launch once before capturing.
+    The first launch of a kernel loads it, which cannot be captured in a CUDA graph, so launch once before capturing.
     """
 
     def __init__(self, name: str, options: Sequence[str], device: torch.device) -> None:
@@ -152,7 +152,7 @@ class CudaModule:
             self._module.load(cubin)
 
     def launch(self, kernel: str, blocks: int, threads: int, shared: int, arguments: Sequence[np.generic]) -> None:
-        """Start `blocks` blocks of `threads` threads with `shared` bytes each on torch's current stream."""
+        """Launch `blocks` blocks of `threads` threads, `shared` bytes per block, on torch's current stream."""
         with torch.cuda.device(self._device):
             function = self._function(kernel, shared)
             function((blocks,), (threads,), tuple(arguments), shared_mem=shared, stream=self._stream())
@@ -160,13 +160,15 @@ class CudaModule:
     def _function(self, kernel: str, shared: int) -> Any:
         driver = _cupy().driver
         with self._lock:
-            found = self._functions.get((kernel, shared))
-            if found is None:
-                found = self._module.get_function(kernel)
-                most = max([shared, *(s for k, s in self._functions if k == kernel)])
-                driver.funcSetAttribute(found.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)
-                self._functions[kernel, shared] = found
-            return found
+            function = self._functions.get((kernel, shared))
+            if function is None:
+                function = self._module.get_function(kernel)
+                max_shared = max([shared, *(s for k, s in self._functions if k == kernel)])
+                driver.funcSetAttribute(
+                    function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, max_shared
+                )
+                self._functions[kernel, shared] = function
+            return function
 
     def _stream(self) -> Any:
         stream = torch.cuda.current_stream(self._device)
@@ -180,7 +182,7 @@ _LOADING = threading.Lock()
 
 
 def module(name: str, options: Sequence[str], device: torch.device) -> CudaModule:
-    """The module of a source, one per options and GPU in this process."""
+    """The module of a source, cached per options and GPU in this process."""
     key = (name, tuple(options), _index(device))
     with _LOADING:
         if key not in _MODULES:

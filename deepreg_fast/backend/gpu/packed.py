@@ -1,5 +1,5 @@
-"""A network's parameters as the kernels read them, packed once for each version of their values; a CUDA graph packs
-them once each time it runs."""
+"""A network's parameters in the kernels' layout, packed once per version of their values. A CUDA graph packs them at
+every replay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Packed = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class _Entry:
-    """What was packed, from which parameters. `memory` shares theirs, so that no other tensor can lie there."""
+    """Packed parameters and their origin. `memory` holds the parameters' memory, so no other tensor can lie there."""
 
     parameters: tuple[weakref.ref[Tensor], ...]
     memory: tuple[Tensor, ...]
@@ -29,13 +29,13 @@ class _Entry:
     packed: Packed
 
     def fits(self, parameters: Sequence[Tensor], settings: tuple[Any, ...]) -> bool:
-        """Whether these are the same tensors, unchanged."""
+        """Whether these are the same tensors with unchanged values."""
         return (
             len(parameters) == len(self.parameters)
             and settings == self.settings
             and all(
-                ref() is p and p._version == version and p.data_ptr() == there.data_ptr()
-                for ref, p, version, there in zip(self.parameters, parameters, self.versions, self.memory, strict=True)
+                ref() is p and p._version == version and p.data_ptr() == saved.data_ptr()
+                for ref, p, version, saved in zip(self.parameters, parameters, self.versions, self.memory, strict=True)
             )
         )
 
@@ -51,12 +51,12 @@ def packed(
     device: torch.device,
     pack: Callable[[], Packed],
 ) -> Packed:
-    """What `pack()` makes of `net`'s `parameters`: the last answer, if nothing of these and of `settings` has changed.
+    """The result of `pack()` for `net`'s `parameters`; the cached one if neither these nor `settings` have changed.
 
-    Changes are those that torch counts, which it does not do through `.data`. Tensors made in inference mode are not
-    counted at all, so that their answers are not kept. An answer belongs to the stream on which it was made, and to the
-    module as long as that lives. A graph that is being recorded packs for itself, from the parameters' own memory: each
-    time it runs it has their values of then, whatever changed them in place.
+    Changes are detected by torch's version counters, which do not count changes through `.data`. Tensors created in
+    inference mode have no counter, so their results are not cached. A result is cached per stream, and as long as the
+    module lives. A graph that is being recorded packs for itself from the parameters' memory, so every replay uses the
+    current values, even after in-place changes.
     """
     if (graph := recording_here()) is not None:
         return _in_graph(graph, net, parameters, settings, pack)
@@ -64,14 +64,14 @@ def packed(
     with _LOCK:
         entry = _ENTRIES.get(net, {}).get(key)
     if entry is None or not entry.fits(parameters, settings):
-        # Before packing: a change meanwhile must show.
+        # Read the versions before packing, so that a concurrent change is detected.
         versions = None if any(p.is_inference() for p in parameters) else tuple(p._version for p in parameters)
-        answer = pack()
-        # What a recording by someone else packs is there only when its graph has run.
+        result = pack()
+        # Within another program's recording, the result is valid only after its graph has run.
         if versions is None or recording_now(device):
-            return answer
+            return result
         refs, memory = tuple(map(weakref.ref, parameters)), tuple(p.detach() for p in parameters)
-        entry = _Entry(refs, memory, versions, settings, answer)
+        entry = _Entry(refs, memory, versions, settings, result)
         with _LOCK:
             _ENTRIES.setdefault(net, {})[key] = entry
     return entry.packed
@@ -84,7 +84,7 @@ def _in_graph(
     settings: tuple[Any, ...],
     pack: Callable[[], Packed],
 ) -> Packed:
-    """Packed once in a graph, before the first launch that reads it; the graph keeps the parameters' memory."""
+    """Pack once per graph, before the first launch that reads it; the graph keeps the parameters' memory alive."""
     key = (id(net), *(p.data_ptr() for p in parameters), settings)
     if key not in graph.packed:
         for p in parameters:

@@ -1,4 +1,4 @@
-"""The structurally random matrix's products on a GPU, by the kernels of `csrc/cuda/srm.cu` (docs/kernels.md)."""
+"""The structurally random matrix's products on a GPU, with the kernels of `csrc/cuda/srm.cu` (docs/kernels.md)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .srm_plan import ADJOINT, CORRECT, FORWARD, NORMAL, Plan, plan
 
 
 class Launcher(Protocol):
-    """Starts kernels of one compiled source."""
+    """Launches kernels of one compiled source."""
 
     def launch(self, kernel: str, blocks: int, threads: int, shared: int, arguments: Sequence[np.generic]) -> None:
-        """Start `blocks` blocks of `threads` threads with `shared` bytes of shared memory each."""
+        """Launch `blocks` blocks of `threads` threads, with `shared` bytes of shared memory per block."""
         ...
 
 
 class GpuSrm:
-    """The products of one SRM for float32; it holds tables made of the operator's buffers."""
+    """The float32 products of one SRM, with tables computed from the operator's buffers."""
 
     capturable = True
 
@@ -36,10 +36,10 @@ class GpuSrm:
         device, d = A.rows.device, int(np.prod(A.image_shape))
         self._ints = torch.from_numpy(how.ints).to(device)
         self._floats = torch.from_numpy(how.floats).to(device)
-        kept = torch.zeros(d, dtype=torch.bool, device=device)
-        kept[A.rows] = True
-        words = _words(kept)
-        counts = torch.nn.functional.pad(kept, (0, -d % 32)).view(-1, 32).sum(1)
+        selected = torch.zeros(d, dtype=torch.bool, device=device)
+        selected[A.rows] = True
+        words = _words(selected)
+        counts = torch.nn.functional.pad(selected, (0, -d % 32)).view(-1, 32).sum(1)
         self._kept = torch.stack([words, (counts.cumsum(0) - counts).to(torch.int32)], 1).contiguous()
         self._signs = None if A.signs is None else _words(A.signs < 0)
         self._perm = None if A.perm is None else A.perm.to(torch.int32)
@@ -54,16 +54,18 @@ class GpuSrm:
         hold(self)
         like = x if x is not None else y
         assert like is not None
-        one, weights = (0.0, weight.to(like.dtype).contiguous()) if isinstance(weight, torch.Tensor) else (weight, None)
+        scalar, weights = (
+            (0.0, weight.to(like.dtype).contiguous()) if isinstance(weight, torch.Tensor) else (weight, None)
+        )
         x, y = (None if t is None else t.contiguous() for t in (x, y))
-        at_work = active_mask(like)
-        at_work = None if at_work is None else at_work.contiguous()
+        active = active_mask(like)
+        active = None if active is None else active.contiguous()
         out = like.new_empty((len(like), self._measurements) if product == FORWARD else (len(like), *self._shape))
         scratch = like.new_empty((len(like), *self._shape)) if self._how.scratch and len(like) else None
-        tensors = (x, y, weights, out, scratch, at_work, self._perm, self._signs, self._kept, self._ints, self._floats)
+        tensors = (x, y, weights, out, scratch, active, self._perm, self._signs, self._kept, self._ints, self._floats)
         pointers = [np.uint64(0 if t is None else t.data_ptr()) for t in tensors]
         for launch in self._how.launches[product] if len(like) else ():
-            numbers = (np.float32(one), np.int32(product), np.int32(launch.part))
+            numbers = (np.float32(scalar), np.int32(product), np.int32(launch.part))
             sizes = (launch.blocks * len(like), self._how.threads, launch.shared)
             self._launcher.launch(self._how.kernel, *sizes, (*pointers, *numbers))
         return out
@@ -86,23 +88,23 @@ class GpuSrm:
 
 
 def _words(flags: torch.Tensor) -> torch.Tensor:
-    """Bits of 32 flags each, the first the lowest, as int32."""
+    """Flags packed into int32 words of 32 bits, the first flag in the lowest bit."""
     padded = torch.nn.functional.pad(flags, (0, -len(flags) % 32)).view(-1, 32).to(torch.int64)
     words = (padded << torch.arange(32, dtype=torch.int64, device=flags.device)).sum(1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def build(A: Any, limit: int, compiled: Callable[[tuple[str, ...]], Launcher]) -> GpuSrm | None:
-    """The kernels of `A` for `limit` bytes of shared memory; `compiled(options)` gives them. None if it has none."""
+    """The kernels of `A` for `limit` bytes of shared memory, from `compiled(options)`; None if `A` is not covered."""
     how = plan(A, limit)
     return None if how is None else GpuSrm(A, how, compiled(how.options))
 
 
 def find(A: nn.Module, like: torch.Tensor) -> GpuSrm | None:
-    """The kernels of the SRM `A` for float32 on its GPU, or None where torch's definition is to be used.
+    """The kernels of the SRM `A` for float32 on its GPU, or None if the PyTorch definition must be used.
 
-    The first call for an operator, and the first after its buffers have changed, compiles (or finds what was compiled),
-    copies tables to the GPU and waits for them: a CUDA graph can capture all calls but these.
+    The first call for an operator, and the first after its buffers have changed, compiles (or loads from the cache),
+    copies tables to the GPU and synchronizes. A CUDA graph can capture all calls except these.
 
     Raises
     ------
@@ -118,7 +120,7 @@ def find(A: nn.Module, like: torch.Tensor) -> GpuSrm | None:
             return None
         with torch.cuda.device(device):
             built = build(A, nvrtc.shared_limit(device), lambda options: nvrtc.module("srm.cu", options, device))
-            # From now on other streams may use the tables, too.
+            # After this, other streams may use the tables, too.
             torch.cuda.current_stream(device).synchronize()
         return built
 
@@ -129,22 +131,22 @@ _KEPT: WeakKeyDictionary[nn.Module, tuple[Any, GpuSrm | None]] = WeakKeyDictiona
 
 
 def covers(A: Any) -> bool:
-    """Whether the buffers are such as an SRM draws: rows in order and different, signs of size 1, a permutation."""
+    """Whether the buffers are valid: rows distinct and ascending, signs +-1, perm a permutation."""
     rows, signs, perm, d = A.rows, A.signs, A.perm, int(np.prod(A.image_shape))
     kinds = [(rows, torch.int64, A.measurements), (signs, torch.int8, d), (perm, torch.int64, d)]
     if any(t is not None and (t.dtype != dtype or t.shape != (n,)) for t, dtype, n in kinds) or rows is None:
         return False
-    in_order = bool((rows[1:] > rows[:-1]).all()) and 0 <= int(rows[0]) and int(rows[-1]) < d
-    of_size_one = signs is None or bool((signs.abs() == 1).all())
-    places = torch.arange(d, dtype=torch.int64, device=rows.device)
-    return in_order and of_size_one and (perm is None or bool((perm.sort().values == places).all()))
+    ascending = bool((rows[1:] > rows[:-1]).all()) and 0 <= int(rows[0]) and int(rows[-1]) < d
+    unit_signs = signs is None or bool((signs.abs() == 1).all())
+    indices = torch.arange(d, dtype=torch.int64, device=rows.device)
+    return ascending and unit_signs and (perm is None or bool((perm.sort().values == indices).all()))
 
 
 def kept(A: nn.Module, make: Callable[[], GpuSrm | None]) -> GpuSrm | None:
-    """What `make` gives, made anew where the operator's buffers are others or hold something else than before."""
+    """The cached result of `make`, computed again if the operator's buffers were replaced or changed."""
     key = srm_key(A)
-    found = _KEPT.get(A)
-    if found is None or found[0] != key:
-        found = (key, make())
-        _KEPT[A] = found
-    return found[1]
+    cached = _KEPT.get(A)
+    if cached is None or cached[0] != key:
+        cached = (key, make())
+        _KEPT[A] = cached
+    return cached[1]

@@ -1,6 +1,6 @@
-"""How a structurally random matrix is laid out for the kernels of `csrc/cuda/srm.cu`: radices, tables, tiles, launches.
+"""The layout of a structurally random matrix for the kernels of `csrc/cuda/srm.cu`: radices, tables, tiles, launches.
 
-Everything here is numbers on the host; `gpu_srm` moves them to the device. docs/kernels.md has the formulas.
+Everything here is computed on the host; `srm.py` copies it to the device. See docs/kernels.md for the formulas.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from ...functional import hadamard
 FORWARD, ADJOINT, NORMAL, CORRECT = range(4)
 ALL, ROWS_IN, COLUMNS, ROWS_OUT = range(4)
 
-# What lines.cuh has: radices of a pass, of the DCT's last pass, of Sylvester's passes.
+# The radices of lines.cuh: of a pass, and of the DCT's last pass.
 _RADICES = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 16)
 _LAST = (1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 16)
-# A matrix beyond is neither small nor fast: torch's product takes over.
+# A larger matrix is neither small nor fast, so torch's product is used.
 _LARGEST_MATRIX = 2048
-# Blocks of the Walsh-Hadamard transform up to here go many to a block of threads.
+# Several blocks of the Walsh-Hadamard transform up to this size share a thread block.
 _WALSH_THREADS, _WALSH_TILE = 256, 4096
-# Sizes of a block: beyond the smallest, as many warps for each of a multiprocessor's four schedulers.
+# Block sizes. All except the smallest give each of a multiprocessor's four schedulers the same number of warps.
 _THREADS = (64, 128, 256, 384, 512)
-# Threads that a multiprocessor should have: each has many independent accesses and sums to wait for at once.
+# Sufficient threads per multiprocessor: each has many independent loads and sums in flight.
 _BUSY = 384
 
 
 def _most_threads(last: int) -> int:
-    """Threads that a multiprocessor has registers for without spilling: fewer the larger the DCT's last radix is."""
+    """Maximum threads per multiprocessor without register spilling; it decreases with the DCT's last radix."""
     return 512 if last <= 8 else 384 if last <= 12 else 256
 
 
@@ -43,7 +43,7 @@ _PASSES = 16
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the part of the product, blocks per image, bytes of shared memory."""
+    """A launch: the part of the product, blocks per image, bytes of shared memory."""
 
     part: int
     blocks: int
@@ -52,7 +52,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one SRM needs of the kernels."""
+    """Kernel, compiler options, tables and launches of one SRM."""
 
     kernel: str
     options: tuple[str, ...]
@@ -63,13 +63,13 @@ class Plan:
 
     @property
     def scratch(self) -> bool:
-        """Whether a product goes through global memory."""
+        """Whether a product stores intermediates in global memory."""
         return self.launches[FORWARD][0].part != ALL
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A pass of radix `radix`, by its matrix if `tile`, with so many outputs to a thread."""
+    """A pass of radix `radix`. If `tile` is nonzero, it multiplies by a matrix, with `tile` outputs per thread."""
 
     radix: int
     tile: int
@@ -85,32 +85,32 @@ class _Tables:
     count: int = 0
 
     def add_ints(self, values: np.ndarray) -> int:
-        at = self.header + len(self.ints)
+        offset = self.header + len(self.ints)
         self.ints += [int(v) for v in values]
-        return at
+        return offset
 
     def add_floats(self, values: np.ndarray) -> int:
-        """Real, or complex as pairs; aligned to 16 bytes."""
+        """Append real values, or complex ones as pairs, aligned to 16 bytes."""
         parts = [np.real(values), np.imag(values)] if np.iscomplexobj(values) else [values]
         flat = np.stack(parts, -1).astype(np.float32).ravel()
-        at = self.count
+        offset = self.count
         self.floats.append(np.concatenate([flat, np.zeros(-len(flat) % 4, np.float32)]))
         self.count += len(self.floats[-1])
-        return at
+        return offset
 
 
 @lru_cache(maxsize=4096)
 def _fewest(n: int) -> tuple[int, ...] | None:
-    """Radices of a pass with product n: as few as can be, among these with the smallest sum, the largest first."""
+    """Radices with product n: as few as possible, then with the smallest sum; in descending order."""
     if n == 1:
         return ()
-    found = [(r, *rest) for r in _RADICES if n % r == 0 and (rest := _fewest(n // r)) is not None]
-    return min((tuple(sorted(f, reverse=True)) for f in found), key=lambda f: (len(f), sum(f), f), default=None)
+    candidates = [(r, *rest) for r in _RADICES if n % r == 0 and (rest := _fewest(n // r)) is not None]
+    return min((tuple(sorted(f, reverse=True)) for f in candidates), key=lambda f: (len(f), sum(f), f), default=None)
 
 
 @lru_cache(maxsize=512)
 def dct_factors(n: int) -> tuple[tuple[Factor, ...], int]:
-    """The passes of an FFT of n points and the radix of its last one: primes beyond 13 by their matrix, few passes."""
+    """The passes of an FFT of n points and the radix of its last one. Primes above 13 are matrix products."""
     large, rest = [], n
     for p in range(17, n + 1, 2):
         while rest % p == 0 and all(p % q for q in range(3, math.isqrt(p) + 1, 2)):
@@ -118,23 +118,25 @@ def dct_factors(n: int) -> tuple[tuple[Factor, ...], int]:
             rest //= p
         if rest < p:
             break
-    found = [(passes, last) for last in _LAST if rest % last == 0 and (passes := _fewest(rest // last)) is not None]
-    passes, last = min(found, key=lambda f: (len(f[0]), sum(f[0]) + 2 * f[1]))
+    candidates = [
+        (passes, last) for last in _LAST if rest % last == 0 and (passes := _fewest(rest // last)) is not None
+    ]
+    passes, last = min(candidates, key=lambda f: (len(f[0]), sum(f[0]) + 2 * f[1]))
     return (*large, *(Factor(r, 0) for r in passes)), last
 
 
 def hadamard_factors(n: int) -> tuple[Factor, ...]:
-    """The passes of the Hadamard transform of order n: Sylvester's in radices up to 16, Paley's by their matrix."""
-    out: list[Factor] = []
+    """The passes of the Hadamard transform of order n: Sylvester's in radices up to 16, Paley's as matrices."""
+    passes: list[Factor] = []
     for order in hadamard.factors(n):
         if order & (order - 1):
-            # 16 outputs share what is read, but fill up more of an odd order.
-            out.append(Factor(order, 16 if -order % 16 <= order // 8 else 8))
+            # 16 outputs share more reads, but need more padding for an odd order.
+            passes.append(Factor(order, 16 if -order % 16 <= order // 8 else 8))
             continue
         bits = order.bit_length() - 1
         parts = -(-bits // 4)
-        out += [Factor(2 ** (bits * (i + 1) // parts - bits * i // parts), 0) for i in range(parts)]
-    return tuple(out)
+        passes += [Factor(2 ** (bits * (i + 1) // parts - bits * i // parts), 0) for i in range(parts)]
+    return tuple(passes)
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,10 @@ class _Side:
 
     n: int
     factors: tuple[Factor, ...]
-    last: int  # 0: not the DCT
+    last: int  # 0 if not a DCT
 
     def units(self, pairs: int) -> list[tuple[int, int, int]]:
-        """Of each pass: units for the threads, how many of them cannot be divided, and what one costs."""
+        """For each pass: units of work for the threads, how many of them must stay together, and the cost of one."""
         out = []
         for f in self.factors:
             if f.tile:
@@ -166,21 +168,21 @@ def _side(transform: str, n: int) -> _Side:
 
 
 def _threads(sides: tuple[_Side, _Side], pairs: tuple[int, int], room: int) -> tuple[int, int] | None:
-    """The size of a block that leaves the fewest threads idle, the smallest of several; how many go together.
+    """The block size that leaves the fewest threads idle (the smallest of equals), and blocks per multiprocessor.
 
-    A multiprocessor has shared memory for `room` blocks. None if a pass needs more threads than there can be.
+    A multiprocessor has shared memory for `room` blocks. None if a pass needs more threads than the maximum.
     """
-    most = min(_most_threads(s.last) for s in sides)
+    max_threads = min(_most_threads(s.last) for s in sides)
     units = [u for side, count in zip(sides, pairs, strict=True) for u in side.units(count)]
-    at_least = max((of_pair for _, of_pair, _ in units), default=1)
-    sizes = [t for t in _THREADS if at_least <= t <= most]
-    sizes = [t for t in sizes if t * room >= min(most, _BUSY)] or sizes[-1:]
+    min_threads = max((of_pair for _, of_pair, _ in units), default=1)
+    sizes = [t for t in _THREADS if min_threads <= t <= max_threads]
+    sizes = [t for t in sizes if t * room >= min(max_threads, _BUSY)] or sizes[-1:]
 
     def cost(size: int) -> int:
         return sum(-(-count // (size // of_pair * of_pair)) * size * each for count, of_pair, each in units)
 
     best = min(sizes, key=cost, default=None)
-    return None if best is None else (best, max(1, min(room, most // best)))
+    return None if best is None else (best, max(1, min(room, max_threads // best)))
 
 
 def _lines(side: _Side, tables: _Tables) -> list[int]:
@@ -219,8 +221,8 @@ def _pass(side: _Side, f: Factor, inner: int, tables: _Tables) -> list[int]:
             h = hadamard.hadamard(r)
             entries = [h.T, h]
         # [input][output]
-        at = [tables.add_floats(np.pad(e, ((0, 0), (0, -r % f.tile)))) for e in entries]
-        matrix, transposed = at[0], at[-1]
+        offsets = [tables.add_floats(np.pad(e, ((0, 0), (0, -r % f.tile)))) for e in entries]
+        matrix, transposed = offsets[0], offsets[-1]
     return [r, f.tile, inner, twiddles, matrix, transposed]
 
 
@@ -233,7 +235,7 @@ def _bytes(rows: int, columns: int) -> int:
 
 
 def _tiles(height: int, width: int, limit: int) -> tuple[int, int] | None:
-    """Rows and columns of the tiles of a plane that does not fit shared memory; None if not even two lines do."""
+    """Rows and columns of the tiles of a plane that exceeds shared memory; None if even two lines do not fit."""
     rows = max(2, min(limit, _ROW_TILE_BYTES) // _bytes(2, width) * 2)
     columns = max(2, min(_COLUMN_TILE, (limit // (4 * _even(height)) - 1) // 2 * 2))
     if columns > 8:
@@ -246,14 +248,14 @@ def _tiles(height: int, width: int, limit: int) -> tuple[int, int] | None:
 def _walsh(A: Any, d: int) -> Plan:
     levels = A.block.bit_length() - 1
     ints = [*A.image_shape, A.measurements, 0, 0, levels, 0]
-    one = (Launch(ALL, -(-d // _WALSH_TILE), 4 * _WALSH_TILE),)
+    launches = (Launch(ALL, -(-d // _WALSH_TILE), 4 * _WALSH_TILE),)
     floats = np.array([A.block**-0.5], np.float32)
     ints = np.array(ints, np.int32)
-    return Plan("srm_walsh", ("-DSRM_KERNEL=2",), _WALSH_THREADS, ints, floats, dict.fromkeys(range(4), one))
+    return Plan("srm_walsh", ("-DSRM_KERNEL=2",), _WALSH_THREADS, ints, floats, dict.fromkeys(range(4), launches))
 
 
 def plan(A: Any, limit: int) -> Plan | None:
-    """The plan of the SRM `A` for `limit` bytes of shared memory in a block, or None where the kernels do not reach."""
+    """The plan of the SRM `A` for `limit` bytes of shared memory in a block, or None if the kernels do not cover it."""
     d = math.prod(A.image_shape)
     if d >= 2**30:
         return None
@@ -270,8 +272,8 @@ def _planes(A: Any, shape: tuple[int, int, int], limit: int) -> Plan | None:
     channels, height, width = shape
     sides = _side(A.transform, width), _side(A.transform, height)
     factors = [f for side in sides for f in side.factors]
-    whole = _bytes(height, width) <= limit
-    tiles = (height, width) if whole else _tiles(height, width, limit)
+    fits = _bytes(height, width) <= limit
+    tiles = (height, width) if fits else _tiles(height, width, limit)
     if tiles is None or any(f.tile and f.radix > _LARGEST_MATRIX for f in factors):
         return None
     down, right = tiles
@@ -284,18 +286,18 @@ def _planes(A: Any, shape: tuple[int, int, int], limit: int) -> Plan | None:
     head = [channels, height, width, A.measurements, down, right, 0, 0]
     lines = [_lines(side, tables) for side in sides]
     ints = np.array([*head, *lines[0], *lines[1], *tables.ints], np.int32)
-    if whole:
+    if fits:
         launches = dict.fromkeys(range(4), (Launch(ALL, channels, _bytes(height, width)),))
     else:
         blocks = {COLUMNS: -(-width // right)}
-        both = tuple(Launch(p, channels * blocks.get(p, -(-height // down)), shared[p]) for p in shared)
-        launches = {FORWARD: both[:2], ADJOINT: both[1:], NORMAL: both, CORRECT: both}
+        stages = tuple(Launch(p, channels * blocks.get(p, -(-height // down)), shared[p]) for p in shared)
+        launches = {FORWARD: stages[:2], ADJOINT: stages[1:], NORMAL: stages, CORRECT: stages}
     kernel = "srm_dct" if A.transform == "dct" else "srm_hadamard"
     return Plan(kernel, _options(kernel, sides, block), block[0], ints, np.concatenate(tables.floats), launches)
 
 
 def _options(kernel: str, sides: tuple[_Side, _Side], block: tuple[int, int]) -> tuple[str, ...]:
-    """The macros that have the source compiled for these radices only."""
+    """The macros that restrict compilation to these radices."""
     tiles = sorted({f.tile for s in sides for f in s.factors if f.tile})
     passes = sorted({f.radix for s in sides for f in s.factors if not f.tile})
     turns = sorted({s.last for s in sides if s.last})

@@ -1,7 +1,7 @@
 """The solvers' vector work in Triton (`kernels/solvers/reductions.py`), for float32 tensors.
 
-Every function is a launch over pieces of images and one that adds up their sums; none waits for the device. Images
-that are not at work (`backend.only`) cost nothing, and what a function leaves in their places is undefined.
+Every function launches one kernel over pieces of images, and one that adds up their sums; none synchronizes. Inactive
+images (`backend.active_images`) cost nothing, and their results are undefined.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class GpuVectors:
-    """Few passes over memory and sums in float64; no bit of an image depends on the others."""
+    """Few reads of memory and sums in float64; the bits of an image do not depend on the others."""
 
     pgd_residual = staticmethod(decisions.pgd_residual)
     pgd_candidate = staticmethod(decisions.pgd_candidate)
@@ -35,28 +35,28 @@ class GpuVectors:
         return self.dots((a, b))[0]
 
     def dots(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """`<a_b, b_b>` of each pair, `[pairs, B]`, float64, in one pass over memory; at most four different tensors."""
+        """`<a_b, b_b>` of each pair, `[pairs, B]`, float64, reading memory once; at most four different tensors."""
         tensors: list[torch.Tensor] = []
         code = 0
         for i, pair in enumerate(pairs):
             for j, t in enumerate(pair):
-                place = next((k for k, known in enumerate(tensors) if known is t), len(tensors))
-                tensors += [t] if place == len(tensors) else []
-                code |= place << (4 * i + 2 * j)
+                index = next((k for k, known in enumerate(tensors) if known is t), len(tensors))
+                tensors += [t] if index == len(tensors) else []
+                code |= index << (4 * i + 2 * j)
         if len(tensors) > 4:
             raise ValueError(
                 f"dots takes pairs of at most 4 different tensors, but {len(tensors)} came; call it twice."
             )
-        given = [_read(t) for t in tensors]
-        given += [given[0]] * (4 - len(given))
-        sums = Sums(given[0], len(pairs))
-        sums.launch(kernels.products, *given, sums.partial, sums.work, COUNT=len(pairs), PAIRS=code)
+        inputs = [_read(t) for t in tensors]
+        inputs += [inputs[0]] * (4 - len(inputs))
+        sums = Sums(inputs[0], len(pairs))
+        sums.launch(kernels.products, *inputs, sums.partial, sums.work, COUNT=len(pairs), PAIRS=code)
         return sums.total()
 
     def add(
         self, x: torch.Tensor, s: torch.Tensor, p: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x_b + s_b p_b` where `rows`, else `x_b`, and its squared norm, float64."""
+        """`x_b + s_b p_b` if `rows`, otherwise `x_b`; and its squared norm, float64."""
         x, s, p = _read(x), s.contiguous(), _read(p)
         out, sums = torch.empty_like(x), Sums(x, 1)
         sums.launch(kernels.add, x, s, p, _bytes(rows), out, sums.partial, sums.work)
@@ -85,7 +85,7 @@ class GpuVectors:
         x: torch.Tensor,
         f: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Into `state` (dx, df, x, f of all images) the newest differences; `<df_k, newest df>` and `<df_k, f>`."""
+        """Update `state` (all of dx, df, x, f) with the newest differences; `<df_k, newest df>` and `<df_k, f>`."""
         memory = state[0].shape[1]
         x, f, slot = _read(x), _read(f), slot.contiguous()
         sums = Sums(x, 2 * memory)
@@ -101,8 +101,8 @@ class GpuVectors:
             sums.work,
             MEMORY=memory,
         )
-        both = sums.total().t()
-        return both[:, :memory], both[:, memory:]
+        products = sums.total().t()
+        return products[:, :memory], products[:, memory:]
 
     def combine(
         self,
@@ -113,7 +113,7 @@ class GpuVectors:
         x: torch.Tensor,
         f: torch.Tensor,
     ) -> torch.Tensor:
-        """`x + f - sum_k c_k (dx_k + df_k)`, the sum shortened to the length `limit` `[b]`."""
+        """`x + f - sum_k c_k (dx_k + df_k)`, the sum shortened to `limit` `[b]`."""
         x, f, c, limit = _read(x), _read(f), c.contiguous(), limit.contiguous()
         out, sums = torch.empty_like(x), Sums(x, 1)
         sums.launch(
@@ -129,15 +129,15 @@ class GpuVectors:
         sums.launch(kernels.shorten, sums.partial, limit, x, f, out, sums.work, STEP=sums.step)
         return out
 
-    # What follows works where `rows` (None: all at work) and changes contiguous tensors in place where that is said by
-    # `=`; all sums of other images are undefined. `batched/fused.py` says the same in torch.
+    # The following functions process the images `rows` (None: all active images) and change contiguous tensors in place
+    # as `=` indicates. The sums of other images are undefined. `batched/fused.py` has the same functions in PyTorch.
 
     def judge(
         self, candidate: torch.Tensor, candidate_g: torch.Tensor, x: torch.Tensor, g: torch.Tensor, rows: Rows
     ) -> torch.Tensor:
-        """`secant`'s four sums within one batch, and the squared norms of candidate and its gradient, `[6, B]`."""
-        given = (_read(candidate), _read(candidate_g), _read(x), _read(g))
-        return _sums(6, kernels.secant, (None, *given), rows, candidate, SIZES=True)
+        """The four sums of `secant` without `idx`, and the squared norms of candidate and candidate_g, `[6, B]`."""
+        inputs = (_read(candidate), _read(candidate_g), _read(x), _read(g))
+        return _sums(6, kernels.secant, (None, *inputs), rows, candidate, SIZES=True)
 
     def cg_direction(self, p: torch.Tensor, z: torch.Tensor, s: torch.Tensor, rows: Rows) -> None:
         """`p = z + s p`."""
@@ -172,8 +172,8 @@ class GpuVectors:
     ) -> torch.Tensor:
         """With `state` x, r, w, w_old and `numbers` oldeps, delta, gamma, phi, a, b `[B]`: `w_old, w = w, (v - oldeps
         w_old - delta w) / gamma`, `x += phi w`, `r = a r - b r2`; `<x, x>`, `<r, r>`, `<w, w>`, `[3, B]`."""
-        given = (*map(_own, state), _read(v), _read(r2), *(t.contiguous() for t in numbers))
-        return _sums(3, steps.minres_move, given, rows, v)
+        inputs = (*map(_own, state), _read(v), _read(r2), *(t.contiguous() for t in numbers))
+        return _sums(3, steps.minres_move, inputs, rows, v)
 
     def descend(self, x: torch.Tensor, tau: torch.Tensor, g: torch.Tensor, rows: Rows) -> torch.Tensor:
         """`x - tau g`."""
@@ -201,9 +201,9 @@ class GpuVectors:
 
 
 class Sums:
-    """Room for the sums of one pass over images like `like` `[B, ...]`, and its launches.
+    """Memory for the sums of one read of images like `like` `[B, ...]`, and its launches.
 
-    `rows` are the images to work on; without them those at work.
+    `rows` are the images to process; by default the active ones.
     """
 
     def __init__(self, like: torch.Tensor, count: int, rows: Rows = None) -> None:
@@ -220,7 +220,7 @@ class Sums:
         """`kernel` over the pieces of all images."""
         if self.images * self.pieces:
             with self.on:
-                # Fused: half the float64 instructions and registers, and no bit of a sum, whose products are exact.
+                # Fused multiply-add halves float64 instructions and registers; products are exact, so no bit changes.
                 kernel[(self.images * self.pieces,)](
                     *arguments,
                     N=self.n,
@@ -249,20 +249,20 @@ class Sums:
 def _sums(
     count: int, kernel: Any, given: tuple[Any, ...], rows: Rows, like: torch.Tensor, **constants: Any
 ) -> torch.Tensor:
-    """The `count` sums of one pass, `[count, B]`."""
+    """The `count` sums of one launch, `[count, B]`."""
     sums = Sums(like, count, rows)
     sums.launch(kernel, *given, sums.partial, sums.work, **constants)
     return sums.total()
 
 
 def _read(t: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor at a multiple of 16 bytes: elsewhere Triton has other kernels, with another order of sums."""
+    """A contiguous tensor aligned to 16 bytes: for others Triton's kernels have a different order of summation."""
     t = t.contiguous()
     return t.clone() if t.data_ptr() % 16 else t
 
 
 def _own(t: torch.Tensor) -> torch.Tensor:
-    """A tensor that a kernel changes in place."""
+    """A contiguous tensor, which a kernel changes in place."""
     if not t.is_contiguous():
         raise ValueError(
             f"A tensor to be changed in place must be contiguous, but has the strides {t.stride()}; copy it."
@@ -271,7 +271,7 @@ def _own(t: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes(rows: torch.Tensor) -> torch.Tensor:
-    """Flags as bytes, which is how a kernel reads them; no copy."""
+    """Flags viewed as bytes, as kernels read them."""
     return rows.contiguous().view(torch.uint8)
 
 
