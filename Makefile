@@ -42,7 +42,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Workers share the cores, one thread each (tests/conftest.py).
+# Workers share the cores, one thread each. Hypothesis draws the same examples at every run, and fresh ones if pytest is
+# called without CI set (tests/conftest.py).
+pytest test-long: export CI ?= 1
 pytest: $(STAMP)
 	$(BIN)/pytest -n auto --maxprocesses=8 -m "not long" --cov=deepreg_fast --cov-report=term:skip-covered --cov-fail-under=90
 

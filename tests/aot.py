@@ -64,6 +64,8 @@ def variants(module: str) -> list[Variant]:
     """What a module ships; `spilling` is the kernel of this file that must be caught."""
     if module == "spilling":
         return [SPILLING]
+    if module not in modules():
+        raise SystemExit(f"The module must be one of {', '.join(modules())}, but is {module!r}.")
     found = importlib.import_module(f"deepreg_fast.kernels.{module}")
     return found.variants() if hasattr(found, "variants") else []
 

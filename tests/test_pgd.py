@@ -156,6 +156,8 @@ def test_bad_input() -> None:
         lambda: dr.recover(y, "srm", reg, 0.1),  # type: ignore[arg-type]
         lambda: dr.recover(y, A, "tv", 0.1),  # type: ignore[arg-type]
         lambda: dr.recover(y, A, reg, 0.1, x0=x[:1]),
+        lambda: dr.recover(y, A, reg, 0.1, tau0=torch.ones(len(y) + 1)),
+        lambda: dr.recover(y, A, reg, 0.1, tau0=0.5),  # type: ignore[arg-type]
         lambda: dr.recover(y.float(), A, reg, 0.1),
         lambda: reg.value_and_grad(x[0]),
         lambda: reg.value_and_grad(x[..., :2]),

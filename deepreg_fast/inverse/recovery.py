@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -92,13 +94,21 @@ def recover(  # noqa: PLR0913 - the problem, then what is optional
         checks.same_kind(x0, y, "x0 and y")
         if len(x0) != len(y):
             raise InputError(f"x0 must hold one image per row of y, {len(y)}, but holds {len(x0)}.")
+    if tau0 is not None and not _is_vector(tau0, len(y)):
+        raise InputError(
+            f"tau0 must be a float tensor [{len(y)}], one step size per image, but is {checks.describe(tau0)}."
+        )
     if len(y) == 0:
-        none = torch.zeros(0, dtype=torch.int64, device=y.device)
-        empty = torch.zeros(0, dtype=torch.float64, device=y.device)
-        return Solution(x0, none, none, none, empty, empty)
+        integers, floats = (partial(torch.zeros, 0, dtype=t, device=y.device) for t in (torch.int64, torch.float64))
+        backend = reg.backend_for(x0).name
+        return Solution(x0, integers(), integers(), integers(), floats(), floats(), backend=backend)
     sol = pgd(y, A, reg, mu_b, options, x0, tau0, observer)
     sol.backend = reg.backend_for(x0).name
     return sol
+
+
+def _is_vector(t: object, length: int) -> bool:
+    return isinstance(t, torch.Tensor) and t.is_floating_point() and t.shape == (length,)
 
 
 __all__ = ["PGDOptions", "Solution", "Status", "recover"]

@@ -23,7 +23,7 @@ class ICNN(Regularizer):
     Parameters
     ----------
     channels, depth : int
-        Width (>= 1) and number of layers (>= 2) of the network f.
+        Width and number of layers of the network f, both >= 1.
     rho : float >= 0
         Strong convexity.
     gain : float > 0

@@ -180,7 +180,7 @@ def image_sums(  # noqa: PLR0913 - a kernel's launch
 def _work(like: Tensor, rows: Tensor | None) -> Tensor:
     """The mask as bytes, which Triton reads on every device."""
     ones = torch.ones(len(like), dtype=torch.bool, device=like.device) if rows is None else rows
-    return ones.view(torch.uint8)
+    return ones.contiguous().view(torch.uint8)
 
 
 def _programs(like: Tensor, high: int, wide: int, most: int) -> tuple[int, int]:

@@ -81,7 +81,7 @@ class WholeSweeps(Sweeps):
         rows, u = active_mask(self._u), self._u[part]
         rows = None if rows is None else rows[part]
         all_active = torch.ones(len(u), dtype=torch.bool, device=u.device)
-        return rows, (all_active if rows is None else rows).view(torch.uint8)
+        return rows, (all_active if rows is None else rows.contiguous()).view(torch.uint8)
 
     def _needing(self, count: int, planes: int, what: str) -> AbstractContextManager[None]:
         return memory_guard(self._bytes(count, planes, 3), self._u.device, f"{what} at {count} images")
