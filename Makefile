@@ -44,7 +44,7 @@ lint: $(STAMP)
 
 # Workers share the cores, one thread each. Hypothesis draws the same examples at every run, and fresh ones if pytest is
 # called without CI set (tests/conftest.py).
-pytest test-long: export CI ?= 1
+pytest test-long sanitize sanitize-threads: export CI ?= 1
 pytest: $(STAMP)
 	$(BIN)/pytest -n auto --maxprocesses=8 -m "not long" --cov=deepreg_fast --cov-report=term:skip-covered --cov-fail-under=90
 
