@@ -1,11 +1,12 @@
 """Figure of the README: mean PSNR of the headline rows against the number of gradients of their recovery.
 
-python benchmarks/reproduction_figure.py --results benchmarks/results/reproduction/results.json --out docs/psnr.svg
+python benchmarks/reproduction_figure.py --results benchmarks/results/reproduction/results.json.gz --out docs/psnr.svg
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 from pathlib import Path
 
@@ -31,7 +32,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    rows = {r["name"]: r for r in json.loads(options.results.read_text(encoding="utf-8"))["rows"]}
+    content = options.results.read_bytes()
+    if options.results.suffix == ".gz":
+        content = gzip.decompress(content)
+    rows = {r["name"]: r for r in json.loads(content)["rows"]}
     curves = {label: rows[name]["converged"] for name, label in ROWS.items() if name in rows}
     lines = [
         Line(label, curve["gradients"], curve["psnr_mean"], None if label == "TV" else i)
