@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from deepreg_fast import Status
 from deepreg_fast.backend.gpu.vectors import GpuVectors
 from deepreg_fast.batched.linalg import solve_spd
-from deepreg_fast.kernels.solvers import decisions
+from deepreg_fast.kernels.solvers import scalars
 from deepreg_fast.solvers.criteria import PerImageState, acceptance_test, convergence_test
 from deepreg_fast.solvers.linear_system import RUNNING
 from deepreg_fast.solvers.options import PGDOptions
@@ -214,4 +214,4 @@ def test_cg_arrived(images: int, seed: int) -> None:
 
 
 def test_the_kernels_know_the_statuses() -> None:
-    assert {s.name: int(s) for s in Status} == {s.name: getattr(decisions, s.name).value for s in Status}
+    assert {s.name: int(s) for s in Status} == {s.name: getattr(scalars, s.name).value for s in Status}

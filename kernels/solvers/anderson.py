@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from ..variants import Variant, unspecialized
-from .decisions import BLOCK, larger
+from .scalars import BLOCK, larger
 from .reductions import place_of
 
 

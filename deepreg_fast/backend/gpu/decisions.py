@@ -1,4 +1,4 @@
-"""Launches of the solvers' per-image scalar logic (`kernels/solvers/decisions.py`): one instead of dozens.
+"""Launches of the solvers' per-image scalar logic (`kernels/solvers/`): one instead of dozens.
 
 Each function computes the same bits as its PyTorch counterpart in the solvers. All results are new tensors. The sums of
 inactive images are undefined; of their results, only `running`, `status` and unchanged state are defined.
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ...kernels.solvers import anderson  # pyright: ignore[reportMissingImports]
-from ...kernels.solvers import decisions as kernels  # pyright: ignore[reportMissingImports]
+from ...kernels.solvers import anderson, cg, pgd  # pyright: ignore[reportMissingImports]
+from ...kernels.solvers.scalars import BLOCK  # pyright: ignore[reportMissingImports]
 from .memory import hold, stream_of
 
 PerImageState = tuple[torch.Tensor, ...]
@@ -33,11 +33,11 @@ def launch(kernel: Any, given: tuple[torch.Tensor, ...], out: tuple[torch.Tensor
     if images:
         with on(tensors[0]):
             # No fused multiply-add, so that the bits equal torch's.
-            kernel[(-(-images // kernels.BLOCK),)](
+            kernel[(-(-images // BLOCK),)](
                 *(t.view(torch.uint8) if t.dtype == torch.bool else t for t in tensors),
                 images,
                 **constants,
-                BLOCK=kernels.BLOCK,
+                BLOCK=BLOCK,
                 num_warps=1,
                 enable_fp_fusion=False,
             )
@@ -65,7 +65,7 @@ def pgd_residual(
     tau, lipschitz_estimate, residual, _, gradients, _, status, running = n
     inputs = (sums, scale, _options(options, tau.device), tau, lipschitz_estimate, residual, gradients, status, running)
     out = tuple(map(torch.empty_like, (residual, status, running)))
-    launch(kernels.pgd_residual, inputs, out, EPS=eps)
+    launch(pgd.pgd_residual, inputs, out, EPS=eps)
     return out
 
 
@@ -86,7 +86,7 @@ def pgd_candidate(  # noqa: PLR0913 - all of a round's numbers
     changing = (tau, lipschitz_estimate, plain_next, gradients, iterations, status, running)
     out = (*map(torch.empty_like, changing), torch.empty_like(running), torch.empty_like(running))
     inputs = (sums, value, limit, _options(options, tau.device), *changing)
-    launch(kernels.pgd_candidate, inputs, out, EPS=eps, PLAIN=plain)
+    launch(pgd.pgd_candidate, inputs, out, EPS=eps, PLAIN=plain)
     return (out[0], out[1], residual, *out[2:7]), out[7], out[8]
 
 
@@ -144,7 +144,7 @@ def cg_beta(
 ) -> tuple[torch.Tensor, ...]:
     """CG's `cg_beta`: the factor of the old direction, and the new rz, restarted, status and running."""
     out = (torch.empty_like(rz), torch.empty_like(rz), *map(torch.empty_like, (restarted, status, running)))
-    launch(kernels.cg_beta, (new_rz, rz, restarted, status, running), out)
+    launch(cg.cg_beta, (new_rz, rz, restarted, status, running), out)
     return out
 
 
@@ -160,7 +160,7 @@ def cg_alpha(  # noqa: PLR0913 - all of a step's numbers
 ) -> tuple[torch.Tensor, ...]:
     """`record_norm`, `cg_alpha` and `would_overflow`: the step length, and the new a_norm, status and running."""
     out = (torch.empty_like(rz), *map(torch.empty_like, (a_norm, status, running)))
-    launch(kernels.cg_alpha, (sums, squared_norms, rz, a_norm, status, running), out, EPS=eps, MAX_NORM=max_norm)
+    launch(cg.cg_alpha, (sums, squared_norms, rz, a_norm, status, running), out, EPS=eps, MAX_NORM=max_norm)
     return out
 
 
@@ -175,5 +175,5 @@ def cg_has_converged(  # noqa: PLR0913 - all of a step's numbers
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`cg_has_converged`: the new stagnant_steps and running."""
     out = torch.empty_like(stagnant_steps), torch.empty_like(running)
-    launch(kernels.cg_has_converged, (squared_norms, sums, length, stagnant_steps, target_norm, running), out, EPS=eps)
+    launch(cg.cg_has_converged, (squared_norms, sums, length, stagnant_steps, target_norm, running), out, EPS=eps)
     return out

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ...kernels.solvers import cg, minres, pgd  # pyright: ignore[reportMissingImports]
 from ...kernels.solvers import reductions as kernels  # pyright: ignore[reportMissingImports]
-from ...kernels.solvers import steps  # pyright: ignore[reportMissingImports]
 from ..active import active_mask
 from . import decisions
 
@@ -142,25 +142,25 @@ class GpuVectors:
     def cg_direction(self, p: torch.Tensor, z: torch.Tensor, s: torch.Tensor, rows: Rows) -> None:
         """`p = z + s p`."""
         sums = Sums(p, 0, rows)
-        sums.launch(steps.cg_direction, _own(p), _read(z), s.contiguous(), sums.work)
+        sums.launch(cg.cg_direction, _own(p), _read(z), s.contiguous(), sums.work)
 
     def cg_move(
         self, x: torch.Tensor, r: torch.Tensor, p: torch.Tensor, q: torch.Tensor, s: torch.Tensor, rows: Rows
     ) -> torch.Tensor:
         """`x += s p`, `r -= s q`; `<x, x>`, `<r, r>`, `[2, B]`."""
-        return _sums(2, steps.cg_move, (_own(x), _own(r), _read(p), _read(q), s.contiguous()), rows, x)
+        return _sums(2, cg.cg_move, (_own(x), _own(r), _read(p), _read(q), s.contiguous()), rows, x)
 
     def lanczos_first(
         self, u: torch.Tensor, c: torch.Tensor, r1: torch.Tensor, v: torch.Tensor, rows: Rows
     ) -> torch.Tensor:
         """`<v, v>`, `<u, u>`, then `u -= c r1`, then `<v, u>`, `[3, B]`."""
-        return _sums(3, steps.lanczos_first, (_own(u), c.contiguous(), _read(r1), _read(v)), rows, u)
+        return _sums(3, minres.lanczos_first, (_own(u), c.contiguous(), _read(r1), _read(v)), rows, u)
 
     def lanczos_second(
         self, u: torch.Tensor, c: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, rows: Rows
     ) -> torch.Tensor:
         """`r1, r2 = r2, u - c r2`; `<r2, r2>`."""
-        return _sums(1, steps.lanczos_second, (_read(u), c.contiguous(), _own(r1), _own(r2)), rows, u)[0]
+        return _sums(1, minres.lanczos_second, (_read(u), c.contiguous(), _own(r1), _own(r2)), rows, u)[0]
 
     def minres_move(
         self,
@@ -173,13 +173,13 @@ class GpuVectors:
         """With `state` x, r, w, w_old and `numbers` oldeps, delta, gamma, phi, a, b `[B]`: `w_old, w = w, (v - oldeps
         w_old - delta w) / gamma`, `x += phi w`, `r = a r - b r2`; `<x, x>`, `<r, r>`, `<w, w>`, `[3, B]`."""
         inputs = (*map(_own, state), _read(v), _read(r2), *(t.contiguous() for t in numbers))
-        return _sums(3, steps.minres_move, inputs, rows, v)
+        return _sums(3, minres.minres_move, inputs, rows, v)
 
     def descend(self, x: torch.Tensor, tau: torch.Tensor, g: torch.Tensor, rows: Rows) -> torch.Tensor:
         """`x - tau g`."""
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         sums = Sums(x, 0, rows)
-        sums.launch(steps.descend, _read(x), tau.contiguous(), _read(g), out, sums.work)
+        sums.launch(pgd.descend, _read(x), tau.contiguous(), _read(g), out, sums.work)
         return out
 
     def pgd_step(
@@ -188,7 +188,7 @@ class GpuVectors:
         """`step = prox - x`, `x + step`, and `<step, step>`, `<x, x>`, `<g, g>`, `[3, B]`."""
         prox, x, g = _read(prox), _read(x), _read(g)
         step, candidate = torch.empty_like(x), torch.empty_like(x)
-        return step, candidate, _sums(3, steps.pgd_step, (prox, x, g, step, candidate), rows, x)
+        return step, candidate, _sums(3, pgd.pgd_step, (prox, x, g, step, candidate), rows, x)
 
     def take(self, rows: Rows, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
         """`to = source` for each pair `(to, source)`."""
@@ -197,7 +197,7 @@ class GpuVectors:
             sums = Sums(to, 0, rows)
             if to_other is not None and other is not None:
                 to_other, other = _own(to_other), _read(other)
-            sums.launch(steps.take, _own(to), _read(source), to_other, other, sums.work)
+            sums.launch(pgd.take, _own(to), _read(source), to_other, other, sums.work)
 
 
 class Sums:
