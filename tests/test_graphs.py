@@ -104,7 +104,7 @@ class Analytic:
     def unavailable(self) -> str | None:
         return None
 
-    def why_not(self, energy: nn.Module, x: torch.Tensor) -> str | None:
+    def unsupported_reason(self, energy: nn.Module, x: torch.Tensor) -> str | None:
         return None if isinstance(energy, Bowl) else "it is for bowls."
 
     def value_and_grad(self, energy: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
