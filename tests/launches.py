@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import deepreg_fast as dr
 from deepreg_fast.backend.active import active_images
-from deepreg_fast.backend.gpu import conv_chain
+from deepreg_fast.backend.gpu import conv_chain, tv
 from deepreg_fast.backend.gpu import vectors as gpu_vectors
 from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
 
@@ -85,6 +85,8 @@ def keys(batch: int) -> list[str]:
 
     JITFunction._do_compile = compile_nothing  # type: ignore[method-assign]
     vectors(batch, 6144)
+    smoothed_tv((batch, 1, 7, 5))
+    smoothed_tv((batch, 3, 32, 16))
     for norm, head in (("pixel", "red"), ("none", "residual"), ("image", "norm")):
         chain(norm, head, 16, 3, (batch, 7))
         # In parts of the batch, which begin anywhere.
@@ -146,6 +148,15 @@ def chain(norm: str, head: str, channels: int, depth: int, size: tuple[int, int]
             lin.param_vjp(x)
 
 
+def smoothed_tv(shape: tuple[int, ...]) -> None:
+    """A gradient, a linearization and its product."""
+    x = torch.rand(shape)
+    for rows in (None, torch.ones(len(x), dtype=torch.bool)):
+        with active_images(rows):
+            tv.value_and_grad(0.01, x)
+            tv.GpuTvLinearization(dr.TV(0.01), 0.01, x).hvp(x)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     driver.set_active(Driver())
@@ -160,6 +171,8 @@ def main() -> None:
         os.environ["TRITON_CACHE_DIR"] = cache
         vectors(1, 7)
         vectors(3, 6144)
+        smoothed_tv((1, 1, 7, 5))
+        smoothed_tv((2, 3, 32, 16))
         chain("pixel", "red", 16, 3, (1, 6))
         chain("none", "residual", 5, 2, (3, 33))
         chain("image", "norm", 16, 3, (2, 16))

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -662,10 +663,10 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     backend._TABLE.update(table)
 
 
-@pytest.mark.parametrize("norm", ["none", "image"])
-@pytest.mark.parametrize("head", ["red", "residual"])
+@pytest.mark.parametrize(("norm", "head"), [*product(("none", "image"), ("red", "residual")), ("", "tv")])
 def test_a_moved_linearization_reads_nothing_else(gpu: None, norm: str, head: str) -> None:
-    reg = random_red(scale=0.05, double=False, channels=4, norm=norm, head=head)
+    red = None if head == "tv" else random_red(scale=0.05, double=False, channels=4, norm=norm, head=head)
+    reg = red or dr.TV(0.1)
     x, v = (images(2, 1, 4, 4, dtype=torch.float32, seed=seed) for seed in range(2))
     lin: Any = reg.linearize(x)
     wanted, read = lin.hvp(v), []
@@ -676,13 +677,15 @@ def test_a_moved_linearization_reads_nothing_else(gpu: None, norm: str, head: st
     assert len({id(t) for t in read}) == len(read)
 
 
+@pytest.mark.parametrize("kind", ["red", "tv"])
 def test_solves_on_the_gpu_backend_have_the_bits_of_solves_without_graphs(
-    gpu: None, monkeypatch: pytest.MonkeyPatch
+    gpu: None, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """While parameters change in place; and a graph reads nothing that it does not keep."""
     monkeypatch.setattr(graphs, "WARM_UP", 1)
     monkeypatch.setattr(graphs, "ROUNDS", 2)
-    reg = random_red(scale=0.05, double=False, channels=4, norm="pixel", alpha=0.5, depth=2)
+    red = random_red(scale=0.05, double=False, channels=4, norm="pixel", alpha=0.5, depth=2)
+    reg = red if kind == "red" else dr.TV(0.5)
     A, mu = dr.SRM((1, 4, 4), 0.4), torch.ones(1)
 
     def solves(x: torch.Tensor) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -204,6 +205,21 @@ class Kernels:
             return self._under(lambda: reg.linearize(x))
         chain, form, options = self._chain(reg)
         return chain.GpuLinearization(reg, form, x, options)
+
+    def of_tv(self, reg: Any) -> Any:
+        """Smoothed TV by its kernels: `value_and_grad(x)` and `linearize(x)`."""
+        if not self.direct:
+            under = self._under
+            return SimpleNamespace(
+                value_and_grad=lambda x: under(lambda: reg.value_and_grad(x)),
+                linearize=lambda x: under(lambda: reg.linearize(x)),
+            )
+        from deepreg_fast.backend.gpu import tv
+
+        return SimpleNamespace(
+            value_and_grad=lambda x: tv.value_and_grad(reg.eps, x),
+            linearize=lambda x: tv.GpuTvLinearization(reg, reg.eps, x),
+        )
 
     def _under(self, f: Callable[[], Any]) -> Any:
         from deepreg_fast.bench.problem import under

@@ -21,7 +21,7 @@ SIZES = ((3, 180, 180), (2, 33, 47))
 def smoke(stage: Stage) -> None:
     """Run all families, or only those that failed in a previous call if its results are given."""
     selected = _failed_before()
-    families = {**_chains(), **_solver_kernels(), **_operators(), **_solves()}
+    families = {**_chains(), **_tvs(), **_solver_kernels(), **_operators(), **_solves()}
     for name, f in families.items():
         if selected is None or name in selected:
             stage.item(name, lambda f=f, name=name: f(stage, name), seconds=12.0)
@@ -117,6 +117,47 @@ def _network(channels: int, depth: int, norm: str, head: str) -> Any:
         for p in reg.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=g))
     return reg
+
+
+# Smoothed total variation.
+
+
+def _tvs() -> dict[str, Family]:
+    return {
+        "tv": lambda stage, name: _tv(stage, name, 1),
+        "tv 3 channels": lambda stage, name: _tv(stage, name, 3),
+        "tv inactive images": lambda stage, name: _tv(stage, name, 3, active=True),
+    }
+
+
+def _tv(stage: Stage, name: str, channels: int, active: bool = False) -> None:
+    """Value, gradient, linearization and Hessian-vector product of both sizes."""
+    import deepreg_fast as dr
+    from deepreg_fast.backend import active_images
+    from deepreg_fast.bench.problem import under
+
+    kernels, reg = Kernels(stage), dr.TV(1e-2)
+
+    def answers(regularizer: Any, x: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+        value, grad = regularizer.value_and_grad(x)
+        lin = regularizer.linearize(x)
+        return {"value": value, "gradient": grad, "linearize": lin.grad, "hvp": lin.hvp(v)}
+
+    for images, rows, columns in SIZES if stage.mode != "dry" else ((2, 9, 17),):
+        label = name if (rows, columns) == SIZES[-1][1:] or stage.mode == "dry" else f"{name} {rows}"
+        g = torch.Generator().manual_seed(6)
+        x = torch.rand(images, channels, rows, columns, generator=g).to(stage.device)
+        v = torch.randn(x.shape, generator=g).to(stage.device)
+        mask = torch.ones(images, dtype=torch.bool, device=stage.device)
+        mask[0] = not active
+        poison(stage, x.numel())
+        with active_images(mask if active else None):
+            ours = answers(kernels.of_tv(reg), x, v)
+        ours, few = {k: t[mask] for k, t in ours.items()}, (x[mask], v[mask])
+        # Called within this round.
+        single = lambda few=few: under("reference", lambda: answers(reg, *few))  # noqa: E731
+        wide = lambda few=few: under("reference", lambda: answers(reg, *(t.double() for t in few)))  # noqa: E731
+        compare(stage, label, ours, single, wide)
 
 
 # The solvers' fused updates.
@@ -409,4 +450,4 @@ def _custom_operators(stage: Stage, name: str) -> None:
 
 def families() -> Iterator[str]:
     """The names of all families, in order."""
-    yield from {**_chains(), **_solver_kernels(), **_operators(), **_solves()}
+    yield from {**_chains(), **_tvs(), **_solver_kernels(), **_operators(), **_solves()}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton.language as tl
 
 from ..variants import Variant, unspecialized
-from .scalars import BLOCK, larger
 from .reductions import place_of
+from .scalars import BLOCK, larger
 
 
 @unspecialized("images", anywhere=None)

@@ -1,7 +1,7 @@
 """The GPU backend: Triton kernels of `kernels/` and CUDA C++ of `csrc/cuda`, for float32 (docs/kernels.md).
 
-This module decides what is covered. `conv_chain.py`, `srm.py` and `vectors.py` launch kernels and are imported at their
-first use.
+This module decides what is covered. `conv_chain.py`, `tv.py`, `srm.py` and `vectors.py` launch kernels and are imported
+at their first use.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def gpu_options(precision: str = "tf32x3", storage: str = "float32") -> Iterator
 
 
 class GpuBackend:
-    """The conv chain and the vector work in Triton, the SRM in CUDA C++. Other energies are not supported."""
+    """The conv chain, TV and the vector work in Triton, the SRM in CUDA C++. Other energies are not supported."""
 
     name = "gpu"
     batch_invariant = True
@@ -81,16 +81,27 @@ class GpuBackend:
         return _too_old(like.device)
 
     def unsupported_reason(self, energy: nn.Module, x: torch.Tensor) -> str | None:
-        """None for a conv chain and a tensor that the kernels cover, otherwise the reason."""
-        form = _form(energy)
-        if form is None:
-            return f"it has kernels for the conv chain (RED) only, not for {describe_energy(energy)}."
+        """None for a conv chain or smoothed TV and a tensor that the kernels cover, otherwise the reason."""
+        form, eps = _form(energy), _eps(energy)
+        if form is None and eps is None:
+            return f"it has kernels for the conv chain (RED) and TV only, not for {describe_energy(energy)}."
+        if (reason := self.serves(x)) is not None:
+            return reason
+        if eps is not None:
+            from . import tv
+
+            return tv.unsupported_reason(eps, x)
         from . import conv_chain
 
-        return self.serves(x) or conv_chain.unsupported_reason(form, x)
+        assert form is not None
+        return conv_chain.unsupported_reason(form, x)
 
     def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r(x_b)` and `grad r(x_b)`."""
+        if (eps := _eps(energy)) is not None:
+            from . import tv
+
+            return tv.value_and_grad(eps, x)
         from . import conv_chain
 
         form = _form(energy)
@@ -99,6 +110,10 @@ class GpuBackend:
 
     def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
         """Save the activations that the Hessian at x needs."""
+        if (eps := _eps(energy)) is not None:
+            from . import tv
+
+            return tv.GpuTvLinearization(energy, eps, x)
         from . import conv_chain
 
         form = _form(energy)
@@ -107,6 +122,10 @@ class GpuBackend:
 
     def signature(self, energy: nn.Module, x: torch.Tensor) -> Signature:
         """Everything that recorded gradients depend on besides their images."""
+        if (eps := _eps(energy)) is not None:
+            from . import tv
+
+            return tv.signature(energy, eps)
         from . import conv_chain
 
         form = _form(energy)
@@ -132,6 +151,11 @@ class GpuBackend:
 
 def _form(energy: Any) -> ConvChainForm | None:
     return getattr(energy, "conv_chain_form", lambda: None)()
+
+
+def _eps(energy: Any) -> float | None:
+    """The smoothing of an energy that is smoothed TV, else None."""
+    return getattr(energy, "tv_eps", lambda: None)()
 
 
 @lru_cache(maxsize=4)
