@@ -2,9 +2,9 @@
 """Smoothed total variation (docs/math.md, M13): value and gradient in one sweep, and the Hessian-vector product.
 
 With `a = |D x|^2 + eps^2`, `w = 1 / sqrt(a)` and `q = w D x`, `grad r = D^T q`. A program works on a tile of TH x TW
-pixels of one plane, a channel of an image. A row of `D^T q` takes q of its pixel, of the one above and of the one on
-the left, so each pixel computes all three from seven values of x. Rows and columns beyond an edge repeat those of the
-edge: differences across it are zero, and no load has a mask.
+pixels of one plane, a channel of an image. A row of `D^T q` needs q at its pixel, at the pixel above and at the pixel
+on the left, so each pixel computes all three from seven values of x. Rows and columns beyond an edge repeat those of
+the edge: differences across it are zero, and no load has a mask.
 """
 # Constants are numbers here, and constexpr only to the compiler.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -22,8 +22,10 @@ TILE = (8, 64, 4)
 
 @triton.jit
 def place(channels, height, width, TH: tl.constexpr, TW: tl.constexpr):
-    """Of program 0, 1, ... (tile by tile of each plane): its image, its plane, and its rows `[TH, 1]` and columns
-    `[1, TW]`. Some lie beyond the lower or right edge."""
+    """The image and plane of this program, and the rows `[TH, 1]` and columns `[1, TW]` of its tile.
+
+    Programs are numbered tile by tile of each plane. Pixels of a tile may lie beyond the lower or right edge.
+    """
     columns = tl.cdiv(width, TW)
     tiles = tl.cdiv(height, TH) * columns
     plane = tl.program_id(0) // tiles
@@ -35,7 +37,7 @@ def place(channels, height, width, TH: tl.constexpr, TW: tl.constexpr):
 
 @triton.jit
 def differences(plane, y, x, height, width):
-    """`D` of a plane, down and across: at each pixel, at the one above, and at the one on the left."""
+    """The differences `D x`, down and across, at each pixel, at the pixel above, and at the pixel on the left."""
     row, column = tl.minimum(y, height - 1), tl.minimum(x, width - 1)
     above, below = tl.maximum(row - 1, 0) * width, tl.minimum(row + 1, height - 1) * width
     left, right = tl.maximum(column - 1, 0), tl.minimum(column + 1, width - 1)

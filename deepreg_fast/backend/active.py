@@ -12,7 +12,7 @@ from contextvars import ContextVar
 
 import torch
 
-_ACTIVE: ContextVar[torch.Tensor | None] = ContextVar("deepreg_fast_rows", default=None)
+_ACTIVE: ContextVar[torch.Tensor | None] = ContextVar("deepreg_fast_active", default=None)
 
 
 @contextmanager
@@ -23,6 +23,11 @@ def active_images(rows: torch.Tensor | None) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+def mask_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask as contiguous bytes, which kernels read on every device; None stays None."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def active_mask(like: torch.Tensor) -> torch.Tensor | None:

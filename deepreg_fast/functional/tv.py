@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .conv_chain import per_image
+
+
+def eps_of(energy: Any) -> float | None:
+    """The smoothing of an energy that is smoothed TV; None for any other energy."""
+    return getattr(energy, "tv_eps", lambda: None)()
 
 
 def smoothed_tv(x: torch.Tensor, eps: float) -> torch.Tensor:

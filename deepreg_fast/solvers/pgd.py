@@ -22,7 +22,7 @@ from ..batched.loop import AnyActive, attach_partial_result, uses_mask
 from .acceleration import Anderson, Plain, make
 from .criteria import run_acceptance_test, run_convergence_test
 from .options import PGDOptions, Solution
-from .protocols import DataTerm, Energy, failing_per_image
+from .protocols import DataTerm, SmoothTerm, failing_per_image
 from .state import State, set_first_gradient
 
 Observer = Callable[[int, torch.Tensor], None]
@@ -33,7 +33,7 @@ Observer = Callable[[int, torch.Tensor], None]
 def pgd(  # noqa: PLR0913 - the problem is these five, the rest is optional
     y: torch.Tensor,
     A: DataTerm,
-    reg: Energy,
+    reg: SmoothTerm,
     mu: torch.Tensor,
     options: PGDOptions,
     x0: torch.Tensor,
@@ -100,7 +100,7 @@ class _Run:
         self,
         y: torch.Tensor,
         A: DataTerm,
-        reg: Energy,
+        reg: SmoothTerm,
         mu: torch.Tensor,
         options: PGDOptions,
         x0: torch.Tensor,

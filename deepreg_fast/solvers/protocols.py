@@ -35,8 +35,8 @@ class DataTerm(Protocol):
         ...
 
 
-class Energy(Protocol):
-    """The regularizer r."""
+class SmoothTerm(Protocol):
+    """The regularizer r, the smooth term of the objective."""
 
     center: float
 

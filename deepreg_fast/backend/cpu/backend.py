@@ -15,12 +15,14 @@ from torch import nn
 
 from ...functional import hadamard
 from ...functional.conv_chain import HEADS, ChannelNorm, ConvChainForm, layers_of
+from ...functional.tv import eps_of
 from ...functional.unaltered import dtype_or_device_mismatch
-from ..reference import Gradients, Linearization, ParameterGuard, describe_energy, srm_key, unsupported_norm_position
+from ..reference import Gradients, Linearization, describe_energy, srm_key, unsupported_norm_position
 from . import ridge as cpu_ridge
 from . import tv as cpu_tv
-from .extension import acquire_scratch, instruction_set, plain, release_scratch
 from .extension import extension as _extension
+from .extension import instruction_set, plain
+from .linearization import CpuLinearization, gradient, sizes
 from .vectors import CpuVectors
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 _MAX_DEPTH = 16
 
 
-class CpuLinearization:
+class ConvChainLinearization(CpuLinearization):
     """The Hessian at a point: SiLU's inputs and the cotangents of its outputs at the hidden pixels, in float32, except
     those that a one-channel convolution recomputes (docs/kernels.md).
 
@@ -37,39 +39,24 @@ class CpuLinearization:
     """
 
     def __init__(self, energy: nn.Module, form: ConvChainForm, x: torch.Tensor) -> None:
-        self.x = plain(x)
         self._tensors = [p for m in (*_convs(form), *_norms(form)) for p in (m.weight, cast(torch.Tensor, m.bias))]
         self._last, self._gain = 2 * len(_convs(form)) - 2, float(form.net.gain)
         self._centred = form.net.norm == "pixel"
         self._gradients = Gradients(energy, self._tensors)
-        self._guard = ParameterGuard([p for p in energy.parameters() if p.requires_grad])
-        self._chain = _chain(form)
-        self._memory = acquire_scratch(self._chain.kept(*_size(x)[:3]))
-        self.value, self.grad = _gradient(self._chain, self.x, self._memory)
+        kernels = _chain(form)
+        params = [p for p in energy.parameters() if p.requires_grad]
+        super().__init__(x, kernels, kernels.kept(*sizes(x)[:3]), params)
 
-    def __del__(self) -> None:
-        memory = getattr(self, "_memory", None)
-        if memory is not None:
-            release_scratch(memory)
-
-    def _check(self, v: torch.Tensor) -> torch.Tensor:
-        self._guard.check(v, self.x)
-        return plain(v)
-
-    def hvp(self, v: torch.Tensor) -> torch.Tensor:
-        """`hess r(x_b) v_b`."""
-        v = self._check(v)
-        out = torch.empty_like(v)
-        self._chain.hvp(self.x, v, self._memory, out, *_size(v))
-        return out
+    def _product(self, v: torch.Tensor, out: torch.Tensor) -> None:
+        self._kernels.hvp(self.x, v, self._memory, out, *sizes(v))
 
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
         v = self._check(v)
-        sizes = [p.numel() for p in self._tensors]
-        flat = v.new_empty(sum(sizes), dtype=torch.float64)
-        self._chain.param_vjp(self.x, v, self._memory, flat, *_size(v))
-        parts = [t.view(p.shape) for p, t in zip(self._tensors, flat.split(sizes), strict=True)]
+        lengths = [p.numel() for p in self._tensors]
+        flat = v.new_empty(sum(lengths), dtype=torch.float64)
+        self._kernels.param_vjp(self.x, v, self._memory, flat, *sizes(v))
+        parts = [t.view(p.shape) for p, t in zip(self._tensors, flat.split(lengths), strict=True)]
         # The gain is folded into the outer filters: h(u) = net(gain u) / gain.
         parts[0] *= self._gain
         parts[self._last] /= self._gain
@@ -84,11 +71,6 @@ class CpuLinearization:
 def _form(energy: Any) -> ConvChainForm:
     """The form of an energy that `unsupported_reason` accepted."""
     return getattr(energy, "unchecked_form", energy.conv_chain_form)()
-
-
-def _size(x: torch.Tensor) -> tuple[int, int, int, int]:
-    """Images, height, width, threads."""
-    return x.shape[0], x.shape[2], x.shape[3], torch.get_num_threads()
 
 
 def _convs(form: ConvChainForm) -> list[nn.Conv2d]:
@@ -131,14 +113,6 @@ def _chain(form: ConvChainForm) -> ConvChain:
         cached = ((len(convs), settings), extension.ConvChain(*tensors, *settings))
         _PACKED[form.net] = cached
     return cached[1]
-
-
-def _gradient(
-    chain: ConvChain, x: torch.Tensor, memory: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    value, grad = x.new_empty(len(x), dtype=torch.float64), torch.empty_like(x)
-    chain.gradient(x, value, grad, memory, *_size(x))
-    return value.to(x.dtype), grad
 
 
 _TRANSFORMS = ("dct", "hadamard", "walsh")
@@ -227,7 +201,7 @@ class CpuBackend:
         """None for a conv chain, a ridge energy or smoothed TV in float32 on the CPU that the kernels cover."""
         form: ConvChainForm | None = getattr(energy, "conv_chain_form", lambda: None)()
         ridge = cpu_ridge.form_of(energy)
-        tv = cpu_tv.eps_of(energy)
+        tv = eps_of(energy)
         if form is None and ridge is None and tv is None:
             return f"it has kernels for the conv chain (RED), Ridge and TV only, not for {describe_energy(energy)}."
         if x.device.type != "cpu" or x.dtype != torch.float32:
@@ -285,14 +259,14 @@ class CpuBackend:
         """`r(x_b)` and `grad r(x_b)` in one sweep."""
         if (ridge := cpu_ridge.form_of(energy)) is not None:
             return cpu_ridge.value_and_grad(ridge, x)
-        if (eps := cpu_tv.eps_of(energy)) is not None:
+        if (eps := eps_of(energy)) is not None:
             return cpu_tv.value_and_grad(eps, x)
-        return _gradient(_chain(_form(energy)), plain(x))
+        return gradient(_chain(_form(energy)), plain(x))
 
     def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
         """Save the activations that the Hessian at x needs."""
         if (ridge := cpu_ridge.form_of(energy)) is not None:
             return cpu_ridge.CpuRidgeLinearization(energy, ridge, x)
-        if (eps := cpu_tv.eps_of(energy)) is not None:
+        if (eps := eps_of(energy)) is not None:
             return cpu_tv.CpuTvLinearization(eps, x)
-        return CpuLinearization(energy, _form(energy), x)
+        return ConvChainLinearization(energy, _form(energy), x)

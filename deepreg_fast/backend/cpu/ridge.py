@@ -11,8 +11,8 @@ from torch import nn
 from ...ambient import outside_inference
 from ...functional.ridge import RidgeForm, RidgeNet
 from ...functional.unaltered import dtype_or_device_mismatch
-from ..reference import ParameterGuard
-from .extension import acquire_scratch, extension, instruction_set, plain, release_scratch
+from .extension import extension, instruction_set, plain
+from .linearization import CpuLinearization, gradient, sizes
 
 if TYPE_CHECKING:
     from ..._cpu import Ridge
@@ -61,53 +61,23 @@ def _make(net: RidgeNet, center: float, isa: str) -> Ridge:
     return module.Ridge(len(w), w.shape[-1], len(s), center, w, c, s, isa)
 
 
-def _size(x: torch.Tensor) -> tuple[int, int, int, int]:
-    """Images, height, width, threads."""
-    return x.shape[0], x.shape[2], x.shape[3], torch.get_num_threads()
-
-
-def _gradient(kernels: Ridge, x: torch.Tensor, memory: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    value, grad = x.new_empty(len(x), dtype=torch.float64), torch.empty_like(x)
-    kernels.gradient(x, value, grad, memory, *_size(x))
-    return value.to(x.dtype), grad
-
-
 def value_and_grad(form: RidgeForm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`r(x_b)` and `grad r(x_b)` in one sweep."""
-    return _gradient(_kernels(form), plain(x))
+    return gradient(_kernels(form), plain(x))
 
 
-class CpuRidgeLinearization:
+class CpuRidgeLinearization(CpuLinearization):
     """The Hessian at a point, `W^T diag(psi'') W`: the planes psi''(W_i * u), in float32.
 
     Memory: 4.2 MB for a 180 x 180 image and 32 filters.
     """
 
     def __init__(self, energy: nn.Module, form: RidgeForm, x: torch.Tensor) -> None:
-        self.x = plain(x)
         self._net = form.net
         self._names = {id(p): n for n, p in energy.named_parameters() if p.requires_grad}
         self._params = [p for p in energy.parameters() if p.requires_grad]
-        self._guard = ParameterGuard(self._params)
-        self._kernels = _kernels(form)
-        self._memory = acquire_scratch(len(x) * self._kernels.kept(*x.shape[2:]))
-        self.value, self.grad = _gradient(self._kernels, self.x, self._memory)
-
-    def __del__(self) -> None:
-        memory = getattr(self, "_memory", None)
-        if memory is not None:
-            release_scratch(memory)
-
-    def _check(self, v: torch.Tensor) -> torch.Tensor:
-        self._guard.check(v, self.x)
-        return plain(v)
-
-    def hvp(self, v: torch.Tensor) -> torch.Tensor:
-        """`hess r(x_b) v_b`."""
-        v = self._check(v)
-        out = torch.empty_like(v)
-        self._kernels.hvp(v, self._memory, out, *_size(v))
-        return out
+        kernels = _kernels(form)
+        super().__init__(x, kernels, len(x) * kernels.kept(*x.shape[2:]), self._params)
 
     @outside_inference
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -121,7 +91,7 @@ class CpuRidgeLinearization:
         with torch.enable_grad():
             w, c = self._net.numbers()
         dw, dc = (v.new_empty(t.shape, dtype=torch.float64) for t in (w, c))
-        self._kernels.param_vjp(self.x, v, dw, dc, *_size(v))
+        self._kernels.param_vjp(self.x, v, dw, dc, *sizes(v))
         pairs = [(t, d.to(t.dtype)) for t, d in ((w, dw), (c, dc)) if t.requires_grad]
         grads = torch.autograd.grad([t for t, _ in pairs], self._params, [d for _, d in pairs], allow_unused=True)
         return {

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ...functional.tv import eps_of
 from ...machine import NO_CUDA
 from ..reference import Linearization, describe_energy
 from .graphs import Signature
@@ -82,7 +83,7 @@ class GpuBackend:
 
     def unsupported_reason(self, energy: nn.Module, x: torch.Tensor) -> str | None:
         """None for a conv chain or smoothed TV and a tensor that the kernels cover, otherwise the reason."""
-        form, eps = _form(energy), _eps(energy)
+        form, eps = _form(energy), eps_of(energy)
         if form is None and eps is None:
             return f"it has kernels for the conv chain (RED) and TV only, not for {describe_energy(energy)}."
         if (reason := self.serves(x)) is not None:
@@ -98,7 +99,7 @@ class GpuBackend:
 
     def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r(x_b)` and `grad r(x_b)`."""
-        if (eps := _eps(energy)) is not None:
+        if (eps := eps_of(energy)) is not None:
             from . import tv
 
             return tv.value_and_grad(eps, x)
@@ -110,7 +111,7 @@ class GpuBackend:
 
     def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
         """Save the activations that the Hessian at x needs."""
-        if (eps := _eps(energy)) is not None:
+        if (eps := eps_of(energy)) is not None:
             from . import tv
 
             return tv.GpuTvLinearization(energy, eps, x)
@@ -122,7 +123,7 @@ class GpuBackend:
 
     def signature(self, energy: nn.Module, x: torch.Tensor) -> Signature:
         """Everything that recorded gradients depend on besides their images."""
-        if (eps := _eps(energy)) is not None:
+        if (eps := eps_of(energy)) is not None:
             from . import tv
 
             return tv.signature(energy, eps)
@@ -151,11 +152,6 @@ class GpuBackend:
 
 def _form(energy: Any) -> ConvChainForm | None:
     return getattr(energy, "conv_chain_form", lambda: None)()
-
-
-def _eps(energy: Any) -> float | None:
-    """The smoothing of an energy that is smoothed TV, else None."""
-    return getattr(energy, "tv_eps", lambda: None)()
 
 
 @lru_cache(maxsize=4)

@@ -240,7 +240,7 @@ def free(loop: Loop, device: torch.device) -> None:
     if device.type != "cuda":
         return
     _FREED[device] = _FREED.get(device, 0) + loop.size
-    if 8 * _FREED[device] > torch.cuda.get_device_properties(device).total_memory:
+    if _FREED[device] > _room(device):
         _FREED[device] = 0
         torch.cuda.empty_cache()
 

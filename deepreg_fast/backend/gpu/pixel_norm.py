@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ... import checks
 from ...functional.conv_chain import HEADS, ChannelNorm, ConvChainForm
-from ..active import active_mask
+from ..active import active_mask, mask_bytes
 from .memory import memory_guard
 from .packed import packed
 
@@ -212,9 +212,7 @@ class Sweeps:
         `fixed`: the arguments that all launches of a kind share (`_fixed`).
         """
         fixed = self._fixed(kernel) if fixed is None else fixed
-        # Bytes are read the same way on every device.
-        rows = None if rows is None else rows.contiguous().view(torch.uint8)
-        kernel[count * self._tiles,](**{**fixed, **given, "rows": rows})
+        kernel[count * self._tiles,](**{**fixed, **given, "rows": mask_bytes(rows)})
 
     def _fixed(self, kernel: Any, maxnreg: int | None = None, **constants: Any) -> dict[str, Any]:
         """The arguments and options of a kernel that are the same for every launch."""
@@ -268,7 +266,7 @@ class Sweeps:
         if self._count:
             rows, block = active_mask(self._u), self._kernels.BLOCK
             self._kernels.total[self._count,](
-                partial, None if rows is None else rows.contiguous().view(torch.uint8), value, self._tiles,
+                partial, mask_bytes(rows), value, self._tiles,
                 BLOCK=block, BLOCKS=-(-self._tiles // block),
             )  # fmt: skip
         return value, grad.view(self._shape)

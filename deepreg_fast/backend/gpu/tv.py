@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...functional.unaltered import dtype_or_device_mismatch
 from ...kernels import tv as kernels  # pyright: ignore[reportMissingImports]
 from ...kernels.conv_chain.pixel_norm import BLOCK, total  # pyright: ignore[reportMissingImports]
-from ..active import active_mask
+from ..active import active_mask, mask_bytes
 from ..reference import ParameterGuard
 from .decisions import on
 from .graphs import Signature, retry_after_freeing_graphs
@@ -36,7 +36,7 @@ def unsupported_reason(eps: float, x: Tensor) -> str | None:
 
 
 def signature(energy: nn.Module, eps: float) -> Signature:
-    """What recorded products of this energy depend on besides their images."""
+    """Everything that recorded products of this energy depend on besides their images."""
     return Signature(("tv", eps), energy)
 
 
@@ -46,11 +46,6 @@ def _tiles(x: Tensor) -> int:
     return x.shape[1] * -(-x.shape[2] // th) * -(-x.shape[3] // tw)
 
 
-def _bytes(rows: Tensor | None) -> Tensor | None:
-    """Flags as the kernels read them; no copy."""
-    return None if rows is None else rows.contiguous().view(torch.uint8)
-
-
 def _launch(kernel: Any, eps: float, x: Tensor, given: dict[str, Tensor]) -> None:
     """One program for each tile of each channel of each image."""
     count, channels, height, width = x.shape
@@ -58,16 +53,16 @@ def _launch(kernel: Any, eps: float, x: Tensor, given: dict[str, Tensor]) -> Non
     size = {"channels": channels, "height": height, "width": width, "TH": th, "TW": tw}
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     if count:
-        rows = _bytes(active_mask(x))
+        rows = mask_bytes(active_mask(x))
         # eps^2 in float64, which the launch rounds.
         kernel[count * _tiles(x),](x=x, **given, rows=rows, eps=eps, square=eps * eps, **size, **options)
 
 
 def _add_up(partial: Tensor, value: Tensor) -> None:
-    """The energy of each image from those of its tiles, in an order that its size alone decides."""
+    """Sum the tiles' energies of each image in an order that depends only on its size."""
     count, tiles = partial.shape
     if count:
-        total[count,](partial, _bytes(active_mask(value)), value, tiles, BLOCK=BLOCK, BLOCKS=-(-tiles // BLOCK))
+        total[count,](partial, mask_bytes(active_mask(value)), value, tiles, BLOCK=BLOCK, BLOCKS=-(-tiles // BLOCK))
 
 
 def _gradient(eps: float, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,8 +82,8 @@ def value_and_grad(eps: float, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class GpuTvLinearization:
-    """The Hessian at a point, and nothing else is kept: a product computes `D x / s` and `1 / s`,
-    `s = sqrt(|D x|^2 + eps^2)`, from x again. Those planes have three times the bytes of x."""
+    """The Hessian at a point. Only x is saved: a product recomputes `D x / s` and `1 / s`, `s = sqrt(|D x|^2 + eps^2)`,
+    whose planes have three times the bytes of x."""
 
     capturable = True
 
@@ -100,11 +95,11 @@ class GpuTvLinearization:
         self.value, self.grad = _gradient(eps, self.x)
 
     def signature(self) -> Signature:
-        """What a recorded `hvp` depends on besides the tensors that `moved` moves."""
+        """Everything that a recorded `hvp` depends on besides the tensors that `moved` moves."""
         return self._signature
 
     def moved(self, put: Callable[[Tensor], Tensor]) -> GpuTvLinearization:
-        """The same linearization, whose `hvp` reads `put(x)` in the place of x."""
+        """The same linearization with `put(x)` instead of x."""
         there = copy(self)
         there.x = put(self.x)
         return there

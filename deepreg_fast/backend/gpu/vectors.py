@@ -12,7 +12,7 @@ import torch
 
 from ...kernels.solvers import cg, minres, pgd  # pyright: ignore[reportMissingImports]
 from ...kernels.solvers import reductions as kernels  # pyright: ignore[reportMissingImports]
-from ..active import active_mask
+from ..active import active_mask, mask_bytes
 from . import decisions
 
 Rows = torch.Tensor | None
@@ -59,7 +59,7 @@ class GpuVectors:
         """`x_b + s_b p_b` if `rows`, otherwise `x_b`; and its squared norm, float64."""
         x, s, p = _read(x), s.contiguous(), _read(p)
         out, sums = torch.empty_like(x), Sums(x, 1)
-        sums.launch(kernels.add, x, s, p, _bytes(rows), out, sums.partial, sums.work)
+        sums.launch(kernels.add, x, s, p, mask_bytes(rows), out, sums.partial, sums.work)
         return out, sums.total()[0]
 
     def secant(
@@ -94,7 +94,7 @@ class GpuVectors:
             _places(idx),
             *map(_own, state),
             slot,
-            _bytes(fresh),
+            mask_bytes(fresh),
             x,
             f,
             sums.partial,
@@ -213,7 +213,7 @@ class Sums:
         self.step = min(1024, 1 << max(0, self.pieces - 1).bit_length())
         self.partial = torch.empty(count, self.images, self.pieces, dtype=torch.float64, device=like.device)
         rows = active_mask(like) if rows is None else rows
-        self.work = None if rows is None else _bytes(rows)
+        self.work = mask_bytes(rows)
         self.on = decisions.on(like)
 
     def launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
@@ -268,11 +268,6 @@ def _own(t: torch.Tensor) -> torch.Tensor:
             f"A tensor to be changed in place must be contiguous, but has the strides {t.stride()}; copy it."
         )
     return t
-
-
-def _bytes(rows: torch.Tensor) -> torch.Tensor:
-    """Flags viewed as bytes, as kernels read them."""
-    return rows.contiguous().view(torch.uint8)
 
 
 def _places(idx: torch.Tensor | None) -> torch.Tensor | None:
