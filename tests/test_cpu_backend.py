@@ -6,9 +6,10 @@ import copy
 import hashlib
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -58,14 +59,17 @@ def _answers(reg: dr.RED, x: torch.Tensor, v: torch.Tensor, backend: str) -> dic
         return {"value": value, "grad": grad, "kept": lin.grad, "hvp": lin.hvp(v), "theta": torch.stack(thetas)}
 
 
-def _compare(reg: dr.RED, x: torch.Tensor, v: torch.Tensor) -> None:
-    """On every instruction set; the reference computes once for all."""
+def compare(answers: Callable[..., dict[str, torch.Tensor]], reg: Any, x: torch.Tensor, v: torch.Tensor) -> None:
+    """`answers(reg, x, v, backend)` in C++, at most twice torch's own error in float32, on every instruction set.
+
+    An answer's first dimension is that of independent draws, and the median over them counts: the error of a few
+    numbers may be luck in either arithmetic, and LayerNorm is steep at pixels whose few channels are nearly equal, so
+    a few such pixels make most of the error. The reference computes once for all instruction sets.
+    """
     double = copy.deepcopy(reg).double()
-    exact, theirs = _answers(double, x.double(), v.double(), "reference"), _answers(reg, x, v, "reference")
+    exact, theirs = answers(double, x.double(), v.double(), "reference"), answers(reg, x, v, "reference")
 
     def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-        # The median over images: where all of a pixel's few channels are nearly equal, LayerNorm is steep, and a few
-        # such pixels make most of either arithmetic's error.
         return median(relative(f.double(), w) for f, w in zip(found, wanted, strict=True))
 
     # Where torch is exact by luck, an answer is still allowed its own rounding.
@@ -73,7 +77,7 @@ def _compare(reg: dr.RED, x: torch.Tensor, v: torch.Tensor) -> None:
     for isa in _sets():
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DEEPREG_FAST_ISA", isa)
-            ours = _answers(reg, x, v, "cpu")
+            ours = answers(reg, x, v, "cpu")
         for name, wanted in exact.items():
             assert error(ours[name], wanted) <= bounds[name], (isa, name)
 
@@ -92,20 +96,20 @@ def test_against_float64(channels: int, depth: int, head: str, norm: str, size: 
     shape = (max(9, PIXELS // (size[0] * size[1])), 1, *size)
     scale = 0.15 * min(1.0, (16 / channels) ** 0.5)
     reg = random_red(seed, scale, double=False, channels=channels, depth=depth, head=head, norm=norm, alpha=0.1)
-    _compare(reg, images(*shape, seed=seed, dtype=torch.float32), normal(*shape, seed=seed).float())
+    compare(_answers, reg, images(*shape, seed=seed, dtype=torch.float32), normal(*shape, seed=seed).float())
 
 
 @pytest.mark.parametrize("norm", ["none", "pixel", "image"])
 def test_the_headline_size(norm: str) -> None:
     reg = random_red(1, double=False, channels=16, gain=10.0, norm=norm)
-    _compare(reg, images(2, 1, 180, 180, dtype=torch.float32), normal(2, 1, 180, 180).float())
+    compare(_answers, reg, images(2, 1, 180, 180, dtype=torch.float32), normal(2, 1, 180, 180).float())
 
 
 @pytest.mark.parametrize("norm", ["none", "pixel", "image"])
 @pytest.mark.parametrize("width", [401, 830])
 def test_wide_images_are_worked_on_in_strips(norm: str, width: int) -> None:
     reg = random_red(1, double=False, channels=16, norm=norm)
-    _compare(reg, images(2, 1, 21, width, dtype=torch.float32), normal(2, 1, 21, width).float())
+    compare(_answers, reg, images(2, 1, 21, width, dtype=torch.float32), normal(2, 1, 21, width).float())
 
 
 @pytest.mark.parametrize("norm", ["none", "pixel", "image"])

@@ -8,18 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepreg_fast as dr
-from deepreg_fast.backend.cpu.extension import extension
 
 from .helpers import images
+from .test_cpu_backend import _sets
 
 pytestmark = pytest.mark.skipif(
     dr.backends()["cpu"] is not None, reason=f"the C++ extension is not built: {dr.backends()['cpu']}"
 )
-
-
-def _sets() -> list[str]:
-    module, _ = extension()
-    return module.instruction_sets() if module is not None else []
 
 
 @pytest.fixture(name="isa", params=_sets(), scope="module")

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
@@ -15,21 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepreg_fast as dr
-from deepreg_fast.backend.cpu.extension import extension
 from deepreg_fast.functional.ridge import nested_dct, scales_of
 from deepreg_fast.training.build import regularizer_of
 
 from .helpers import images, normal, relative
+from .test_cpu_backend import _sets, compare
 
-EPS = 2.0**-23
 built = pytest.mark.skipif(
     dr.backends()["cpu"] is not None, reason=f"the C++ extension is not built: {dr.backends()['cpu']}"
 )
-
-
-def _sets() -> list[str]:
-    module, _ = extension()
-    return module.instruction_sets() if module is not None else []
 
 
 @pytest.fixture(name="isa", params=_sets())
@@ -212,25 +205,6 @@ def _answers(reg: dr.Ridge, x: torch.Tensor, v: torch.Tensor, backend: str) -> d
         return {"value": value, "grad": grad, "kept": lin.grad, "kept value": lin.value, "hvp": lin.hvp(v), **theta}
 
 
-def _compare(reg: dr.Ridge, x: torch.Tensor, v: torch.Tensor) -> None:
-    """At most twice torch's own error in float32, on every instruction set; the reference computes once for all."""
-    exact = _answers(copy.deepcopy(reg).double(), x.double(), v.double(), "reference")
-    theirs = _answers(reg, x, v, "reference")
-
-    def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-        # The median: of a few numbers alone either arithmetic's error may be luck.
-        return median(relative(f.double(), w) for f, w in zip(found, wanted, strict=True))
-
-    # Where torch is exact by luck, an answer is still allowed its own rounding.
-    bounds = {name: max(2.0 * error(theirs[name], wanted), 2.0 * EPS) for name, wanted in exact.items()}
-    for isa in _sets():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("DEEPREG_FAST_ISA", isa)
-            ours = _answers(reg, x, v, "cpu")
-        for name, wanted in exact.items():
-            assert error(ours[name], wanted) <= bounds[name], (isa, name)
-
-
 @built
 @settings(max_examples=15)
 @given(
@@ -244,14 +218,14 @@ def _compare(reg: dr.Ridge, x: torch.Tensor, v: torch.Tensor) -> None:
 def test_against_float64(filters: int, side: int, scales: int, size: tuple[int, int], convex: bool, seed: int) -> None:
     shape = (max(9, 2000 // (size[0] * size[1])), 1, *size)
     reg = _random(seed, filters=filters, kernel_size=side, scales=scales, convex=convex)
-    _compare(reg, images(*shape, seed=seed, dtype=torch.float32), normal(*shape, seed=seed).float())
+    compare(_answers, reg, images(*shape, seed=seed, dtype=torch.float32), normal(*shape, seed=seed).float())
 
 
 @built
 def test_natural_contrast() -> None:
     """Differences of pixels far below their values, where responses lose digits."""
     x = 0.7 + 0.02 * images(1, 1, 90, 101, dtype=torch.float32)
-    _compare(_random(filters=9, kernel_size=7, scales=4), x, normal(1, 1, 90, 101).float())
+    compare(_answers, _random(filters=9, kernel_size=7, scales=4), x, normal(1, 1, 90, 101).float())
 
 
 @built

@@ -166,27 +166,6 @@ def roofline_figure(points: Mapping[str, tuple[float, float, float]], flops: flo
     return to_svg(figure, transparent=False)
 
 
-def images_figure(columns: Sequence[str], rows: Sequence[Sequence[tuple[np.ndarray, str, str]]]) -> str:
-    """A grid of images. Each cell is `(image [H, W], caption, kind)`, with kind "gray" (0 to 1), "auto" or "error"."""
-    figure = _figure(2.2 * len(columns), 2.45 * len(rows))
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for i, row in enumerate(rows):
-        for j, (image, caption, kind) in enumerate(row):
-            axis = axes[i][j]
-            low, high, colors = 0.0, 1.0, "gray"
-            if kind == "auto":
-                low, high = float(image.min()), float(image.max())
-            elif kind == "error":
-                low, high, colors = -0.2, 0.2, "RdBu"
-            axis.imshow(image, cmap=colors, vmin=low, vmax=high, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_xlabel(caption, fontsize=9, color=INK)
-            if i == 0:
-                axis.set_title(columns[j], fontsize=10, color=INK)
-    return to_svg(figure)
-
-
 def _color(style: int | None) -> str:
     return SOFT if style is None else SERIES[style % len(SERIES)]
 

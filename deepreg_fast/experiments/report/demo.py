@@ -7,6 +7,7 @@ import json
 import numpy as np
 import torch
 
+from ...report import format as w
 from ...report.figures import Line, lines_figure
 from ...report.html import Panel, Picture, Report
 from ...status import Status
@@ -25,8 +26,8 @@ def page(found: Found) -> Report:
         "deepreg-fast: regularizers learned for recovery",
         f"Photographs of {height} × {width} pixels are recovered from one measurement per five pixels. A regularizer "
         f"trained here in {found.seconds:.0f} s reaches {results[TRAINED]['psnr_mean']:.2f} dB, "
-        f"{_signed(gain['mean'])} dB against tuned total variation; the best shipped weights reach "
-        f"{results[BEST]['psnr_mean']:.2f} dB, {_signed(best['mean'])} dB.",
+        f"{w.signed(gain['mean'])} dB against tuned total variation; the best shipped weights reach "
+        f"{results[BEST]['psnr_mean']:.2f} dB, {w.signed(best['mean'])} dB.",
     )
     order = _by_gain(found)
     _first(report, found, order[len(order) // 2])
@@ -79,7 +80,7 @@ def _row(found: Found, i: int) -> list[Picture]:
     reference = found.results["tv"]["psnr"][i]
     for method in _SHOWN:
         value = found.results[method]["psnr"][i]
-        caption = f"{value:.2f} dB" + ("" if method == "tv" else f", {_signed(value - reference)} against TV")
+        caption = f"{value:.2f} dB" + ("" if method == "tv" else f", {w.signed(value - reference)} against TV")
         row.append(Picture(png(_image(found, method, i), "gray"), f"{name} by {method}", _LABELS[method], caption))
     return row
 
@@ -118,10 +119,6 @@ def _others(report: Report, found: Found, order: list[int]) -> None:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
-
-
 def _table(report: Report, found: Found) -> None:
     results = found.results
     report.section(
@@ -140,8 +137,8 @@ def _table(report: Report, found: Found) -> None:
                 f"{f['psnr_mean']:.2f}",
                 f"{f['psnr_median']:.2f}",
                 f"{f['ssim_mean']:.3f}",
-                _signed(vs_tv["mean"]) if vs_tv else "",
-                f"{vs_tv['wins']} of {vs_tv['images']}" if vs_tv else "",
+                w.signed(vs_tv["mean"]) if vs_tv else "",
+                w.wins(vs_tv) if vs_tv else "",
                 f"{np.mean(f['gradients']):.0f}",
                 f"{f['seconds']:.1f}",
             )
