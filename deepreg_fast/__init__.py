@@ -14,6 +14,12 @@ from ._version import __version__
 _HOME = {
     "SRM": "operators",
     "Identity": "operators",
+    "Blur": "operators",
+    "SuperResolution": "operators",
+    "Inpainting": "operators",
+    "Demosaicing": "operators",
+    "FourierSampling": "operators",
+    "Stack": "operators",
     "LinearOperator": "operators",
     "RED": "regularizers",
     "Ridge": "regularizers",
@@ -57,13 +63,23 @@ _HOME = {
 __all__ = ["__version__", "ops", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from . import autograd
+    from . import ops
     from .backend import backends, gpu_options, release_graphs, use_backend
     from .evaluation.metrics import psnr, ssim
     from .inverse.data_term import add_noise, mu_with_noise
     from .inverse.hypergradient import AdjointOptions, Hypergradient, hypergradient
     from .inverse.recovery import recover
-    from .operators import SRM, Identity, LinearOperator
+    from .operators import (
+        SRM,
+        Blur,
+        Demosaicing,
+        FourierSampling,
+        Identity,
+        Inpainting,
+        LinearOperator,
+        Stack,
+        SuperResolution,
+    )
     from .regularizers import ICNN, RED, TV, DenoiserField, EnergyRegularizer, Regularizer, Ridge, Sum
     from .regularizers.lipschitz import beta_hat, spectrum
     from .solvers import CGOptions, MinresOptions, PGDOptions, Solution, cg, minres

@@ -61,13 +61,15 @@ def images(x: object, name: str = "x", shape: tuple[int, int, int] | None = None
     return x
 
 
-def vectors(y: object, m: int, name: str = "y") -> torch.Tensor:
-    """Check that `y` is a batch of measurements `[B, m]` in float32 or float64; return it."""
+def measured(y: object, shape: tuple[int, ...], name: str = "y") -> torch.Tensor:
+    """Check that `y` is a batch of measurements `[B, *shape]` in float32 or float64; return it."""
     import torch
 
-    if not isinstance(y, torch.Tensor) or y.ndim != 2 or y.dtype not in _floats() or y.shape[1] != m:
+    if not isinstance(y, torch.Tensor) or y.dtype not in _floats() or tuple(y.shape[1:]) != shape or not y.ndim:
+        sizes = ", ".join(map(str, shape))
+        hint = "one row of measurements per image" if len(shape) == 1 else "the measurements of one image per row"
         raise InputError(
-            f"{name} must be a float32 or float64 tensor [B, {m}] (one row of measurements per image), "
+            f"{name} must be a float32 or float64 tensor [B, {sizes}] ({hint}), "
             f"but is {describe(y)}; were these measurements made by another operator?"
         )
     return y

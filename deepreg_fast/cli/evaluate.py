@@ -18,6 +18,7 @@ from .options import (
     AccelerationOption,
     DeviceOption,
     KeepDcOption,
+    ProblemOption,
     default_mu,
     pgd_options,
     unlike_training,
@@ -54,7 +55,8 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
             show_default=False,
         ),
     ] = "",
-    ratio: Annotated[float, typer.Option(help="Measurements per pixel.")] = 0.2,
+    problem: ProblemOption = "cs",
+    ratio: Annotated[float, typer.Option(help="Measurements per pixel of cs.")] = 0.2,
     transform: Annotated[str, typer.Option(help="dct, hadamard or walsh.")] = "dct",
     randomizer: Annotated[str, typer.Option(help="sign, permutation or both.")] = "sign",
     keep_dc: KeepDcOption = None,
@@ -85,6 +87,8 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     deepreg-fast evaluate --weights runs/beta10/weights.safetensors --data pictures --sigma 0.03 --tune-mu --json
 
     deepreg-fast evaluate --weights cs5-beta10 --data three-pictures --crop 180 --tune-on embedded
+
+    deepreg-fast evaluate --weights cs5-ridge-net --problem deblur-gaussian --sigma 0.01 --tune-mu
     """
     checks.integer(limit, "--limit", 0)
     checks.integer(crop, "--crop", 0)
@@ -102,8 +106,10 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
 
     torch_device = use_device(device)
     settings["device"] = str(torch_device)
-    problem = Problem(data, split, transform, randomizer, operator_seed, sigma, ratio, crop, validation, keep_dc)
-    measured = measure(problem, torch_device, limit, tune_on)
+    measured_by = Problem(
+        data, split, transform, randomizer, operator_seed, sigma, ratio, crop, validation, keep_dc, problem
+    )
+    measured = measure(measured_by, torch_device, limit, tune_on)
     tuning = measured.x_tuning, measured.y_tuning, measured.A
     loaded = [(source, *load(source)) for source in weights or []]
     methods = [Method("adjoint"), Method("minimum_norm")]
@@ -120,7 +126,7 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
             if tune_mu or (tune and not bilevel):
                 method = tuned(method, *tuning)
             elif bilevel:
-                _tell(method, unlike_training(meta, ratio=ratio, sigma=sigma))
+                _tell(method, unlike_training(meta, problem, ratio=ratio, sigma=sigma))
             methods.append(method)
         pulse.done()
         result: dict[str, Any] = dict(compare(methods, measured.x, measured.y, measured.A, pulse.done))

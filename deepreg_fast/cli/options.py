@@ -28,6 +28,13 @@ AccelerationOption = Annotated[
     ),
 ]
 
+ProblemOption = Annotated[
+    str,
+    typer.Option(
+        help="cs (an SRM), denoise, deblur-gaussian, deblur-motion, sr2, sr3, inpaint, fourier, the picture of a blur "
+        "kernel, or a JSON file with an operator's description."
+    ),
+]
 KeepDcOption = Annotated[
     bool | None,
     typer.Option(
@@ -73,10 +80,15 @@ def pgd_options(meta: dict[str, Any], acceleration: str, max_iterations: int, **
     return PGDOptions(max_iterations=max_iterations or recovery.get("max_iterations", LIMIT), **others)
 
 
-def unlike_training(meta: dict[str, Any], **problem: float) -> str:
+def unlike_training(meta: dict[str, Any], problem_name: str = "cs", **problem: float) -> str:
     """Text that lists the values of `problem`, such as `ratio` and `sigma`, that differ by more than 1 % from those of
     the training. Empty if none differs or the file does not contain them."""
     trained = _trained(meta)
+    trained_name = trained.get("problem", "cs")
+    if problem_name != trained_name:
+        return f"problem {problem_name} instead of {trained_name}"
+    if problem_name != "cs":
+        problem.pop("ratio", None)
     differences = [
         (k, trained[k], v)
         for k, v in problem.items()

@@ -17,6 +17,7 @@ from .options import (
     AccelerationOption,
     DeviceOption,
     KeepDcOption,
+    ProblemOption,
     default_mu,
     pgd_options,
     unlike_training,
@@ -43,7 +44,12 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     mu: Annotated[float | None, typer.Option(help=MU)] = None,
     lam: Annotated[float | None, typer.Option(help="With --sigma: mu = lam sigma^2.")] = None,
     sigma: Annotated[float, typer.Option(help="Noise added to simulated measurements.")] = 0.0,
-    ratio: Annotated[float, typer.Option(help="Measurements per pixel of simulated measurements.")] = 0.2,
+    problem: ProblemOption = "cs",
+    measured: Annotated[
+        bool,
+        typer.Option("--measured", help="The picture holds the measurements: it is blurred, small or masked already."),
+    ] = False,
+    ratio: Annotated[float, typer.Option(help="Measurements per pixel of simulated measurements of cs.")] = 0.2,
     transform: Annotated[str, typer.Option(help="dct, hadamard or walsh.")] = "dct",
     randomizer: Annotated[str, typer.Option(help="sign, permutation or both.")] = "sign",
     keep_dc: KeepDcOption = None,
@@ -59,13 +65,15 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
 
     deepreg-fast recover picture.png --weights cs5-beta10
 
+    deepreg-fast recover blurred.png --measured --problem kernel.png --sigma 0.01 --weights cs5-ridge-net
+
     deepreg-fast recover measured.npz --weights runs/beta10/weights.safetensors --mu 1e-3 --out recovered
     """
     from ..data import load_image, png
     from ..inverse.data_term import add_noise
     from ..inverse.measurements import load_measurements
+    from ..inverse.problem import build_operator, operator_measuring
     from ..inverse.recovery import recover as solve
-    from ..operators import SRM
     from ..weights.io import load, locate
 
     torch_device = use_device(device)
@@ -80,11 +88,18 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     A: LinearOperator
     if source.suffix.lower() in (".npz", ".safetensors"):
         y, A, noise = load_measurements(source)
+        kind = A.describe()["kind"]
+        problem = "cs" if kind == "srm" else kind
     else:
-        truth = load_image(source)[None]
-        shape = (1, truth.shape[-2], truth.shape[-1])
-        A = SRM(shape, ratio, transform=transform, randomizer=randomizer, seed=operator_seed, keep_dc=keep_dc)
-        y, noise = add_noise(A.A(truth), sigma, seed=1), sigma
+        picture, noise = load_image(source)[None], sigma
+        shape = (1, picture.shape[-2], picture.shape[-1])
+        options = {"ratio": ratio, "transform": transform, "randomizer": randomizer, "keep_dc": keep_dc}
+        if measured:
+            A = operator_measuring(problem, shape, seed=operator_seed, **options)
+            y = picture
+        else:
+            A = build_operator(problem, shape, seed=operator_seed, **options)
+            y, truth = add_noise(A.A(picture), sigma, seed=1), picture
     names = [source.stem] if len(y) == 1 else [f"{source.stem}_{i:03d}" for i in range(len(y))]
     check_outputs([out / f"{n}{s}" for n in names for s in (".npy", ".png")] + summary_files, [source], way_out)
     make_folder(out)
@@ -92,13 +107,13 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     y, truth = _as_weights(reg, y, truth)
     if lam is None and mu is None:
         mu = default_mu(meta, noise)
-        if differs := unlike_training(meta, ratio=A.measurements / math.prod(A.image_shape), sigma=noise):
+        if differs := unlike_training(meta, problem, ratio=A.measurements / math.prod(A.image_shape), sigma=noise):
             typer.echo(f"The weights were trained for another problem (here {differs}); mu is {mu:.2g}.", err=True)
     if lam is not None and not noise > 0:
         raise InputError("--lam needs noisy measurements (mu = lam sigma^2), but sigma is 0; give --mu instead.")
-    options = pgd_options(meta, acceleration, max_iterations=max_iterations, tolerance=tolerance, record=True)
+    solver = pgd_options(meta, acceleration, max_iterations=max_iterations, tolerance=tolerance, record=True)
     reg, A, y = reg.to(torch_device), A.to(torch_device), y.to(torch_device)
-    sol = solve(y, A, reg, mu, lam=lam, sigma=noise if lam is not None else None, options=options)
+    sol = solve(y, A, reg, mu, lam=lam, sigma=noise if lam is not None else None, options=solver)
     weight = mu if lam is None else lam * noise**2
     sol.x = sol.x.cpu()
     for name, image in zip(names, sol.x, strict=True):
@@ -159,17 +174,19 @@ def _results(sol: Solution, truth: torch.Tensor | None) -> dict[str, Any]:
 
 
 def _figure(sol: Solution, truth: torch.Tensor | None, A: LinearOperator, y: torch.Tensor) -> bytes:
-    """The back-projection, the recovery and, if known, the truth and the error."""
+    """The measurements if they are a picture, else the back-projection; the recovery; truth and error if known."""
     import io
 
     from matplotlib.figure import Figure
 
-    panels = [("Aᵀy", A.A_adjoint(y)[0, 0].cpu()), ("recovered", sol.x[0, 0])]
+    shown = len(A.measurement_shape) == 3
+    first = ("measured", A.as_image(y)[0, 0].cpu()) if shown else ("Aᵀy", A.A_adjoint(y)[0, 0].cpu())
+    panels = [first, ("recovered", sol.x[0, 0])]
     if truth is not None:
         panels += [("truth", truth[0, 0]), ("error × 5", 0.5 + 5 * (sol.x - truth)[0, 0])]
     figure = Figure(figsize=(3.2 * len(panels), 3.5), layout="constrained")
     for axis, (title, image) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        low, high = (float(image.min()), float(image.max())) if title == "Aᵀy" else (0.0, 1.0)
+        low, high = (float(image.min()), float(image.max())) if title in ("Aᵀy", "measured") else (0.0, 1.0)
         axis.imshow(image.numpy(), cmap="gray", vmin=low, vmax=high)
         axis.set_title(title)
         axis.set_axis_off()

@@ -18,8 +18,9 @@ from ..errors import DataError, InputError
 from ..files import same_file
 from ..inverse.data_term import add_noise
 from ..inverse.hypergradient import initial_point
+from ..inverse.problem import build_operator
 from ..inverse.recovery import recover
-from ..operators import SRM, LinearOperator
+from ..operators import LinearOperator
 from ..operators.srm import RANDOMIZERS, TRANSFORMS
 from ..regularizers import TV
 from ..regularizers.base import Regularizer
@@ -47,6 +48,8 @@ class Problem:
         Side of the center crop of all images; 0 for no crop.
     tuning : int
         Number of training images on which mu is tuned.
+    problem : str
+        A name or a file, as for `build_operator`; "cs" takes the options of the SRM.
     """
 
     data: str = "embedded"
@@ -59,6 +62,7 @@ class Problem:
     test_crop: int = 0
     tuning: int = 6
     keep_dc: bool | None = None
+    problem: str = "cs"
 
     def __post_init__(self) -> None:
         checks.plain_fields(self)
@@ -74,10 +78,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Measured:
-    """A problem's operator, its test images `x` `[N, 1, H, W]` with their `names` and measurements `y` `[N, m]`, and
-    the tuning images with their measurements."""
+    """A problem's operator, its test images `x` `[N, 1, H, W]` with their `names` and measurements `y`, one per
+    row, and the tuning images with their measurements."""
 
-    A: SRM
+    A: LinearOperator
     names: tuple[str, ...]
     x: torch.Tensor
     y: torch.Tensor
@@ -93,9 +97,10 @@ def measure(problem: Problem, device: torch.device | str = "cpu", limit: int = 0
     test, tuning = evaluation_images(problem, tune_on)
     if checks.integer(limit, "limit", 0):
         test = ImageSet(test.names[:limit], test.x[:limit])
-    A = SRM(
+    A = build_operator(
+        problem.problem,
         test.shape,
-        problem.ratio,
+        ratio=problem.ratio,
         transform=problem.transform,
         randomizer=problem.randomizer,
         seed=problem.operator_seed,

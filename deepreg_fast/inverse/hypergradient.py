@@ -120,7 +120,7 @@ def solve_adjoint(  # noqa: PLR0913 - the system is five things
     If CG finds negative curvature, the truncated iterate is returned (Steihaug 1983) with status NEGATIVE_CURVATURE.
     """
     adjoint = _Adjoint(lin, A, mu, curvature)
-    matvec, preconditioner = adjoint.matvec, adjoint.precondition if A.has_shifted_inverse else None
+    matvec, preconditioner = adjoint.matvec, adjoint.precondition if A.preconditioned else None
     capturable = records(b) and A.capturable(b) and getattr(lin, "capturable", False)
     reuse = adjoint.reuse(b) if capturable else None
     if options.method == "unrolled":
@@ -164,7 +164,7 @@ class _Adjoint:
 
     def precondition(self, v: torch.Tensor) -> torch.Tensor:
         """`(A^T A + mu c I)^{-1} v`."""
-        return self.A.shifted_inverse(v, self.mu * self.curvature)
+        return self.A.precondition(v, self.mu * self.curvature)
 
     def reuse(self, b: torch.Tensor) -> Reuse | None:
         """Key for reusing a graph of products in later solves, at other points and with other parameter values."""
@@ -230,7 +230,7 @@ def hypergradient(  # noqa: PLR0913 - the problem, then the options
     """
     reg = as_regularizer(reg)
     x_true = checks.finite(checks.images(x_true, "x_true", A.image_shape), "x_true").detach()
-    y = checks.finite(checks.vectors(y, A.measurements), "y").detach()
+    y = checks.finite(checks.measured(y, A.measurement_shape), "y").detach()
     options = options or PGDOptions(max_iterations=1000, tolerance=1e-6, acceleration="anderson")
     adjoint = adjoint or AdjointOptions()
     mu_b = resolve_mu(mu, lam, sigma, like=y)
@@ -249,9 +249,15 @@ def hypergradient(  # noqa: PLR0913 - the problem, then the options
 
 
 def initial_point(y: torch.Tensor, A: LinearOperator, reg: Regularizer) -> torch.Tensor:
-    """The point closest to the regularizer's center c that matches the measurements: `c + A^+ (y - A c)`."""
+    """The start of a recovery: `prox_l2(c, y, 1/mu0)` at the regularizer's center c, with `mu0 = 1e-3 ||A||^2`.
+
+    If `A A^T = g I`, it is the limit for `mu0 = 0`, the point closest to c that matches the measurements, `c + A^+ (y -
+    A c)`. For other operators, such as a blur, that point would be made of amplified noise.
+    """
     c = y.new_full((y.shape[0], *A.image_shape), reg.center)
-    return c + A.A_dagger(y - A.A(c))
+    if A.gram_scale is not None:
+        return c + A.A_dagger(y - A.A(c))
+    return A.prox_l2(c, y, 1e3 / A.sqnorms(y.dtype))
 
 
 def parameter_gradients(

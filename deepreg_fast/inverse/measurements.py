@@ -19,7 +19,7 @@ FORMAT = "deepreg-fast-measurements-1"
 
 
 def save_measurements(path: str | Path, y: torch.Tensor, A: LinearOperator, sigma: float = 0.0) -> None:
-    """Write `y` `[B, m]` with the operator's description to `.npz` (no pickle) or `.safetensors`."""
+    """Write `y` `[B, *A.measurement_shape]` with the operator's description to `.npz` (no pickle) or `.safetensors`."""
     path = Path(path)
     header = {
         "format": FORMAT,
@@ -28,14 +28,14 @@ def save_measurements(path: str | Path, y: torch.Tensor, A: LinearOperator, sigm
         "sigma": json.dumps(sigma),
     }
     suffix = path.suffix.lower()
-    if not isinstance(y, torch.Tensor) or y.ndim != 2 or y.dtype not in checks.FLOATS:
+    if not isinstance(y, torch.Tensor) or y.ndim < 2 or y.dtype not in checks.FLOATS:
         raise DataError(
             f"Measurements must be a float32 or float64 tensor [B, m], but are {checks.describe(y)}; convert them."
         )
-    if y.shape[1] != A.measurements:
+    if tuple(y.shape[1:]) != A.measurement_shape:
         raise DataError(
-            f"Measurements must be those of the operator, {A.measurements} an image, but have {y.shape[1]}; give the "
-            "operator that measured."
+            f"Measurements must be those of the operator, {list(A.measurement_shape)} an image, but have "
+            f"{list(y.shape[1:])}; give the operator that measured."
         )
     checks.number(sigma, "sigma", 0.0)
     if suffix == ".npz":
@@ -71,7 +71,7 @@ def load_measurements(path: str | Path) -> tuple[torch.Tensor, LinearOperator, f
         raise DataError(
             f"{path} must be a whole measurement file, but cannot be read ({error}); write it again."
         ) from error
-    if header.get("format") != FORMAT or y.ndim != 2:
+    if header.get("format") != FORMAT or y.ndim < 2:
         raise DataError(f"{path} must be written by save_measurements, but has no such header; write it with that.")
     if y.dtype not in checks.FLOATS or len(y) == 0:
         raise DataError(
@@ -85,10 +85,10 @@ def load_measurements(path: str | Path) -> tuple[torch.Tensor, LinearOperator, f
         raise DataError(
             f"{path} must describe its operator and its noise, but does not ({error}); write it again."
         ) from error
-    if A.fingerprint() != fingerprint or y.shape[1] != A.measurements:
+    if A.fingerprint() != fingerprint or tuple(y.shape[1:]) != A.measurement_shape:
         raise OperatorMismatch(
             f"The operator of {path} must be the one described in it, but the one built here differs (fingerprint or "
-            f"{y.shape[1]} measurements against {A.measurements}); use the version that wrote the file."
+            f"{list(y.shape[1:])} measurements against {list(A.measurement_shape)}); use the version that wrote it."
         )
     return y, A, sigma
 

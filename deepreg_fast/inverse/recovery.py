@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import checks
 from ..ambient import full_precision
+from ..batched.linalg import expand
 from ..errors import InputError
 from ..operators.base import LinearOperator
 from ..regularizers.base import as_regularizer
@@ -40,7 +41,7 @@ def recover(  # noqa: PLR0913 - the problem, then what is optional
 
     Parameters
     ----------
-    y : Tensor `[B, m]`, float32 or float64
+    y : Tensor `[B, *A.measurement_shape]`, float32 or float64
         Measurements made by `A`. An image with non-finite measurements ends as `NON_FINITE` without affecting the
         others; if no image is finite, an error is raised.
     A : LinearOperator
@@ -52,7 +53,7 @@ def recover(  # noqa: PLR0913 - the problem, then what is optional
     options : PGDOptions, optional
         Tolerance, limits, acceleration.
     x0 : Tensor `[B, C, H, W]`, optional
-        Initial guess; by default the minimum-norm solution about the regularizer's center.
+        Initial guess; by default `initial_point` of docs/math.md, M2.
     tau0 : Tensor `[B]`, optional
         Initial step sizes, such as `Solution.tau` of an earlier solve.
     observer : callable, optional
@@ -83,12 +84,13 @@ def recover(  # noqa: PLR0913 - the problem, then what is optional
     options = options or PGDOptions()
     if not isinstance(A, LinearOperator):
         raise InputError(f"A must be a deepreg_fast operator such as SRM or Identity, but is {type(A).__name__}.")
-    y = checks.vectors(y, A.measurements).detach()
-    if len(y) and not bool(torch.isfinite(y).all(1).any()):
+    y = checks.measured(y, A.measurement_shape).detach()
+    finite = torch.isfinite(y).flatten(1).all(1)
+    if len(y) and not bool(finite.any()):
         raise InputError("y must be finite, but every row holds NaN or infinite measurements; check the data.")
     mu_b = resolve_mu(mu, lam, sigma, like=y)
     if x0 is None:
-        x0 = initial_point(torch.where(torch.isfinite(y).all(1)[:, None], y, torch.zeros_like(y)), A, reg)
+        x0 = initial_point(torch.where(expand(finite, y), y, 0.0), A, reg)
     else:
         x0 = checks.images(x0, "x0", A.image_shape).detach()
         checks.same_kind(x0, y, "x0 and y")

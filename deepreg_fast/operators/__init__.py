@@ -1,9 +1,31 @@
-"""Linear operators: `SRM` (compressive sensing), `Identity` (denoising), and the base class for others."""
+"""Linear operators: one file for each kind, the base class, and operators made of others."""
 
 from __future__ import annotations
 
+from .algebra import Composition, Scaled, Stack
 from .base import LinearOperator, from_description, register
+from .blur import Blur
+from .fourier import FourierSampling
 from .identity import Identity
+from .inpainting import Demosaicing, Inpainting
+from .kernels import gaussian_kernel, motion_kernel
 from .srm import SRM
+from .super_resolution import SuperResolution
 
-__all__ = ["SRM", "Identity", "LinearOperator", "from_description", "register"]
+__all__ = [
+    "SRM",
+    "Blur",
+    "Composition",
+    "Demosaicing",
+    "FourierSampling",
+    "Identity",
+    "Inpainting",
+    "LinearOperator",
+    "Scaled",
+    "Stack",
+    "SuperResolution",
+    "from_description",
+    "gaussian_kernel",
+    "motion_kernel",
+    "register",
+]

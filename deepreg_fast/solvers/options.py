@@ -9,6 +9,8 @@ import torch
 from .. import checks
 from .acceleration import ACCELERATIONS
 
+DATA_STEPS = ("prox", "gradient")
+
 
 @dataclass(frozen=True)
 class PGDOptions:
@@ -31,6 +33,9 @@ class PGDOptions:
     monotone : bool
         Reject "anderson" candidates that increase the objective (docs/math.md, M6). If r is not bounded below, images
         may then diverge that would otherwise stay at a stationary point.
+    data_step : "prox" or "gradient"
+        How a step reduces the misfit: by the operator's proximal map, or by its gradient, `A^T (A x - y) / mu`,
+        together with that of r. Use "gradient" for an operator whose proximal map takes many products.
     record : bool
         Store the residual of every image and iteration in `Solution.history`.
 
@@ -54,6 +59,7 @@ class PGDOptions:
     shrink: float = 0.5
     memory: int = 5
     monotone: bool = True
+    data_step: str = "prox"
     record: bool = False
 
     def __post_init__(self) -> None:
@@ -67,6 +73,7 @@ class PGDOptions:
         checks.number(self.shrink, "shrink", 0.01, 0.99)
         checks.integer(self.memory, "memory", 1, 20)
         checks.boolean(self.monotone, "monotone")
+        checks.choice(self.data_step, "data_step", DATA_STEPS)
         checks.boolean(self.record, "record")
 
 

@@ -17,7 +17,7 @@ from ..ambient import full_precision
 from ..backend.gpu.graphs import retry_after_freeing_graphs
 from ..batched import fused
 from ..batched.graphs import GraphedLoop, Reuse, records, reuse_of, worthwhile
-from ..batched.linalg import dot, expand, gather, norm, secant
+from ..batched.linalg import dot, expand, gather, norm, scatter, secant
 from ..batched.loop import AnyActive, attach_partial_result, uses_mask
 from .acceleration import Anderson, Plain, make
 from .criteria import run_acceptance_test, run_convergence_test
@@ -50,7 +50,7 @@ def pgd(  # noqa: PLR0913 - the problem is these five, the rest is optional
 
     Parameters
     ----------
-    y : `[B, m]` measurements; A, reg : operator and regularizer; mu : `[B]`, > 0.
+    y : measurements, one per row; A, reg : operator and regularizer; mu : `[B]`, > 0.
     x0 : `[B, C, H, W]`, the initial iterate; tau0 : `[B]`, float64, optional initial step sizes.
     observer : called as `observer(round, x)` with all images after every round; this synchronizes with the device.
 
@@ -110,7 +110,9 @@ class _Run:
         tau0 = None if tau0 is None else tau0.detach()
         self.y, self.A, self.reg, self.mu, self.options = y, A, reg, mu, options
         self.state = State(x0, tau0, options, reg.center)
-        self.state.end(~torch.isfinite(y).all(1))
+        self.state.end(~torch.isfinite(y).flatten(1).all(1))
+        self.selected: tuple[torch.Tensor | None, DataTerm] = None, A
+        self.correction: torch.Tensor | None = None
         self.accelerator = make(options.acceleration, self.state.x, options.memory)
         self.eps = torch.finfo(x0.dtype).eps
         self.rounds: list[torch.Tensor] = []
@@ -196,15 +198,46 @@ class _Run:
         s, i = self.state, self.state.idx
         x, grad, tau, running = (gather(t, i) for t in (s.x, s.grad, s.tau, s.running))
         z = fused.descend(x, tau, grad, running)
-        with failing_per_image():
-            prox = self.A.prox_l2(z, gather(self.y, i), (tau / gather(self.mu, i)).to(x.dtype))
+        prox = z if self.options.data_step == "gradient" else self._prox(z, (tau / gather(self.mu, i)).to(x.dtype))
         step, plain, sums = fused.pgd_step(prox, x, grad, running)
         if isinstance(self.accelerator, Plain):
             return plain, sums
         candidate = self.accelerator.propose(x, step, i)
         return torch.where(expand(gather(s.plain_next, i), x), plain, candidate), sums
 
+    def _operator(self) -> DataTerm:
+        """The operator of the images `idx`."""
+        i = self.state.idx
+        if uses_mask(self.state.x):
+            return self.A
+        if self.selected[0] is not i:
+            self.selected = i, self.A.select(i)
+        return self.selected[1]
+
+    def _prox(self, z: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        """The proximal map of the images `idx`. If CG computes it, it starts at the last correction of each image."""
+        A, i = self._operator(), self.state.idx
+        with failing_per_image():
+            if A.has_shifted_inverse:
+                return A.prox_l2(z, gather(self.y, i), gamma)
+            if self.correction is None:
+                self.correction = torch.zeros_like(self.state.x)
+            prox = A.prox_l2(z, gather(self.y, i), gamma, z + gather(self.correction, i))
+        self.correction = scatter(self.correction, i, prox - z)
+        return prox
+
     def _gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The value and the gradient of the smooth part at `x`: r, or with gradient steps for the misfit, the objective
+        divided by mu."""
+        value, grad = self._regularizer(x)
+        if self.options.data_step == "prox":
+            return value, grad
+        A, i = self._operator(), self.state.idx
+        misfit, mu = A.A(x) - gather(self.y, i), gather(self.mu, i)
+        value = value.double() + 0.5 * dot(misfit, misfit) / mu.double()
+        return value, grad + A.A_adjoint(misfit) / expand(mu, x)
+
+    def _regularizer(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r` and `grad r` at `x`. PyTorch selects different convolution kernels for a single image. Unless the backend
         is batch-invariant, a lone image is duplicated, so that its bits do not depend on when its neighbors stopped."""
         if len(x) == 1 and len(self.state.x) > 1 and not self.reg.backend_for(x).batch_invariant:
@@ -222,7 +255,9 @@ class _Run:
 
     def _objective(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """`1/2 ||y - A x||^2 / mu + r(x)` of the images `idx`, `[b]`, float64."""
-        misfit = self.A.A(x) - gather(self.y, self.state.idx)
+        if self.options.data_step == "gradient":
+            return value.double()
+        misfit = self._operator().A(x) - gather(self.y, self.state.idx)
         return 0.5 * dot(misfit, misfit) / gather(self.mu, self.state.idx).double() + value.double()
 
     def _compare(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

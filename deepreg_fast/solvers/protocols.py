@@ -18,12 +18,27 @@ _FAIL_PER_IMAGE: ContextVar[bool] = ContextVar("deepreg_fast_fail_per_image", de
 class DataTerm(Protocol):
     """The operator of `1/2 ||y - A x||^2`, with its proximal map."""
 
+    @property
+    def has_shifted_inverse(self) -> bool:
+        """Whether the proximal map has a closed form, so that an initial guess is of no use."""
+        ...
+
     def A(self, x: torch.Tensor) -> torch.Tensor:
         """`A x`."""
         ...
 
-    def prox_l2(self, z: torch.Tensor, y: torch.Tensor, gamma: float | torch.Tensor) -> torch.Tensor:
-        """`argmin_x 1/2||x - z||^2 + gamma/2 ||y - A x||^2`."""
+    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        """`A^T y`."""
+        ...
+
+    def prox_l2(
+        self, z: torch.Tensor, y: torch.Tensor, gamma: float | torch.Tensor, x0: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`argmin_x 1/2||x - z||^2 + gamma/2 ||y - A x||^2`, from the initial guess x0."""
+        ...
+
+    def select(self, idx: torch.Tensor) -> DataTerm:
+        """The operator of the images `idx` of the batch."""
         ...
 
     def capturable(self, like: torch.Tensor) -> bool:

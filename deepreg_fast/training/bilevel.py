@@ -17,6 +17,7 @@ from torch import nn
 from ..ambient import outside_inference
 from ..batched.linalg import dot, expand, norm
 from ..errors import TrainingDiverged
+from ..inverse.data_term import add_noise
 from ..inverse.hypergradient import (
     AdjointOptions,
     initial_point,
@@ -24,13 +25,16 @@ from ..inverse.hypergradient import (
     solve_adjoint,
     unrolled_gradients,
 )
+from ..inverse.recovery import recover
+from ..operators import LinearOperator
 from ..regularizers.base import Regularizer, as_regularizer
 from ..regularizers.lipschitz import PENALTIES, LipschitzQuotient, spectrum
 from ..solvers import PGDOptions, Solution, pgd
 from ..status import Status
+from . import losses
 from .build import regularizer_of
 from .checkpoint import Array
-from .config import BilevelConfig
+from .config import UNSUPERVISED, BilevelConfig
 from .guards import ToleranceSchedule
 from .placement import Rows, read
 from .samples import Noise
@@ -42,6 +46,8 @@ from .warm_starts import WarmStarts
 _PATIENCE = 100
 
 _MSE_SCALE, _MSE_FLOOR = 1e3, 1e-5
+# The step of SURE's probe, as a fraction of the noise: small enough for a derivative, and far above the tolerance.
+_PROBE = 0.3
 
 
 class BilevelTrainer(Trainer):
@@ -56,6 +62,8 @@ class BilevelTrainer(Trainer):
     reg : Regularizer or nn.Module, optional
         Your own regularizer (a module maps images to one energy each), which is moved to the configured device; by
         default the one that the configuration names.
+    loss : callable, optional
+        `loss(xhat, x)`, `[B]` or a mean, in place of the configured loss; computed by torch from its first argument.
     progress : bool, optional
         Show a progress bar on stderr, or nothing. Default: a bar on a terminal, otherwise a line every half minute.
 
@@ -77,13 +85,22 @@ class BilevelTrainer(Trainer):
     method = "bilevel"
 
     @outside_inference
-    def __init__(self, config: BilevelConfig, reg: nn.Module | None = None, progress: bool | None = None) -> None:
+    def __init__(
+        self,
+        config: BilevelConfig,
+        reg: nn.Module | None = None,
+        progress: bool | None = None,
+        loss: losses.LossFunction | None = None,
+    ) -> None:
         self._given = reg
+        self._loss_function = loss or losses.SUPERVISED.get(config.loss)
         super().__init__(config, progress)
         self.config: BilevelConfig = config
         count = len(self.samples)
         self.store = WarmStarts(count, (1, *self.samples.size), self.placement, config.memory_budget_mb, self.folder)
         self.noise = Noise(config.seed, (count, self.A.measurements), self.placement)
+        # Of the second measurements of noise2noise.
+        self.other_noise = Noise(config.seed + 1, (count, self.A.measurements), self.placement)
         self.accuracy = ToleranceSchedule(config.tolerance_start, config.tolerance_end, config.stall_window)
         self._idle = 0
 
@@ -109,12 +126,18 @@ class BilevelTrainer(Trainer):
         mu = torch.full((len(x),), self.mu, dtype=x.dtype, device=x.device)
         sol, valid, metrics_on_device = self._recover(rows, x, y, mu)
         error = dot(sol.x - x, sol.x - x)
-        _, weights = self._loss(error, x)
-        if self.adjoint.method == "unrolled":
+        judged = None
+        if self._loss_function is not None or self.config.loss in UNSUPERVISED:
+            theta, log_mu, gradient_stats, judged = self._gradient_of_loss(rows, x, y, sol, valid, mu)
+        elif self.adjoint.method == "unrolled":
+            _, weights = self._loss(error, x)
             theta, log_mu, gradient_stats = self._unrolled_gradient(x, y, sol, valid, mu, weights)
         else:
-            theta, log_mu, gradient_stats = self._implicit_gradient(rows, x, sol, valid, mu, weights)
+            _, weights = self._loss(error, x)
+            theta, log_mu, gradient_stats = self._implicit_gradient(rows, x - sol.x, sol, valid, mu, weights)
         metrics_on_device |= gradient_stats | {"error": error, "log_mu": log_mu}
+        if judged is not None:
+            metrics_on_device["judged"] = judged
         point, ascended = self._ascend(rows, x)
         stats = read(metrics_on_device | ascended)
         penalty = self._penalty_gradient(point, stats)
@@ -125,7 +148,10 @@ class BilevelTrainer(Trainer):
         self._count(stats)
         errors = stats["error"][stats["sound"] > 0]
         mse = _MSE_SCALE / x.numel() * float(errors.sum())
-        loss = float(self._loss(errors, x)[0].sum())
+        if judged is None:
+            loss = float(self._loss(errors, x)[0].sum())
+        else:
+            loss = float(stats["judged"][stats["sound"] > 0].sum())
         self._idle = 0 if len(errors) else self._idle + 1
         if self._idle >= _PATIENCE:
             raise TrainingDiverged(
@@ -134,7 +160,7 @@ class BilevelTrainer(Trainer):
                 "smaller beta_start."
             )
         metrics = self._metrics(stats)
-        self.accuracy.observe(mse)
+        self.accuracy.observe(loss if self.config.loss in UNSUPERVISED else mse)
         return {"loss": loss + self.config.xi * metrics.pop("penalty_sum"), "mse_loss": mse, **metrics}
 
     def begin(self) -> None:
@@ -167,7 +193,7 @@ class BilevelTrainer(Trainer):
     def _measure(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         """`A x` plus the sample's noise, which is the same in every epoch."""
         y = self.A.A(x)
-        return y + self.config.sigma * self.noise.batch(rows) if self.config.sigma else y
+        return y + self.config.sigma * self._noise(rows, self.noise) if self.config.sigma else y
 
     def _recover(
         self, rows: Rows, x: torch.Tensor, y: torch.Tensor, mu: torch.Tensor
@@ -186,7 +212,9 @@ class BilevelTrainer(Trainer):
         options = PGDOptions(limit, tolerance, c.acceleration, memory=c.memory, monotone=c.monotone)
         sol = pgd(y, self.A, self.reg, mu, options, x0, tau0)
         non_finite = (sol.status == int(Status.NON_FINITE)) | ~torch.isfinite(sol.x).flatten(1).all(1)
-        max_distance = 2.0 * norm(x - self.reg.center) + 0.1 * x[0].numel() ** 0.5
+        # Without the true images, the size of the cold start must do.
+        like = cold if self.config.loss in UNSUPERVISED else x
+        max_distance = 2.0 * norm(like - self.reg.center) + 0.1 * x[0].numel() ** 0.5
         diverged = (sol.status == int(Status.RUNAWAY)) | (norm(sol.x - self.reg.center) > max_distance)
         valid = ~(non_finite | diverged)
         sol.x = torch.where(expand(valid, cold), sol.x, cold)
@@ -203,29 +231,67 @@ class BilevelTrainer(Trainer):
 
     def _implicit_gradient(
         self,
-        rows: Rows,
-        x: torch.Tensor,
+        rows: Rows | None,
+        b: torch.Tensor,
         sol: Solution,
         valid: torch.Tensor,
         mu: torch.Tensor,
         weights: torch.Tensor,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
-        """Solve for gamma from its warm start, then compute the parameter products."""
-        c = self.config
+        """Solve `H gamma = b` from its warm start, then compute the parameter products.
+
+        b is minus half of the derivative of the loss divided by `weights`: `x - xhat` for the squared error."""
+        c, x = self.config, b
         lin = self.reg.linearize(sol.x)
-        b = torch.where(expand(valid, x), x - sol.x, 0.0)
-        gamma0 = self.store.get("gamma", rows) if c.warm_start else None
+        b = torch.where(expand(valid, x), b, 0.0)
+        gamma0 = self.store.get("gamma", rows) if c.warm_start and rows is not None else None
         adj = solve_adjoint(lin, self.A, mu, b, self.adjoint, gamma0, 1.0 + self.reg.alpha)
         negative = adj.status == int(Status.NEGATIVE_CURVATURE)
         usable = torch.isfinite(adj.x).flatten(1).all(1) & valid
         gamma = torch.where(expand(usable, x), adj.x, 0.0)
-        saved = usable & ~negative
-        self.store.put("gamma", rows, torch.where(expand(saved, x), gamma, 0.0))
+        if rows is not None:
+            self.store.put("gamma", rows, torch.where(expand(usable & ~negative, x), gamma, 0.0))
         # Both are linear in gamma. Its warm start is saved without the weights, which change from step to step.
         theta, log_mu = parameter_gradients(lin, mu, expand(weights, gamma) * gamma)
         unconverged = adj.status != int(Status.CONVERGED)
         stats = {"adjoint_iterations": adj.iterations, "negative": negative, "adjoint_unconverged": unconverged}
         return theta, log_mu, stats
+
+    def _gradient_of_loss(
+        self,
+        rows: Rows,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        sol: Solution,
+        valid: torch.Tensor,
+        mu: torch.Tensor,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """Gradients of a loss that is not a function of the squared error, and its value for each image."""
+        c, ones = self.config, torch.ones_like(sol.tau)
+        scale = _MSE_SCALE / x.numel()
+        if self._loss_function is not None:
+            judged = losses.supervised(self._loss_function, sol.x, x)
+        elif c.loss == "noise2noise":
+            other = self.A.A(x) + c.sigma * self._noise(rows, self.other_noise)
+            judged = losses.noise2noise(self.A, sol.x, other, scale)
+        else:
+            probe, tau = self._probe(y.shape, self.step_done), _PROBE * c.sigma
+            # From xhat and not from a warm start of its own: the difference of the two must be small and exact.
+            options = PGDOptions(c.inner_iterations, self.accuracy.tolerance, c.acceleration)
+            second = pgd(y + tau * probe, self.A, self.reg, mu, options, sol.x, sol.tau)
+            valid = valid & torch.isfinite(second.x).flatten(1).all(1)
+            judged = losses.sure(self.A, sol.x, second.x, y, probe, c.sigma, tau, scale)
+            assert judged.by_second is not None
+            b = torch.where(expand(valid, x), -0.5 * judged.by_second, 0.0)
+            theta, log_mu, _ = self._implicit_gradient(None, b, second, valid, mu, ones)
+        first, log_mu_first, stats = self._implicit_gradient(rows, -0.5 * judged.by_x, sol, valid, mu, ones)
+        if judged.by_second is not None:
+            first = {n: g + theta[n] for n, g in first.items()}
+            log_mu_first = log_mu_first + log_mu
+        return first, log_mu_first, stats, judged.value
+
+    def _noise(self, rows: Rows, noise: Noise) -> torch.Tensor:
+        return noise.batch(rows).reshape(-1, *self.A.measurement_shape)
 
     def _unrolled_gradient(
         self,
@@ -341,6 +407,24 @@ class BilevelTrainer(Trainer):
         low, high = spectrum(self.reg, self.validation, steps=12)
         spectral = {"val_lambda_min": float(low.min()), "val_lambda_max": float(high.max())}
         return {**super().validate(), **spectral}
+
+    def score(self, sol: Solution, x: torch.Tensor, y: torch.Tensor, A: LinearOperator) -> float:
+        """The mean PSNR of the validation images; for a loss without true images, minus that loss."""
+        c, scale = self.config, _MSE_SCALE / x.numel()
+        if c.loss not in UNSUPERVISED:
+            return super().score(sol, x, y, A)
+        if c.loss == "noise2noise":
+            return -float(losses.noise2noise(A, sol.x, add_noise(A.A(x), c.sigma, c.seed + 2), scale).value.sum())
+        probe, tau = self._probe(y.shape, -1), _PROBE * c.sigma
+        options = PGDOptions(300, 1e-4, acceleration="fista")
+        second = recover(y + tau * probe, A, self.reg, self.mu, options=options, x0=sol.x, tau0=sol.tau)
+        return -float(losses.sure(A, sol.x, second.x, y, probe, c.sigma, tau, scale).value.sum())
+
+    def _probe(self, shape: torch.Size, step: int) -> torch.Tensor:
+        """Random signs, other ones at each step: with one probe per sample, training would fit the probes."""
+        rng = np.random.Generator(np.random.PCG64([self.config.seed, 5, step + 1]))
+        signs = rng.integers(0, 2, shape, dtype=np.int8)
+        return self.placement.upload(torch.from_numpy(2.0 * signs.astype(np.float32) - 1.0))
 
     def extra_state(self) -> tuple[Mapping[str, Array], dict[str, Any]]:
         """Warm starts and the state of the tolerance schedule."""

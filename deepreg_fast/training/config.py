@@ -13,7 +13,9 @@ from ..errors import InputError
 REGULARIZERS = ("red", "ridge", "ridge+red")
 
 T = TypeVar("T", bound="TrainConfig")
-LOSSES = ("mse", "psnr")
+LOSSES = ("mse", "psnr", "l1", "ssim", "sure", "noise2noise")
+UNSUPERVISED = ("sure", "noise2noise")
+"""Losses that do not use the true images."""
 DELTA_BALLS = ("sphere", "free")
 
 
@@ -34,6 +36,11 @@ class TrainConfig:
     validation: int = option(10, "Images carved out of the training part for validation.")
     validation_crop: int = option(96, "Side of the centre crop of the validation images; 0 takes whole images.")
     validate_every: int = option(200, "Steps between two validations; 0 for none.")
+    problem: str = option(
+        "cs",
+        "Inverse problem: cs (an SRM), denoise, deblur-gaussian, deblur-motion, sr2, sr3, inpaint, fourier, or a file: "
+        "an image of a blur kernel, or an operator's description in JSON.",
+    )
     ratio: float = option(0.2, "Measurements per pixel of the SRM.")
     transform: str = option("dct", "Transform of the SRM: dct, hadamard or walsh.")
     randomizer: str = option("sign", "Randomizer of the SRM: sign, permutation or both.")
@@ -183,7 +190,11 @@ class BilevelConfig(TrainConfig):
     penalty: str = option("lipschitz", "What beta bounds: lipschitz (of grad s) or curvature (of s, from above).")
     beta: float = option(5.0, "Lipschitz constant, or curvature, that grad s is held to; 0 for no penalty.")
     beta_start: float = option(0.0, "beta at the first step, raised linearly over the first half; 0 starts at beta.")
-    loss: str = option("mse", "What recoveries are judged by: mse (squared error) or psnr (its logarithm, by image).")
+    loss: str = option(
+        "mse",
+        "What recoveries are judged by: mse (squared error), psnr (its logarithm, by image), l1, ssim; or without the "
+        "true images: sure, noise2noise.",
+    )
     xi: float = option(1.0, "Weight of the penalty sum_b relu(beta_hat_b - beta).")
     delta_radius: float = option(0.05, "Norm of the perturbations, as a fraction of the image's norm about its centre.")
     delta_ball: str = option("sphere", "Perturbations: of fixed norm (sphere), or ascending without a bound (free).")
@@ -218,6 +229,10 @@ class BilevelConfig(TrainConfig):
         checks.number(self.beta, "beta", 0.0)
         checks.number(self.beta_start, "beta_start", 0.0)
         checks.choice(self.loss, "loss", LOSSES)
+        if self.loss in UNSUPERVISED and not self.sigma:
+            raise InputError(f"loss={self.loss!r} needs noisy measurements, but sigma is 0; set sigma to their noise.")
+        if self.loss not in ("mse", "psnr") and self.adjoint == "unrolled":
+            raise InputError(f"adjoint='unrolled' is for the losses mse and psnr, but loss is {self.loss!r}.")
         checks.number(self.xi, "xi", 0.0)
         checks.number(self.delta_radius, "delta_radius", 0.0, 10.0, open_low=True)
         checks.choice(self.delta_ball, "delta_ball", DELTA_BALLS)

@@ -19,11 +19,12 @@ from ..errors import CheckpointError, InputError, OutOfMemory, TrainingDiverged
 from ..evaluation.metrics import psnr
 from ..files import check_outputs, locked, remove_temporaries, same_file, write_atomically
 from ..inverse.data_term import add_noise
+from ..inverse.problem import build_operator
 from ..inverse.recovery import recover
-from ..operators import SRM
+from ..operators import LinearOperator
 from ..regularizers.base import Regularizer
 from ..regularizers.initialize import initialize_from
-from ..solvers import PGDOptions
+from ..solvers import PGDOptions, Solution
 from ..status import counts
 from ..weights.io import load, locate, save
 from .checkpoint import Array, load_checkpoint, load_moments, moments, save_checkpoint
@@ -278,15 +279,19 @@ class Trainer:
         sol = recover(y, A, self.reg, self.mu, options=PGDOptions(300, 1e-4, acceleration="fista"))
         score = psnr(sol.x, x)
         statuses = {f"val_{k}": v for k, v in counts(sol.status).items()}
-        mean = float(score.mean())
+        value = self.score(sol, x, y, A)
         return {
-            "val_psnr": mean,
+            "val_psnr": float(score.mean()),
             "val_psnr_median": float(score.median()),
             "val_ssim": float(ssim(sol.x, x).mean()),
             "val_gradients": float(sol.gradients.double().mean()),
-            "val_score": mean if math.isfinite(mean) else -math.inf,
+            "val_score": value if math.isfinite(value) else -math.inf,
             **statuses,
         }
+
+    def score(self, sol: Solution, x: torch.Tensor, y: torch.Tensor, A: LinearOperator) -> float:
+        """What the best checkpoint is chosen by: the mean PSNR of the validation images."""
+        return float(psnr(sol.x, x).mean())
 
     def meta(self) -> dict[str, Any]:
         """Provenance that is stored in a weight file."""
@@ -297,10 +302,10 @@ class Trainer:
             "config": json.loads(self.config.to_json()),
         }
 
-    def _operator(self, size: tuple[int, int]) -> SRM:
+    def _operator(self, size: tuple[int, int]) -> LinearOperator:
         c = self.config
         options = {"transform": c.transform, "randomizer": c.randomizer, "seed": c.operator_seed, "keep_dc": c.keep_dc}
-        return SRM((1, *size), c.ratio, **options).to(self.device)
+        return build_operator(c.problem, (1, *size), ratio=c.ratio, **options).to(self.device)
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -147,7 +147,9 @@ def _inputs(scene: _Scene, i: int) -> list[Picture]:
         Picture(png(x[0, 0], "gray"), f"{name}, the true image", "Truth", name),
         Picture(
             _measured(y[0], A), f"Measurements of {name}: size of the kept coefficients", "y, as log |y|", coefficients
-        ),
+        )
+        if isinstance(A, SRM)
+        else Picture(png(A.as_image(y)[0, 0], "stretched"), f"Measurements of {name}", "y", "stretched"),
         Picture(png(A.A_adjoint(y)[0, 0], "stretched"), f"{name}: back-projection", "Aᵀy", "stretched"),
         Picture(png(minimum_norm[0, 0], "gray"), f"{name}: minimum-norm solution", "Minimum norm", quality),
     ]
