@@ -1,5 +1,6 @@
 // Value and gradient of the regularizer. Included once per instruction set (DR_ISA names it).
 #pragma once
+#include "silu.h"
 #include "sweep.h"
 
 namespace DR_ISA {
@@ -43,52 +44,50 @@ class GradientSweep : public Sweep {
                 float* act = a[l].row(2 * pair + k);
                 if (!c.norm) {
                     each_alone<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
-                        const Part n = part(raw + o);
+                        const Vec n = load(raw + o);
                         const Silu f = silu(n);
-                        put(act + line, f.value);
-                        put(sl + o, f.slope);
-                        if (plane) put(plane + o, n);
+                        store(act + line, f.value);
+                        store(sl + o, f.slope);
+                        if (plane) store(plane + o, n);
                     });
                     continue;
                 }
-                Part scale[2 * N];
-                means<N>(y, k, v0, scale, [&](int, int, size_t o, size_t) { return part(raw + o) * part(raw + o); });
-                for (Part& s : scale) s = rsqrt(s + c.eps);
+                Vec scale[2 * N];
+                means<N>(y, k, v0, scale, [&](int, int, size_t o, size_t) { return load(raw + o) * load(raw + o); });
+                for (Vec& s : scale) s = rsqrt(s + c.eps);
                 each<N>(y, k, v0, [&](int ch, int q, size_t o, size_t line) {
-                    const Part z = part(raw + o) * scale[q];
+                    const Vec z = load(raw + o) * scale[q];
                     const Silu f = silu(gamma[ch] * z + beta[ch]);
-                    put(act + line, f.value);
-                    put(sl + o, scale[q] * (gamma[ch] * f.slope));
-                    put(xh + o, z);
-                    if (plane) put(plane + o, z);
+                    store(act + line, f.value);
+                    store(sl + o, scale[q] * (gamma[ch] * f.slope));
+                    store(xh + o, z);
+                    if (plane) store(plane + o, z);
                 });
                 if (kept && inside(pair))
-                    for (int q = 0; q < 2 * N; ++q) put(kept.rs(l, pair) + y.piece(1, v0) + (2 * k * N + q) * LANES, scale[q]);
+                    for (int q = 0; q < 2 * N; ++q) store(kept.rs(l, pair) + y.piece(1, v0) + (2 * k * N + q) * LANES, scale[q]);
             }
         });
         for (int k = 0; k < rows(pair); ++k) a[l].trim(2 * pair + k);
     }
 
     DR_INLINE void head(int pair, double* value, const Kept& kept) {
-        Double sum[2] = {};
+        DoubleVec sum[2] = {};
         collect(a[L - 1], pair, c.forward[L - 1], c.bias[L - 1][0], [&](int v0, int n, float* raw) {
             float* by = direct.at(pair) + y.piece(1, v0);
             float* h = kept && inside(pair) ? kept.h(pair) + y.piece(1, v0) : nullptr;
             for (int k = 0; k < rows(pair); ++k)
                 for (int q = 0; q < 2 * n; ++q) {
                     const size_t o = (2 * k * n + q) * LANES, line = q / n * y.line + (v0 + q % n) * LANES;
-                    const Part pixel = part(u.row(2 * pair + k) + line), found = part(raw + o);
-                    sum[k] += wide(masked(outer.value(pixel, found), own(q / n, v0 + q % n)));
-                    put(g3.row(2 * pair + k) + line, outer.by_h(pixel, found));
-                    put(by + o, outer.by_u(pixel, found));
-                    if (h) put(h + o, found);
+                    const Vec pixel = load(u.row(2 * pair + k) + line), found = load(raw + o);
+                    sum[k] += to_double(masked(outer.value(pixel, found), own(q / n, v0 + q % n)));
+                    store(g3.row(2 * pair + k) + line, outer.by_h(pixel, found));
+                    store(by + o, outer.by_u(pixel, found));
+                    if (h) store(h + o, found);
                 }
         });
         for (int k = 0; k < rows(pair); ++k) {
             g3.trim(2 * pair + k);
-            double total = 0.0;
-            for (int j = 0; j < LANES; ++j) total += sum[k][j];
-            if (inside(pair)) value[2 * pair + k] = total;
+            if (inside(pair)) value[2 * pair + k] = sum_lanes(sum[k]);
         }
     }
 
@@ -101,22 +100,22 @@ class GradientSweep : public Sweep {
                 float* out = gz[l].row(2 * pair + k);
                 if (!c.norm) {
                     each_alone<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
-                        put(out + line, part(sl + o) * part(raw + o));
-                        if (plane) put(plane + o, part(raw + o));
+                        store(out + line, load(sl + o) * load(raw + o));
+                        if (plane) store(plane + o, load(raw + o));
                     });
                     continue;
                 }
-                Part m[2 * N];
+                Vec m[2 * N];
                 // The mean of t is omitted: the transpose of centered filters maps constants to zero.
                 means<N>(y, k, v0, m, [&](int, int, size_t o, size_t) {
-                    const Part g = part(raw + o), t = g * part(sl + o);
-                    if (plane) put(plane + o, g);
-                    put(raw + o, t);
-                    return t * part(xh + o);
+                    const Vec g = load(raw + o), t = g * load(sl + o);
+                    if (plane) store(plane + o, g);
+                    store(raw + o, t);
+                    return t * load(xh + o);
                 });
-                each<N>(y, k, v0, [&](int, int q, size_t o, size_t line) { put(out + line, part(raw + o) - part(xh + o) * m[q]); });
+                each<N>(y, k, v0, [&](int, int q, size_t o, size_t line) { store(out + line, load(raw + o) - load(xh + o) * m[q]); });
                 if (kept && inside(pair))
-                    for (int q = 0; q < 2 * N; ++q) put(kept.m2(l, pair) + y.piece(1, v0) + (2 * k * N + q) * LANES, m[q]);
+                    for (int q = 0; q < 2 * N; ++q) store(kept.m2(l, pair) + y.piece(1, v0) + (2 * k * N + q) * LANES, m[q]);
             }
         });
         for (int k = 0; k < rows(pair); ++k) gz[l].trim(2 * pair + k);

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "aligned.h"
-#include "lanes.h"
+#include "simd.h"
 
 namespace DR_ISA {
 
@@ -87,10 +87,10 @@ static DR_INLINE void each_alone(const Layout& y, int k, int v0, F body) {
 
 // The means over the channels of f(channel, q, in_piece, in_lines).
 template <int N, class F>
-static DR_INLINE void means(const Layout& y, int k, int v0, Part (&mean)[2 * N], F f) {
-    for (Part& m : mean) m = same(0.0f);
+static DR_INLINE void means(const Layout& y, int k, int v0, Vec (&mean)[2 * N], F f) {
+    for (Vec& m : mean) m = broadcast(0.0f);
     each<N>(y, k, v0, [&](int c, int q, size_t o, size_t at) { mean[q] += f(c, q, o, at); });
-    for (Part& m : mean) m *= 1.0f / y.channels;
+    for (Vec& m : mean) m *= 1.0f / y.channels;
 }
 
 // Four rows around a pair, or a row and its neighbors: pointers to their first lines.
@@ -115,7 +115,7 @@ class Ring {
     // Write zeros to the right of the image's last column, for the convolutions.
     void trim(int r) {
         float* p = row(r) + last_;
-        for (int k = 0; k < lines_; ++k, p += line_) put(p, masked(part(p), mask_[k % 2]));
+        for (int k = 0; k < lines_; ++k, p += line_) store(p, masked(load(p), mask_[k % 2]));
     }
 
   private:
@@ -125,7 +125,7 @@ class Ring {
 
     int size_, height_, lines_;
     size_t line_, last_, stride_;
-    IntPart mask_[2];
+    IntVec mask_[2];
     Floats data_;
 };
 

@@ -6,13 +6,13 @@
 namespace DR_ISA {
 
 // sums[9][lane] += the tiles' four pixels g times the patch around them, one tap after another.
-static DR_INLINE void nine_sums(const Part (&g)[4], const Patch& p, float* sums) {
+static DR_INLINE void nine_sums(const Vec (&g)[4], const Patch& p, float* sums) {
 #pragma GCC unroll 9
     for (int tap = 0; tap < 9; ++tap) {
-        Part s = part(sums + tap * LANES);
+        Vec s = load(sums + tap * LANES);
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) s += g[k] * p.d[k / 2 + tap / 3][k % 2 + tap % 3];
-        put(sums + tap * LANES, s);
+        store(sums + tap * LANES, s);
     }
 }
 
@@ -24,9 +24,9 @@ static DR_CALL void edge_one(const Rows& one, const float* cot, int v0, int n, c
         float* to = dw;
         const float* from = cot + v * LANES;
         for (int c = 0; c < y.channels; ++c, to += 9 * LANES, from += 2 * n * LANES) {
-            Part g[4];
+            Vec g[4];
 #pragma GCC unroll 4
-            for (int k = 0; k < 4; ++k) g[k] = part(from + k / 2 * row + k % 2 * n * LANES);
+            for (int k = 0; k < 4; ++k) g[k] = load(from + k / 2 * row + k % 2 * n * LANES);
             nine_sums(g, p, to);
         }
     }
@@ -35,8 +35,8 @@ static DR_CALL void edge_one(const Rows& one, const float* cot, int v0, int n, c
 // dw[channel][9][lane] += sum over the tiles of cot(x) many(x + tap), for a cotangent of one channel.
 static DR_CALL void edge_many(const Rows& many, const float* cot, int v0, int n, const Layout& y, float* dw) {
     for (int v = 0; v < n; ++v) {
-        Part g[4];
-        for (int k = 0; k < 4; ++k) g[k] = part(cot + (k * n + v) * LANES);
+        Vec g[4];
+        for (int k = 0; k < 4; ++k) g[k] = load(cot + (k * n + v) * LANES);
         float* to = dw;
         size_t line = static_cast<size_t>(v0 + v) * LANES;
         for (int c = 0; c < y.channels; ++c, to += 9 * LANES, line += 2 * y.line) {
@@ -56,31 +56,31 @@ constexpr size_t OUTER_SCRATCH = static_cast<size_t>(LANES) * 8 * LANES;
 template <int I>
 static DR_INLINE void cotangents(const float* g, float* to) {
     for (int t = 0; t < LANES; ++t, g += 4 * LANES, to += 4 * LANES) {
-        Part e, o;
-        if (I == 0) e = part(g), o = part(g + LANES);
-        if (I == 1) e = part(g) + part(g + 2 * LANES), o = part(g + LANES) + part(g + 3 * LANES);
-        if (I == 2) e = part(g) - part(g + 2 * LANES), o = part(g + LANES) - part(g + 3 * LANES);
-        if (I == 3) e = part(g + 2 * LANES), o = part(g + 3 * LANES);
-        put(to, e), put(to + LANES, e + o), put(to + 2 * LANES, e - o), put(to + 3 * LANES, o);
+        Vec e, o;
+        if (I == 0) e = load(g), o = load(g + LANES);
+        if (I == 1) e = load(g) + load(g + 2 * LANES), o = load(g + LANES) + load(g + 3 * LANES);
+        if (I == 2) e = load(g) - load(g + 2 * LANES), o = load(g + LANES) - load(g + 3 * LANES);
+        if (I == 3) e = load(g + 2 * LANES), o = load(g + 3 * LANES);
+        store(to, e), store(to + LANES, e + o), store(to + 2 * LANES, e - o), store(to + 3 * LANES, o);
     }
 }
 
 // dw[in][LANES] += sum over the tiles of a register of u[in][tile] row[tile][lane]. A few sums fill the registers.
 template <class Count>
 static DR_INLINE void rank_one(const float* u, const float* row, Count count, float* dw) {
-    Part acc[INPUTS] = {};
+    Vec acc[INPUTS] = {};
 #pragma GCC unroll 16
     for (int c = 0; c < INPUTS; ++c)
-        if (c < count) acc[c] = part(dw + c * LANES);
+        if (c < count) acc[c] = load(dw + c * LANES);
     for (int t = 0; t < LANES; ++t) {
-        const Part g = part(row + t * 4 * LANES);
+        const Vec g = load(row + t * 4 * LANES);
 #pragma GCC unroll 16
         for (int c = 0; c < INPUTS; ++c)
-            if (c < count) acc[c] += same(u[c * LANES + t]) * g;
+            if (c < count) acc[c] += broadcast(u[c * LANES + t]) * g;
     }
 #pragma GCC unroll 16
     for (int c = 0; c < INPUTS; ++c)
-        if (c < count) put(dw + c * LANES, acc[c]);
+        if (c < count) store(dw + c * LANES, acc[c]);
 }
 
 template <int I>
@@ -111,11 +111,11 @@ static DR_CALL void outer(const Rows& in, const float* cot, int v0, int n, const
         for (int b = 0; b < y.channels; b += LANES) {
             for (int k = 0; k < 4; ++k) {
                 const float* from = cot + k / 2 * row + static_cast<size_t>(k % 2 * n + v) * LANES;
-                Part a[LANES];
+                Vec a[LANES];
                 for (int j = 0; j < LANES; ++j)
-                    a[j] = b + j < y.channels ? part(from + static_cast<size_t>(b + j) * 2 * n * LANES) : Part{};
+                    a[j] = b + j < y.channels ? load(from + static_cast<size_t>(b + j) * 2 * n * LANES) : Vec{};
                 transpose(a);
-                for (int t = 0; t < LANES; ++t) put(scratch + (t * 4 + k) * LANES, a[t]);
+                for (int t = 0; t < LANES; ++t) store(scratch + (t * 4 + k) * LANES, a[t]);
             }
             outer_row<0>(in, v0 + v, y, b, u, scratch, dw);
             outer_row<1>(in, v0 + v, y, b, u, scratch, dw);

@@ -48,14 +48,14 @@ class Kept {
 struct Outer {
     int head;
     float alpha;
-    DR_INLINE Part value(Part u, Part h) const {
-        const Part e = u - h;
-        const Part phi = head == 0 ? u * e : head == 1 ? e * e : h * h;
+    DR_INLINE Vec value(Vec u, Vec h) const {
+        const Vec e = u - h;
+        const Vec phi = head == 0 ? u * e : head == 1 ? e * e : h * h;
         return 0.5f * (alpha * u * u + phi);
     }
-    DR_INLINE Part by_h(Part u, Part h) const { return head == 0 ? -0.5f * u : head == 1 ? h - u : h; }
-    DR_INLINE Part by_u(Part u, Part h) const {
-        return alpha * u + (head == 0 ? u - 0.5f * h : head == 1 ? u - h : Part{});
+    DR_INLINE Vec by_h(Vec u, Vec h) const { return head == 0 ? -0.5f * u : head == 1 ? h - u : h; }
+    DR_INLINE Vec by_u(Vec u, Vec h) const {
+        return alpha * u + (head == 0 ? u - 0.5f * h : head == 1 ? u - h : Vec{});
     }
 };
 
@@ -103,7 +103,7 @@ class Sweep {
           tiles_(static_cast<size_t>(4) * C * MOST * LANES), raw_(tiles_.size()) {
         for (int v = 0; v < y.vectors; ++v)
             for (int parity = 0; parity < 2; ++parity) {
-                IntPart mask;
+                IntVec mask;
                 for (int j = 0; j < LANES; ++j) {
                     const int x = strip().begin + 2 * (v * LANES + j) + parity;
                     mask[j] = x >= strip().first && x < strip().last ? -1 : 0;
@@ -140,8 +140,8 @@ class Sweep {
         float *e = ring.row(r), *o = e + y.line;
         int t = 0;
         for (; 2 * (t + LANES) <= y.width; t += LANES) {
-            const Part a = part(p + 2 * t) - shift, b = part(p + 2 * t + LANES) - shift;
-            put(e + t, even(a, b)), put(o + t, odd(a, b));
+            const Vec a = load(p + 2 * t) - shift, b = load(p + 2 * t + LANES) - shift;
+            store(e + t, even_lanes(a, b)), store(o + t, odd_lanes(a, b));
         }
         for (; t < y.tiles; ++t) {
             e[t] = p[2 * t] - shift;
@@ -200,8 +200,8 @@ class Sweep {
                 for (int v = 0; v < n; ++v) {
                     const size_t e = static_cast<size_t>(2 * k * n + v) * LANES, o = e + n * LANES;
                     const float* d = by + y.piece(1, v0);
-                    const Part a = part(raw + e) + part(d + e), b = part(raw + o) + part(d + o);
-                    put(both + 2 * v * LANES, low(a, b)), put(both + (2 * v + 1) * LANES, high(a, b));
+                    const Vec a = load(raw + e) + load(d + e), b = load(raw + o) + load(d + o);
+                    store(both + 2 * v * LANES, interleave_low(a, b)), store(both + (2 * v + 1) * LANES, interleave_high(a, b));
                 }
                 // The piece's first and last columns in the image.
                 const int begin = strip().begin + 2 * v0 * LANES;
@@ -213,7 +213,7 @@ class Sweep {
     }
 
     // The lanes of register v of a line that belong to the strip's own columns.
-    IntPart own(int parity, int v) const { return own_[2 * v + parity]; }
+    IntVec own(int parity, int v) const { return own_[2 * v + parity]; }
 
     const Chain& c;
     const int L, H, C;
@@ -230,7 +230,7 @@ class Sweep {
     const Band band_;
     const int stages_;
     Floats tiles_, raw_;
-    std::vector<IntPart> own_;
+    std::vector<IntVec> own_;
 };
 
 }  // namespace DR_ISA

@@ -2,6 +2,7 @@
 // saved the required values. Included once per instruction set (DR_ISA names it).
 #pragma once
 #include "outer.h"
+#include "silu.h"
 #include "sweep.h"
 
 namespace DR_ISA {
@@ -84,7 +85,7 @@ class TangentSweep : public Sweep {
         any_pieces(y, [&](int v0, int n) {
             for (int q = 0; q < 2 * n; ++q) {
                 const size_t line = q / n * y.line + static_cast<size_t>(v0 + q % n) * LANES;
-                put(g + line, outer.by_h(part(pixel + line), part(h + y.piece(1, v0) + ((r % 2) * 2 * n + q) * LANES)));
+                store(g + line, outer.by_h(load(pixel + line), load(h + y.piece(1, v0) + ((r % 2) * 2 * n + q) * LANES)));
             }
         });
         g3.trim(r);
@@ -105,46 +106,46 @@ class TangentSweep : public Sweep {
                 float *act = THETA ? a[l].row(2 * pair + k) : nullptr, *act1 = a1[l].row(2 * pair + k);
                 if (!c.norm) {
                     each_alone<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
-                        const Part n1 = part(raw + o), cv = part(g + o);
-                        const Silu f = silu(part(z + o));
-                        if (THETA) put(act + line, f.value), put(gu.data() + o, f.slope * cv);
-                        put(act1 + line, f.slope * n1);
-                        put(sl + o, f.slope);
-                        put(q0 + o, f.bend * cv * n1);
+                        const Vec n1 = load(raw + o), cv = load(g + o);
+                        const Silu f = silu(load(z + o));
+                        if (THETA) store(act + line, f.value), store(gu.data() + o, f.slope * cv);
+                        store(act1 + line, f.slope * n1);
+                        store(sl + o, f.slope);
+                        store(q0 + o, f.bend * cv * n1);
                     });
                     continue;
                 }
                 const size_t row = y.piece(1, v0) + 2 * k * N * LANES;
                 const float *scale = kept.rs(l, pair) + row, *m2 = kept.m2(l, pair) + row;
-                Part p[2 * N], s0[2 * N] = {};
+                Vec p[2 * N], s0[2 * N] = {};
                 means<N>(y, k, v0, p, [&](int, int q, size_t o, size_t) {
-                    if (l > 1) return part(raw + o) * part(z + o);
-                    const Part zv = part(first + o) * part(scale + q * LANES);
-                    put(first + o, zv);
-                    return part(raw + o) * zv;
+                    if (l > 1) return load(raw + o) * load(z + o);
+                    const Vec zv = load(first + o) * load(scale + q * LANES);
+                    store(first + o, zv);
+                    return load(raw + o) * zv;
                 });
                 float* st = THETA ? steep[l].at(pair) + y.piece(v0) : nullptr;
                 const bool add = THETA && inside(pair);
                 each<N>(y, k, v0, [&](int ch, int q, size_t o, size_t line) {
-                    const Part zv = part(z + o), rs = part(scale + q * LANES), m = part(m2 + q * LANES), cv = part(g + o);
-                    const Part x1 = rs * (part(raw + o) - zv * p[q]), gx = gamma[ch] * x1, gc = gamma[ch] * cv;
+                    const Vec zv = load(z + o), rs = load(scale + q * LANES), m = load(m2 + q * LANES), cv = load(g + o);
+                    const Vec x1 = rs * (load(raw + o) - zv * p[q]), gx = gamma[ch] * x1, gc = gamma[ch] * cv;
                     const Silu f = silu(gamma[ch] * zv + beta[ch]);
-                    const Part bent = f.bend * gc, b = bent * gx, t = f.slope * gc, primal = rs * t - zv * m;
-                    put(act1 + line, f.slope * gx);
-                    put(sl + o, rs * (gamma[ch] * f.slope));
-                    put(q0 + o, rs * (b - p[q] * primal) - x1 * m);
+                    const Vec bent = f.bend * gc, b = bent * gx, t = f.slope * gc, primal = rs * t - zv * m;
+                    store(act1 + line, f.slope * gx);
+                    store(sl + o, rs * (gamma[ch] * f.slope));
+                    store(q0 + o, rs * (b - p[q] * primal) - x1 * m);
                     s0[q] += b * zv + t * x1;
                     if (!THETA) return;
-                    put(act + line, f.value);
-                    put(gu.data() + o, primal);
-                    put(st + o, f.slope);
+                    store(act + line, f.value);
+                    store(gu.data() + o, primal);
+                    store(st + o, f.slope);
                     if (!add) return;
-                    const IntPart mask = own(q / N, v0 + q % N);
+                    const IntVec mask = own(q / N, v0 + q % N);
                     grow(sums->beta[l - 1], ch, masked(bent * x1, mask));
                     grow(sums->gamma[l - 1], ch, masked(bent * x1 * zv + cv * f.slope * x1, mask));
                 });
                 float* to = mean[l].at(pair) + row;
-                for (int q = 0; q < 2 * N; ++q) put(to + q * LANES, part(scale + q * LANES) * s0[q] * (1.0f / C));
+                for (int q = 0; q < 2 * N; ++q) store(to + q * LANES, load(scale + q * LANES) * s0[q] * (1.0f / C));
             }
             if (THETA && inside(pair)) filter_sums<N>(l, pair, v0, gu.data(), l > 1 ? a1[l - 1] : u1, sums);
         };
@@ -163,13 +164,13 @@ class TangentSweep : public Sweep {
             for (int k = 0; k < rows(pair); ++k)
                 for (int q = 0; q < 2 * n; ++q) {
                     const size_t o = (2 * k * n + q) * LANES, line = q / n * y.line + (v0 + q % n) * LANES;
-                    const Part pixel = part(u1.row(2 * pair + k) + line), h = part(raw + o), g = outer.by_h(pixel, h);
-                    put(g31.row(2 * pair + k) + line, g);
-                    put(by + o, outer.by_u(pixel, h));
+                    const Vec pixel = load(u1.row(2 * pair + k) + line), h = load(raw + o), g = outer.by_h(pixel, h);
+                    store(g31.row(2 * pair + k) + line, g);
+                    store(by + o, outer.by_u(pixel, h));
                     if (!THETA) continue;
-                    const IntPart mask = own(q / n, v0 + q % n);
-                    put(tangent + o, masked(g, mask));
-                    put(primal + o, masked(part(g3.row(2 * pair + k) + line), mask));
+                    const IntVec mask = own(q / n, v0 + q % n);
+                    store(tangent + o, masked(g, mask));
+                    store(primal + o, masked(load(g3.row(2 * pair + k) + line), mask));
                 }
             if (!THETA || !inside(pair)) return;
             for (float g : tangent) sums->last_bias += g;
@@ -189,47 +190,47 @@ class TangentSweep : public Sweep {
                 float* out1 = gz1[l].row(2 * pair + k);
                 if (!c.norm) {
                     each_alone<N>(y, k, v0, [&](int, int, size_t o, size_t line) {
-                        const Part g = part(q0 + o) + part(raw + o) * part(sl + o);
-                        put(out1 + line, g);
-                        if (THETA) put(raw + o, g);
+                        const Vec g = load(q0 + o) + load(raw + o) * load(sl + o);
+                        store(out1 + line, g);
+                        if (THETA) store(raw + o, g);
                     });
                     continue;
                 }
                 if (THETA && inside(pair)) {
                     const float* st = steep[l].at(pair) + y.piece(v0);
                     each<N>(y, k, v0, [&](int ch, int q, size_t o, size_t) {
-                        const Part g = masked(part(raw + o) * part(st + o), own(q / N, v0 + q % N));
+                        const Vec g = masked(load(raw + o) * load(st + o), own(q / N, v0 + q % N));
                         grow(sums->beta[l - 1], ch, g);
-                        grow(sums->gamma[l - 1], ch, g * part(z + o));
+                        grow(sums->gamma[l - 1], ch, g * load(z + o));
                     });
                 }
-                Part m[2 * N];
+                Vec m[2 * N];
                 const float* s0 = mean[l].at(pair) + y.piece(1, v0) + 2 * k * N * LANES;
                 means<N>(y, k, v0, m, [&](int, int, size_t o, size_t) {
-                    const Part w = part(raw + o) * part(sl + o);
-                    put(raw + o, w);
-                    return w * part(z + o);
+                    const Vec w = load(raw + o) * load(sl + o);
+                    store(raw + o, w);
+                    return w * load(z + o);
                 });
-                for (int q = 0; q < 2 * N; ++q) m[q] += part(s0 + q * LANES);
+                for (int q = 0; q < 2 * N; ++q) m[q] += load(s0 + q * LANES);
                 each<N>(y, k, v0, [&](int, int q, size_t o, size_t line) {
-                    const Part g = part(q0 + o) + part(raw + o) - part(z + o) * m[q];
-                    put(out1 + line, g);
-                    if (THETA) put(raw + o, g);
+                    const Vec g = load(q0 + o) + load(raw + o) - load(z + o) * m[q];
+                    store(out1 + line, g);
+                    if (THETA) store(raw + o, g);
                 });
             }
             if (THETA && inside(pair)) {
                 filter_sums<N>(l, pair, v0, raw, l > 1 ? a[l - 1] : u, sums);
                 for (int k = 0; k < 2; ++k)
-                    each_alone<N>(y, k, v0, [&](int ch, int, size_t o, size_t) { grow(sums->bias[l - 1], ch, part(raw + o)); });
+                    each_alone<N>(y, k, v0, [&](int ch, int, size_t o, size_t) { grow(sums->bias[l - 1], ch, load(raw + o)); });
             }
         };
         convolve(l < L - 1 ? gz1[l + 1] : g31, l == L - 1, pair, c.backward[l], nullptr, body);
         for (int k = 0; k < rows(pair); ++k) gz1[l].trim(2 * pair + k);
     }
 
-    static DR_INLINE void grow(Floats& sum, int ch, Part v) {
+    static DR_INLINE void grow(Floats& sum, int ch, Vec v) {
         float* p = sum.data() + ch * LANES;
-        put(p, part(p) + v);
+        store(p, load(p) + v);
     }
 
     // Contribution of a piece's cotangents to the gradient of the filters applied to `in`. Sets the cotangents to zero in
@@ -238,7 +239,7 @@ class TangentSweep : public Sweep {
     DR_INLINE void filter_sums(int l, int pair, int v0, float* block, const Ring& in, Sums* sums) {
         for (int k = 0; k < 2; ++k)
             each<N>(y, k, v0, [&](int, int q, size_t o, size_t) {
-                put(block + o, k < rows(pair) ? masked(part(block + o), own(q / N, v0 + q % N)) : Part{});
+                store(block + o, k < rows(pair) ? masked(load(block + o), own(q / N, v0 + q % N)) : Vec{});
             });
         float* dw = sums->w[l - 1].data();
         if (l == 1)

@@ -31,13 +31,9 @@ static DR_INLINE void everywhere(const S& s, F body) {
 
 // A mean over the channels and pixels of an image, in doubles.
 struct Average {
-    Double sum{};
-    DR_INLINE void add(Part v, IntPart own) { sum += wide(masked(v, own)); }
-    double of(double count) const {
-        double total = 0.0;
-        for (int j = 0; j < LANES; ++j) total += sum[j];
-        return total / count;
-    }
+    DoubleVec sum{};
+    DR_INLINE void add(Vec v, IntVec own) { sum += to_double(masked(v, own)); }
+    double of(double count) const { return sum_lanes(sum) / count; }
 };
 
 class WholeGradient : public GradientSweep {
@@ -64,20 +60,20 @@ class WholeGradient : public GradientSweep {
         Pairs &x = xhat[l], &s = slope[l];
         fill(l > 1 ? a[l - 1] : u, l == 1, c.forward[l - 1], c.bias[l - 1], x);
         Average first, second;
-        everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart own) { first.add(part(x.at(pair) + o), own); });
+        everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntVec own) { first.add(load(x.at(pair) + o), own); });
         const float mean = static_cast<float>(first.of(count));
-        everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart own) {
-            const Part centred = part(x.at(pair) + o) - mean;
+        everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntVec own) {
+            const Vec centred = load(x.at(pair) + o) - mean;
             second.add(centred * centred, own);
         });
         const float rs = static_cast<float>(1.0 / std::sqrt(second.of(count) + c.eps));
-        everywhere(*this, [&](int pair, int ch, size_t o, int r, size_t line, IntPart) {
-            const Part z = (part(x.at(pair) + o) - mean) * rs;
+        everywhere(*this, [&](int pair, int ch, size_t o, int r, size_t line, IntVec) {
+            const Vec z = (load(x.at(pair) + o) - mean) * rs;
             const Silu f = silu(gamma[ch] * z + beta[ch]);
-            put(x.at(pair) + o, z);
-            put(s.at(pair) + o, gamma[ch] * f.slope);
-            put(a[l].row(r) + line, f.value);
-            if (float* plane = kept.z(l, pair)) put(plane + o, z);
+            store(x.at(pair) + o, z);
+            store(s.at(pair) + o, gamma[ch] * f.slope);
+            store(a[l].row(r) + line, f.value);
+            if (float* plane = kept.z(l, pair)) store(plane + o, z);
         });
         for (int r = 0; r < H; ++r) a[l].trim(r);
         if (kept) kept.statistics(l)[0] = mean, kept.statistics(l)[1] = rs;
@@ -87,16 +83,16 @@ class WholeGradient : public GradientSweep {
     void backward(int l, double count, float rs, const Kept& kept, Pairs& t) {
         Average one, two;
         fill(l < L - 1 ? gz[l + 1] : g3, l == L - 1, c.backward[l], nullptr, t);
-        everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart own) {
-            const Part g = part(t.at(pair) + o), v = g * part(slope[l].at(pair) + o);
-            if (float* plane = kept.g(l, pair)) put(plane + o, g);
-            put(t.at(pair) + o, v);
+        everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntVec own) {
+            const Vec g = load(t.at(pair) + o), v = g * load(slope[l].at(pair) + o);
+            if (float* plane = kept.g(l, pair)) store(plane + o, g);
+            store(t.at(pair) + o, v);
             one.add(v, own);
-            two.add(v * part(xhat[l].at(pair) + o), own);
+            two.add(v * load(xhat[l].at(pair) + o), own);
         });
         const float m1 = static_cast<float>(one.of(count)), m2 = static_cast<float>(two.of(count));
-        everywhere(*this, [&](int pair, int, size_t o, int r, size_t line, IntPart) {
-            put(gz[l].row(r) + line, rs * (part(t.at(pair) + o) - m1 - part(xhat[l].at(pair) + o) * m2));
+        everywhere(*this, [&](int pair, int, size_t o, int r, size_t line, IntVec) {
+            store(gz[l].row(r) + line, rs * (load(t.at(pair) + o) - m1 - load(xhat[l].at(pair) + o) * m2));
         });
         for (int r = 0; r < H; ++r) gz[l].trim(r);
         if (kept) kept.statistics(l)[2] = m1, kept.statistics(l)[3] = m2;
@@ -147,7 +143,7 @@ class WholeTangent : public TangentSweep<THETA> {
             pieces(y, [&](int v0, auto count) {
                 constexpr int N = count();
                 for (int k = 0; k < Base::rows(pair); ++k)
-                    each<N>(y, k, v0, [&](int, int, size_t o, size_t) { put(gu_.data() + o, f(pair, o + y.piece(v0))); });
+                    each<N>(y, k, v0, [&](int, int, size_t o, size_t) { store(gu_.data() + o, f(pair, o + y.piece(v0))); });
                 Base::template filter_sums<N>(l, pair, v0, gu_.data(), in, sums);
             });
             flush(pair, sums);
@@ -161,31 +157,31 @@ class WholeTangent : public TangentSweep<THETA> {
         Base::fill(l > 1 ? a1[l - 1] : u1, l == 1, c.forward[l - 1], nullptr, x1);
         if (l == 1) {
             Base::fill(u, true, c.forward[0], c.bias[0], z1);
-            everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart) {
-                put(z1.at(pair) + o, (part(z1.at(pair) + o) - mean) * rs);
+            everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntVec) {
+                store(z1.at(pair) + o, (load(z1.at(pair) + o) - mean) * rs);
             });
         }
         if (l == L - 1) Base::fill(g3, true, c.backward[l], nullptr, t);
         Average constant, along, across;
-        everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntPart own) {
-            const Part v = part(x1.at(pair) + o);
+        everywhere(*this, [&](int pair, int, size_t o, int, size_t, IntVec own) {
+            const Vec v = load(x1.at(pair) + o);
             constant.add(v, own);
-            along.add(v * part(z(l, pair, kept) + o), own);
+            along.add(v * load(z(l, pair, kept) + o), own);
         });
         const float p0 = static_cast<float>(constant.of(count)), p = static_cast<float>(along.of(count));
-        everywhere(*this, [&](int pair, int ch, size_t o, int r, size_t line, IntPart own) {
-            const Part zv = part(z(l, pair, kept) + o), cv = part((l < L - 1 ? kept.g(l, pair) : t.at(pair)) + o);
-            const Part x = rs * (part(x1.at(pair) + o) - p0 - zv * p), gx = gamma[ch] * x, gc = gamma[ch] * cv;
+        everywhere(*this, [&](int pair, int ch, size_t o, int r, size_t line, IntVec own) {
+            const Vec zv = load(z(l, pair, kept) + o), cv = load((l < L - 1 ? kept.g(l, pair) : t.at(pair)) + o);
+            const Vec x = rs * (load(x1.at(pair) + o) - p0 - zv * p), gx = gamma[ch] * x, gc = gamma[ch] * cv;
             const Silu f = silu(gamma[ch] * zv + beta[ch]);
-            const Part bent = f.bend * gc;
-            put(x1.at(pair) + o, x);
-            put(t.at(pair) + o, f.slope * gc);
-            put(slope[l].at(pair) + o, f.slope);
-            put(rest[l].at(pair) + o, bent * gx);
-            put(a1[l].row(r) + line, f.slope * gx);
+            const Vec bent = f.bend * gc;
+            store(x1.at(pair) + o, x);
+            store(t.at(pair) + o, f.slope * gc);
+            store(slope[l].at(pair) + o, f.slope);
+            store(rest[l].at(pair) + o, bent * gx);
+            store(a1[l].row(r) + line, f.slope * gx);
             across.add(f.slope * gc * x, own);
             if (!THETA) return;
-            put(a[l].row(r) + line, f.value);
+            store(a[l].row(r) + line, f.value);
             Base::grow(sums->beta[l - 1], ch, masked(bent * x, own));
             Base::grow(sums->gamma[l - 1], ch, masked(bent * x * zv + cv * f.slope * x, own));
         }, [&](int pair) { flush(pair, sums); });
@@ -196,7 +192,7 @@ class WholeTangent : public TangentSweep<THETA> {
         }
         if (THETA)
             filter_sums(l, l > 1 ? a1[l - 1] : u1, sums, [&](int pair, size_t o) {
-                return rs * (part(t.at(pair) + o) - m1 - part(z(l, pair, kept) + o) * m2);
+                return rs * (load(t.at(pair) + o) - m1 - load(z(l, pair, kept) + o) * m2);
             });
     }
 
@@ -206,10 +202,10 @@ class WholeTangent : public TangentSweep<THETA> {
         Pairs raw(Base::pairs_for(0), y.block());
         Base::fill(l < L - 1 ? gz1[l + 1] : g31, l == L - 1, c.backward[l], nullptr, raw);
         Average constant, along;
-        everywhere(*this, [&](int pair, int ch, size_t o, int, size_t, IntPart own) {
-            const Part zv = part(z(l, pair, kept) + o), w = part(raw.at(pair) + o) * part(slope[l].at(pair) + o);
-            const Part t1 = part(rest[l].at(pair) + o) + gamma[ch] * w;
-            put(rest[l].at(pair) + o, t1);
+        everywhere(*this, [&](int pair, int ch, size_t o, int, size_t, IntVec own) {
+            const Vec zv = load(z(l, pair, kept) + o), w = load(raw.at(pair) + o) * load(slope[l].at(pair) + o);
+            const Vec t1 = load(rest[l].at(pair) + o) + gamma[ch] * w;
+            store(rest[l].at(pair) + o, t1);
             constant.add(t1, own);
             along.add(t1 * zv, own);
             if (!THETA) return;
@@ -217,17 +213,17 @@ class WholeTangent : public TangentSweep<THETA> {
             Base::grow(sums->gamma[l - 1], ch, masked(w * zv, own));
         }, [&](int pair) { flush(pair, sums); });
         const float t0 = static_cast<float>(constant.of(count)), tz = static_cast<float>(along.of(count));
-        everywhere(*this, [&](int pair, int ch, size_t o, int r, size_t line, IntPart own) {
-            const Part zv = part(z(l, pair, kept) + o), gu = rs * (part(t_[l].at(pair) + o) - m1 - zv * m2);
-            const Part e = part(rest[l].at(pair) + o) - t0 - zv * (tz + tx) - part(steep[l].at(pair) + o) * m2;
-            const Part g = rs * (e - p * gu);
-            put(gz1[l].row(r) + line, g);
+        everywhere(*this, [&](int pair, int ch, size_t o, int r, size_t line, IntVec own) {
+            const Vec zv = load(z(l, pair, kept) + o), gu = rs * (load(t_[l].at(pair) + o) - m1 - zv * m2);
+            const Vec e = load(rest[l].at(pair) + o) - t0 - zv * (tz + tx) - load(steep[l].at(pair) + o) * m2;
+            const Vec g = rs * (e - p * gu);
+            store(gz1[l].row(r) + line, g);
             if (!THETA) return;
-            put(raw.at(pair) + o, g);
+            store(raw.at(pair) + o, g);
             Base::grow(sums->bias[l - 1], ch, masked(g, own));
         }, [&](int pair) { flush(pair, sums); });
         for (int r = 0; r < H; ++r) gz1[l].trim(r);
-        if (THETA) filter_sums(l, l > 1 ? a[l - 1] : u, sums, [&](int pair, size_t o) { return part(raw.at(pair) + o); });
+        if (THETA) filter_sums(l, l > 1 ? a[l - 1] : u, sums, [&](int pair, size_t o) { return load(raw.at(pair) + o); });
     }
 
     Floats gu_;
