@@ -210,7 +210,7 @@ class ConvChain {
     std::vector<std::vector<float>> given_;  // in the order weight, bias, gamma, beta of each layer
 };
 
-// The twiddles of an FFT of n points in the order of srm.inc, and the angles of a DCT.
+// The twiddles of an FFT of n points in the order of fft.h, and the angles of a DCT.
 dr::Lines dct_lines(int n) {
     const double pi = 3.14159265358979323846;
     dr::Lines plan;
@@ -248,12 +248,12 @@ dr::Lines hadamard_lines(int n, const std::int8_t* matrix) {
         for (int k = 0; k < n; ++k)
             for (int c = 0; c < plan.chunks(); ++c) {
                 std::uint64_t picks = 0;
-                for (int j = plan.GROUPED * plan.first(c); j < std::min(n, plan.GROUPED * plan.first(c + 1)); ++j) {
-                    const int group = j / plan.GROUPED - plan.first(c), bit = 8 * group + 3 + j % plan.GROUPED;
+                for (int j = plan.GROUP * plan.first_group(c); j < std::min(n, plan.GROUP * plan.first_group(c + 1)); ++j) {
+                    const int group = j / plan.GROUP - plan.first_group(c), bit = 8 * group + 3 + j % plan.GROUP;
                     const bool negative = (transposed ? matrix[j * n + k] : matrix[k * n + j]) < 0;
                     picks |= static_cast<std::uint64_t>(negative) << bit;
                 }
-                plan.choice[transposed].push_back(picks);
+                plan.picks[transposed].push_back(picks);
             }
     return plan;
 }
@@ -316,12 +316,12 @@ class Srm {
             s_.perm.assign(p, p + d);
         }
         if (s_.transform == dr::Transform::dct) {
-            s_.columns = dct_lines(height);
-            s_.lines = dct_lines(width);
+            s_.along_columns = dct_lines(height);
+            s_.along_rows = dct_lines(width);
         } else if (s_.transform == dr::Transform::hadamard) {
             const auto square = [](int n) { return static_cast<std::size_t>(n) * n; };
-            s_.columns = hadamard_lines(height, dr::memory<std::int8_t>(columns_matrix, square(height), "a matrix"));
-            s_.lines = hadamard_lines(width, dr::memory<std::int8_t>(lines_matrix, square(width), "a matrix"));
+            s_.along_columns = hadamard_lines(height, dr::memory<std::int8_t>(columns_matrix, square(height), "a matrix"));
+            s_.along_rows = hadamard_lines(width, dr::memory<std::int8_t>(lines_matrix, square(width), "a matrix"));
         }
     }
 
