@@ -10,7 +10,6 @@
 #endif
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -18,8 +17,11 @@
 #include <vector>
 
 #include "conv_chain.h"
+#include "conv_chain_pack.h"
+#include "dispatch.h"
 #include "ridge.h"
 #include "srm.h"
+#include "srm_tables.h"
 #include "subnormals.h"
 #include "tensor.h"
 #include "tv.h"
@@ -29,21 +31,9 @@ namespace py = pybind11;
 
 namespace {
 
-std::vector<const dr::Kernels*> here() {
-    std::vector<const dr::Kernels*> found;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.push_back(&dr::avx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&dr::avx2);
-#endif
-    found.push_back(&dr::portable);
-    return found;
-}
-
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
-    for (const auto* k : here()) names.emplace_back(k->name);
+    for (const auto* k : dr::supported_kernels()) names.emplace_back(k->name);
     return names;
 }
 
@@ -58,22 +48,6 @@ int team(int asked) {
     return 1;
 #endif
 }
-
-const dr::Kernels& kernels(const std::string& name) {
-    for (const auto* k : here())
-        if (name.empty() || name == k->name) return *k;
-    throw std::invalid_argument("instruction set " + name + " is not of this machine");
-}
-
-// Packed floats on a cache-line boundary.
-struct Packed {
-    std::vector<float> data;
-    float* begin = nullptr;
-    explicit Packed(std::size_t n) : data(n + 16, 0.0f) {
-        begin = data.data();
-        while (reinterpret_cast<std::uintptr_t>(begin) % 64) ++begin;
-    }
-};
 
 using Tensors = std::vector<py::object>;
 
@@ -100,34 +74,25 @@ class ConvChain {
     // `weights` and `biases` of the convolutions, then (with a LayerNorm) `gammas` and `betas`: tensors.
     ConvChain(const Tensors& weights, const Tensors& biases, const Tensors& gammas, const Tensors& betas, int channels,
               int head, float alpha, float center, float gain, float eps, bool whole, const std::string& isa)
-        : kernels_(&kernels(isa)) {
+        : kernels_(&dr::kernels(isa)) {
         const int depth = static_cast<int>(weights.size());
         const bool norm = !gammas.empty();
-        if (channels < 1 || head < 0 || head > 2 || depth < 2 || depth > dr::MAX_DEPTH || biases.size() != weights.size() || gammas.size() != betas.size() ||
-            (norm && gammas.size() + 1 != weights.size()))
+        if (channels < 1 || head < 0 || head > 2 || depth < 2 || depth > dr::MAX_DEPTH || biases.size() != weights.size() ||
+            gammas.size() != betas.size() || (norm && gammas.size() + 1 != weights.size()))
             throw std::invalid_argument("2 <= depth <= 16, a head of three, and a bias for each filter");
-        // With few channels Winograd's additions add more rounding error than the saved products.
-        chain_ = dr::Chain{depth, channels, head, norm && !whole, norm && whole, channels >= MOST_DIRECT, alpha, center, eps, {}, {}, {}, {}, {}};
-        const std::size_t C = channels;
+        dr::Chain chain{};
+        chain.depth = depth, chain.channels = channels, chain.head = head;
+        chain.norm = norm && !whole, chain.whole = norm && whole;
+        chain.alpha = alpha, chain.center = center, chain.eps = eps;
+        packed_ = std::make_unique<dr::PackedChain>(*kernels_, chain, gain);
         for (int l = 0; l < depth; ++l) {
-            const bool first = l == 0, last = l == depth - 1, inner = !first && !last;
-            const dr::Layer layer{last ? 1 : channels, first ? 1 : channels, first ? gain : last ? 1.0 / gain : 1.0,
-                                  chain_.norm && !last};
-            const bool winograd = inner && chain_.winograd;
-            const dr::Form form = winograd ? dr::Form::winograd : dr::Form::direct;
-            const std::size_t size = C * (winograd ? 16 * ((C + 7) / 8 * 8) : inner ? 9 * C : 9);
-            const float* w = raw(weights[l], static_cast<std::size_t>(9) * layer.out * layer.in);
-            chain_.forward[l] = pack(w, layer, false, form, size);
-            chain_.backward[l] = pack(w, layer, true, form, size);
-            const float* b = raw(biases[l], layer.out);
-            double mean = 0.0;
-            for (int k = 0; k < layer.out && layer.centred; ++k) mean += b[k] / static_cast<double>(layer.out);
-            const double scale = last ? layer.scale : 1.0;
-            chain_.bias[l] = keep(layer.out, [&](int k) { return static_cast<float>(scale * (b[k] - mean)); });
-            if (!norm || last) continue;
-            const float *gamma = raw(gammas[l], channels), *beta = raw(betas[l], channels);
-            chain_.gamma[l] = keep(channels, [&](int k) { return gamma[k]; });
-            chain_.beta[l] = keep(channels, [&](int k) { return beta[k]; });
+            const dr::Layer layer = packed_->layer(l);
+            const bool normed = norm && l < depth - 1;
+            const float* weight = parameter(weights[l], static_cast<std::size_t>(9) * layer.out * layer.in);
+            const float* bias = parameter(biases[l], layer.out);
+            const float* gamma = normed ? parameter(gammas[l], channels) : nullptr;
+            const float* beta = normed ? parameter(betas[l], channels) : nullptr;
+            packed_->set(l, weight, bias, gamma, beta);
         }
     }
     ConvChain(const ConvChain&) = delete;
@@ -151,14 +116,14 @@ class ConvChain {
     }
 
     // Floats that `gradient` saves for the products if `kept` is passed.
-    std::size_t kept(int b, int height, int width) const { return kernels_->kept(chain_, batch(b, height, width, 1)); }
+    std::size_t kept(int b, int height, int width) const { return kernels_->kept(chain(), batch(b, height, width, 1)); }
 
     void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
         const std::size_t n = size.numbers();
         run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
              memory = dr::memory_or_null<float>(kept, this->kept(b, height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->gradient(chain_, size, in, r, g, memory);
+            kernels_->gradient(chain(), size, in, r, g, memory);
         });
     }
     void hvp(py::handle x, py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
@@ -166,7 +131,7 @@ class ConvChain {
         const std::size_t n = size.numbers();
         run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
              memory = dr::memory<float>(kept, this->kept(b, height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->hvp(chain_, size, in, along, memory, product);
+            kernels_->hvp(chain(), size, in, along, memory, product);
         });
     }
     void param_vjp(py::handle x, py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
@@ -176,114 +141,30 @@ class ConvChain {
         for (const auto& values : given_) parameters += values.size();
         run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), sums = dr::memory<double>(out, parameters, "out"),
              memory = dr::memory<float>(kept, this->kept(b, height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->param_vjp(chain_, size, in, along, memory, sums);
+            kernels_->param_vjp(chain(), size, in, along, memory, sums);
         });
     }
 
   private:
-    static constexpr int MOST_DIRECT = 8;
-    const float* raw(py::handle tensor, std::size_t n) {
+    const dr::Chain& chain() const { return packed_->chain(); }
+    const float* parameter(py::handle tensor, std::size_t n) {
         const float* p = dr::memory<float>(tensor, n, "a parameter");
         given_.emplace_back(p, p + n);
         return p;
     }
-    const float* keep(Packed packed) {
-        const float* begin = packed.begin;
-        kept_.push_back(std::move(packed));
-        return begin;
-    }
-    template <class F>
-    const float* keep(int n, F value) {
-        Packed packed(n);
-        for (int k = 0; k < n; ++k) packed.begin[k] = value(k);
-        return keep(std::move(packed));
-    }
-    const float* pack(const float* w, const dr::Layer& layer, bool transpose, dr::Form form, std::size_t size) {
-        Packed packed(size);
-        kernels_->pack(w, layer, transpose, form, packed.begin);
-        return keep(std::move(packed));
-    }
 
     const dr::Kernels* kernels_;
-    dr::Chain chain_;
-    std::vector<Packed> kept_;
+    std::unique_ptr<dr::PackedChain> packed_;
     std::vector<std::vector<float>> given_;  // in the order weight, bias, gamma, beta of each layer
 };
 
-// The twiddles of an FFT of n points in the order of fft.h, and the angles of a DCT.
-dr::Lines dct_lines(int n) {
-    const double pi = 3.14159265358979323846;
-    dr::Lines plan;
-    plan.n = n;
-    int rest = n;
-    for (const int radix : {4, 2, 3, 5})
-        for (; rest % radix == 0; rest /= radix) plan.radices.push_back(radix);
-    for (int radix = 7; rest > 1; radix += 2)
-        for (; rest % radix == 0; rest /= radix) plan.radices.push_back(radix);
-    const auto turn = [&](double part) {
-        plan.twiddles.push_back(static_cast<float>(std::cos(2 * pi * part)));
-        plan.twiddles.push_back(static_cast<float>(-std::sin(2 * pi * part)));
-    };
-    long before = 1;
-    for (const int radix : plan.radices) {
-        const long inner = n / (before * radix);
-        for (long i = 0; i < inner; ++i)
-            for (long j = 1; j < radix; ++j) turn(static_cast<double>(before * i * j % n) / n);
-        for (long j = 0; j < radix && radix > 5; ++j) turn(static_cast<double>(j) / radix);
-        before *= radix;
-    }
-    for (int k = 0; 2 * k <= n; ++k) {
-        const double angle = pi * k / (2.0 * n), scale = k ? std::sqrt(0.5 / n) : std::sqrt(1.0 / n);
-        plan.angles.push_back(static_cast<float>(scale * std::cos(angle)));
-        plan.angles.push_back(static_cast<float>(scale * std::sin(angle)));
-    }
-    return plan;
-}
-
-// For `matrix` [n, n] of +-1: the signed sums that each output uses (srm.h).
-dr::Lines hadamard_lines(int n, const std::int8_t* matrix) {
-    dr::Lines plan;
-    plan.n = n;
-    for (int transposed = 0; transposed < 2; ++transposed)
-        for (int k = 0; k < n; ++k)
-            for (int c = 0; c < plan.chunks(); ++c) {
-                std::uint64_t picks = 0;
-                for (int j = plan.GROUP * plan.first_group(c); j < std::min(n, plan.GROUP * plan.first_group(c + 1)); ++j) {
-                    const int group = j / plan.GROUP - plan.first_group(c), bit = 8 * group + 3 + j % plan.GROUP;
-                    const bool negative = (transposed ? matrix[j * n + k] : matrix[k * n + j]) < 0;
-                    picks |= static_cast<std::uint64_t>(negative) << bit;
-                }
-                plan.picks[transposed].push_back(picks);
-            }
-    return plan;
-}
-
-// The layout of `Srm::sign_bits` (srm.h).
-std::vector<std::int32_t> sign_bits(const std::int8_t* signs, std::size_t n) {
-    std::vector<std::uint32_t> bits((n + 511) / 512 * 16);
-    for (std::size_t i = 0; i < n; ++i)
-        if (signs[i] < 0) bits[i / 512 * 16 + i % 16] |= 1u << (31 - i / 16 % 32);
-    return {bits.begin(), bits.end()};
-}
-
-// The table of this machine's best instruction set, or of `isa`.
-template <class Table>
-const Table& table(const std::string& isa, const Table& avx512, const Table& avx2, const Table& portable) {
-    const std::string name = kernels(isa).name;
-    return name == "avx512" ? avx512 : name == "avx2" ? avx2 : portable;
-}
-#if defined(__x86_64__)
-#define DR_TABLES(kind) dr::kind##_avx512, dr::kind##_avx2, dr::kind##_portable
-#else
-#define DR_TABLES(kind) dr::kind##_portable, dr::kind##_portable, dr::kind##_portable
-#endif
-
+// A structurally random matrix with copies of its buffers.
 class Srm {
   public:
     // `rows` and `perm` are int64, `signs` and the Hadamard matrices of the two sizes int8; None if absent.
     Srm(int transform, int channels, int height, int width, int block, int measurements, py::handle rows, py::handle signs,
         py::handle perm, py::handle columns_matrix, py::handle lines_matrix, const std::string& isa)
-        : kernels_(&table(isa, DR_TABLES(srm))) {
+        : kernels_(&dr::dispatch(isa, DR_TABLES(srm))) {
         if (transform < 0 || transform > 2 || channels < 1 || height < 1 || width < 1 || measurements < 1)
             throw std::invalid_argument("one of three transforms, of images with pixels");
         s_.transform = static_cast<dr::Transform>(transform);
@@ -293,17 +174,13 @@ class Srm {
             throw std::invalid_argument("a block of a power of two that divides the number of pixels");
         const auto* r = dr::places(rows, measurements, d, "rows");
         rows_.assign(r, r + measurements);
-        s_.kept.assign((d + 15) / 16, 0);
-        for (int j = 0; j < measurements; ++j) {
-            if (j && r[j] <= r[j - 1]) throw std::invalid_argument("rows must be sorted and different");
-            s_.kept[r[j] / 16] |= static_cast<std::uint16_t>(1u << r[j] % 16);
-        }
+        s_.kept = dr::pack_selection(r, measurements, d);
         if (const auto* p = dr::memory_or_null<std::int8_t>(signs, d, "signs")) {
             signs_.assign(p, p + d);
             for (std::size_t i = 0; i < d; ++i)
                 if (p[i] != 1 && p[i] != -1) throw std::invalid_argument("signs must be 1 or -1");
             s_.signs.assign(p, p + d);
-            if (s_.transform == dr::Transform::walsh) s_.sign_bits = sign_bits(p, d);
+            if (s_.transform == dr::Transform::walsh) s_.sign_bits = dr::pack_signs(p, d);
         }
         if (!perm.is_none()) {
             const auto* p = dr::places(perm, d, d, "perm");
@@ -316,12 +193,12 @@ class Srm {
             s_.perm.assign(p, p + d);
         }
         if (s_.transform == dr::Transform::dct) {
-            s_.along_columns = dct_lines(height);
-            s_.along_rows = dct_lines(width);
+            s_.along_columns = dr::dct_lines(height);
+            s_.along_rows = dr::dct_lines(width);
         } else if (s_.transform == dr::Transform::hadamard) {
             const auto square = [](int n) { return static_cast<std::size_t>(n) * n; };
-            s_.along_columns = hadamard_lines(height, dr::memory<std::int8_t>(columns_matrix, square(height), "a matrix"));
-            s_.along_rows = hadamard_lines(width, dr::memory<std::int8_t>(lines_matrix, square(width), "a matrix"));
+            s_.along_columns = dr::hadamard_lines(height, dr::memory<std::int8_t>(columns_matrix, square(height), "a matrix"));
+            s_.along_rows = dr::hadamard_lines(width, dr::memory<std::int8_t>(lines_matrix, square(width), "a matrix"));
         }
     }
 
@@ -367,7 +244,7 @@ class Ridge {
   public:
     // Floats: filters [filters, side, side], coefficients [filters, steps], scales [steps].
     Ridge(int filters, int side, int steps, float center, py::handle w, py::handle c, py::handle s, const std::string& isa)
-        : kernels_(&table(isa, DR_TABLES(ridge))) {
+        : kernels_(&dr::dispatch(isa, DR_TABLES(ridge))) {
         if (filters < 1 || steps < 1 || side < 3 || side > dr::MAX_SIDE || side % 2 == 0)
             throw std::invalid_argument("an odd side from 3 to 15, and at least one filter and one step");
         const std::size_t n = filters;
@@ -419,7 +296,7 @@ class Ridge {
 // Smoothed total variation.
 class Tv {
   public:
-    Tv(int channels, double eps, const std::string& isa) : kernels_(&table(isa, DR_TABLES(tv))), tv_{channels, eps} {
+    Tv(int channels, double eps, const std::string& isa) : kernels_(&dr::dispatch(isa, DR_TABLES(tv))), tv_{channels, eps} {
         if (channels < 1 || !(eps > 0)) throw std::invalid_argument("at least one channel, and eps > 0");
     }
 
@@ -451,7 +328,7 @@ class Tv {
 // The solvers' vector operations.
 class Vectors {
   public:
-    explicit Vectors(const std::string& isa) : kernels_(&table(isa, DR_TABLES(vectors))) {}
+    explicit Vectors(const std::string& isa) : kernels_(&dr::dispatch(isa, DR_TABLES(vectors))) {}
 
     // `n` numbers of each of `count` images.
     void dot(int count, std::size_t n, int threads, py::handle a, py::handle b, py::handle out) const {
@@ -528,7 +405,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("multiply_adds", [](const std::string& isa, int threads, int scale) {
         py::gil_scoped_release free;
         float sink = 0.0f;
-        return kernels(isa).multiply_adds(team(threads), 2000000L * scale, &sink);
+        return dr::kernels(isa).multiply_adds(team(threads), 2000000L * scale, &sink);
     });
     py::class_<ConvChain>(m, "ConvChain")
         .def(py::init<const Tensors&, const Tensors&, const Tensors&, const Tensors&, int, int, float, float, float, float, bool,
