@@ -34,7 +34,7 @@ class PackedChain {
     Layer layer(int l) const {
         const bool first = l == 0, last = l == chain_.depth - 1;
         return {last ? 1 : chain_.channels, first ? 1 : chain_.channels, first ? gain_ : last ? 1.0 / gain_ : 1.0,
-                chain_.norm && !last};
+                chain_.pixel_norm && !last};
     }
 
     // Filters [out, in, 9], biases [out], and of a LayerNorm gamma and beta [out] (otherwise null).
@@ -46,7 +46,7 @@ class PackedChain {
         chain_.forward[l] = pack(weight, layer, false, form, size);
         chain_.backward[l] = pack(weight, layer, true, form, size);
         double mean = 0.0;
-        for (int k = 0; k < layer.out && layer.centred; ++k) mean += bias[k] / static_cast<double>(layer.out);
+        for (int k = 0; k < layer.out && layer.centered; ++k) mean += bias[k] / static_cast<double>(layer.out);
         const double scale = last ? layer.scale : 1.0;
         chain_.bias[l] = keep(layer.out, [&](int k) { return static_cast<float>(scale * (bias[k] - mean)); });
         if (gamma) chain_.gamma[l] = keep(layer.out, [&](int k) { return gamma[k]; });

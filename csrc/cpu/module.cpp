@@ -41,9 +41,9 @@ std::vector<std::string> instruction_sets() {
 bool forked = false;
 
 // Number of threads to use: at most the processors available to this process, because waiting threads spin.
-int team(int asked) {
+int team(int requested) {
 #ifdef _OPENMP
-    return forked ? 1 : std::max(1, std::min(asked, omp_get_num_procs()));
+    return forked ? 1 : std::max(1, std::min(requested, omp_get_num_procs()));
 #else
     return 1;
 #endif
@@ -73,7 +73,7 @@ class ConvChain {
   public:
     // `weights` and `biases` of the convolutions, then (with a LayerNorm) `gammas` and `betas`: tensors.
     ConvChain(const Tensors& weights, const Tensors& biases, const Tensors& gammas, const Tensors& betas, int channels,
-              int head, float alpha, float center, float gain, float eps, bool whole, const std::string& isa)
+              int head, float alpha, float center, float gain, float eps, bool image_norm, const std::string& isa)
         : kernels_(&dr::kernels(isa)) {
         const int depth = static_cast<int>(weights.size());
         const bool norm = !gammas.empty();
@@ -81,8 +81,8 @@ class ConvChain {
             gammas.size() != betas.size() || (norm && gammas.size() + 1 != weights.size()))
             throw std::invalid_argument("2 <= depth <= 16, a head of three, and a bias for each filter");
         dr::Chain chain{};
-        chain.depth = depth, chain.channels = channels, chain.head = head;
-        chain.norm = norm && !whole, chain.whole = norm && whole;
+        chain.depth = depth, chain.channels = channels, chain.head = static_cast<dr::HeadKind>(head);
+        chain.pixel_norm = norm && !image_norm, chain.image_norm = norm && image_norm;
         chain.alpha = alpha, chain.center = center, chain.eps = eps;
         packed_ = std::make_unique<dr::PackedChain>(*kernels_, chain, gain);
         for (int l = 0; l < depth; ++l) {
@@ -115,32 +115,32 @@ class ConvChain {
         return true;
     }
 
-    // Floats that `gradient` saves for the products if `kept` is passed.
-    std::size_t kept(int b, int height, int width) const { return kernels_->kept(chain(), batch(b, height, width, 1)); }
+    // Floats that `gradient` saves for the products if `saved` is passed.
+    std::size_t saved_floats(int b, int height, int width) const { return kernels_->saved_floats(chain(), batch(b, height, width, 1)); }
 
-    void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
+    void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
         const std::size_t n = size.numbers();
         run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
-             memory = dr::memory_or_null<float>(kept, this->kept(b, height, width), "the memory", dr::Extent::at_least)] {
+             memory = dr::memory_or_null<float>(saved, saved_floats(b, height, width), "the memory", dr::Extent::at_least)] {
             kernels_->gradient(chain(), size, in, r, g, memory);
         });
     }
-    void hvp(py::handle x, py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
+    void hvp(py::handle x, py::handle v, py::handle saved, py::handle out, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
         const std::size_t n = size.numbers();
         run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
-             memory = dr::memory<float>(kept, this->kept(b, height, width), "the memory", dr::Extent::at_least)] {
+             memory = dr::memory<float>(saved, saved_floats(b, height, width), "the memory", dr::Extent::at_least)] {
             kernels_->hvp(chain(), size, in, along, memory, product);
         });
     }
-    void param_vjp(py::handle x, py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
+    void param_vjp(py::handle x, py::handle v, py::handle saved, py::handle out, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
         const std::size_t n = size.numbers();
         std::size_t parameters = 0;
         for (const auto& values : given_) parameters += values.size();
         run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), sums = dr::memory<double>(out, parameters, "out"),
-             memory = dr::memory<float>(kept, this->kept(b, height, width), "the memory", dr::Extent::at_least)] {
+             memory = dr::memory<float>(saved, saved_floats(b, height, width), "the memory", dr::Extent::at_least)] {
             kernels_->param_vjp(chain(), size, in, along, memory, sums);
         });
     }
@@ -163,7 +163,7 @@ class Srm {
   public:
     // `rows` and `perm` are int64, `signs` and the Hadamard matrices of the two sizes int8; None if absent.
     Srm(int transform, int channels, int height, int width, int block, int measurements, py::handle rows, py::handle signs,
-        py::handle perm, py::handle columns_matrix, py::handle lines_matrix, const std::string& isa)
+        py::handle perm, py::handle column_matrix, py::handle row_matrix, const std::string& isa)
         : kernels_(&dr::dispatch(isa, DR_TABLES(srm))) {
         if (transform < 0 || transform > 2 || channels < 1 || height < 1 || width < 1 || measurements < 1)
             throw std::invalid_argument("one of three transforms, of images with pixels");
@@ -172,7 +172,7 @@ class Srm {
         const std::size_t d = numbers();
         if (s_.transform == dr::Transform::walsh && (block < 1 || block & (block - 1) || d % block))
             throw std::invalid_argument("a block of a power of two that divides the number of pixels");
-        const auto* r = dr::places(rows, measurements, d, "rows");
+        const auto* r = dr::indices(rows, measurements, d, "rows");
         rows_.assign(r, r + measurements);
         s_.kept = dr::pack_selection(r, measurements, d);
         if (const auto* p = dr::memory_or_null<std::int8_t>(signs, d, "signs")) {
@@ -183,7 +183,7 @@ class Srm {
             if (s_.transform == dr::Transform::walsh) s_.sign_bits = dr::pack_signs(p, d);
         }
         if (!perm.is_none()) {
-            const auto* p = dr::places(perm, d, d, "perm");
+            const auto* p = dr::indices(perm, d, d, "perm");
             perm_.assign(p, p + d);
             std::vector<bool> seen(d, false);
             for (std::size_t i = 0; i < d; ++i) {
@@ -197,8 +197,8 @@ class Srm {
             s_.along_rows = dr::dct_lines(width);
         } else if (s_.transform == dr::Transform::hadamard) {
             const auto square = [](int n) { return static_cast<std::size_t>(n) * n; };
-            s_.along_columns = dr::hadamard_lines(height, dr::memory<std::int8_t>(columns_matrix, square(height), "a matrix"));
-            s_.along_rows = dr::hadamard_lines(width, dr::memory<std::int8_t>(lines_matrix, square(width), "a matrix"));
+            s_.along_columns = dr::hadamard_lines(height, dr::memory<std::int8_t>(column_matrix, square(height), "a matrix"));
+            s_.along_rows = dr::hadamard_lines(width, dr::memory<std::int8_t>(row_matrix, square(width), "a matrix"));
         }
     }
 
@@ -256,22 +256,22 @@ class Ridge {
     Ridge(const Ridge&) = delete;
     Ridge& operator=(const Ridge&) = delete;
 
-    // Floats per image that `gradient` saves for `hvp` if `kept` is passed.
-    std::size_t kept(int height, int width) const { return kernels_->kept(ridge_, height, width); }
+    // Floats per image that `gradient` saves for `hvp` if `saved` is passed.
+    std::size_t saved_floats(int height, int width) const { return kernels_->saved_floats(ridge_, height, width); }
 
-    void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
+    void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
         const std::size_t n = size.numbers();
         run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
-             memory = dr::memory_or_null<float>(kept, b * this->kept(height, width), "the memory", dr::Extent::at_least)] {
+             memory = dr::memory_or_null<float>(saved, b * saved_floats(height, width), "the memory", dr::Extent::at_least)] {
             kernels_->gradient(ridge_, size, in, r, g, memory);
         });
     }
-    void hvp(py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
+    void hvp(py::handle v, py::handle saved, py::handle out, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
         const std::size_t n = size.numbers();
         run([&, along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
-             memory = dr::memory<float>(kept, b * this->kept(height, width), "the memory", dr::Extent::at_least)] {
+             memory = dr::memory<float>(saved, b * saved_floats(height, width), "the memory", dr::Extent::at_least)] {
             kernels_->hvp(ridge_, size, along, memory, product);
         });
     }
@@ -300,22 +300,22 @@ class Tv {
         if (channels < 1 || !(eps > 0)) throw std::invalid_argument("at least one channel, and eps > 0");
     }
 
-    // Floats per image that `gradient` saves for `hvp` if `kept` is passed.
-    std::size_t kept(int height, int width) const { return kernels_->kept(tv_, height, width); }
+    // Floats per image that `gradient` saves for `hvp` if `saved` is passed.
+    std::size_t saved_floats(int height, int width) const { return kernels_->saved_floats(tv_, height, width); }
 
-    void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
+    void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
         const std::size_t n = tv_.channels * size.numbers();
         run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
-             memory = dr::memory_or_null<float>(kept, b * this->kept(height, width), "the memory", dr::Extent::at_least)] {
+             memory = dr::memory_or_null<float>(saved, b * saved_floats(height, width), "the memory", dr::Extent::at_least)] {
             kernels_->gradient(tv_, size, in, r, g, memory);
         });
     }
-    void hvp(py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
+    void hvp(py::handle v, py::handle saved, py::handle out, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
         const std::size_t n = tv_.channels * size.numbers();
         run([&, along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
-             memory = dr::memory<float>(kept, b * this->kept(height, width), "the memory", dr::Extent::at_least)] {
+             memory = dr::memory<float>(saved, b * saved_floats(height, width), "the memory", dr::Extent::at_least)] {
             kernels_->hvp(tv_, size, along, memory, product);
         });
     }
@@ -348,31 +348,31 @@ class Vectors {
     // `idx` are indices into the `batch` images of x and g.
     void secant(int count, std::size_t n, int threads, py::handle idx, int batch, py::handle candidate, py::handle candidate_g,
                 py::handle x, py::handle g, py::handle out) const {
-        const std::size_t all = total(count, n), whole = total(batch, n);
-        const dr::Work work{count, team(threads), n, dr::places(idx, count, batch, "idx")};
-        run([&, c = in(candidate, all, "candidate"), cg = in(candidate_g, all, "candidate_g"), x = in(x, whole, "x"),
-             g = in(g, whole, "g"), sums = dr::memory<double>(out, 4 * static_cast<std::size_t>(count), "out")] {
-            kernels_->secant(work, c, cg, x, g, sums);
+        const std::size_t all = total(count, n), of_batch = total(batch, n);
+        const dr::ActiveImages active{count, team(threads), n, dr::indices(idx, count, batch, "idx")};
+        run([&, c = in(candidate, all, "candidate"), cg = in(candidate_g, all, "candidate_g"), x = in(x, of_batch, "x"),
+             g = in(g, of_batch, "g"), sums = dr::memory<double>(out, 4 * static_cast<std::size_t>(count), "out")] {
+            kernels_->secant(active, c, cg, x, g, sums);
         });
     }
     // `state` of `batch` images: dx, df [batch, memory, n], x, f [batch, n].
     void remember(int count, std::size_t n, int threads, py::handle idx, int batch, int memory, const Tensors& state,
                   py::handle slot, py::handle fresh, py::handle x, py::handle f, py::handle gram, py::handle rhs) const {
         const std::size_t all = total(count, n), products = static_cast<std::size_t>(count) * memory;
-        const dr::Work work{count, team(threads), n, dr::places(idx, count, batch, "idx")};
-        const dr::Differences d = differences(batch, n, memory, state);
-        run([&, slot = dr::places(slot, count, memory, "slot"), fresh = flags(fresh, count, "fresh"), x = in(x, all, "x"),
+        const dr::ActiveImages active{count, team(threads), n, dr::indices(idx, count, batch, "idx")};
+        const dr::AndersonHistory history = anderson_history(batch, n, memory, state);
+        run([&, slot = dr::indices(slot, count, memory, "slot"), fresh = flags(fresh, count, "fresh"), x = in(x, all, "x"),
              f = in(f, all, "f"), gram = dr::memory<double>(gram, products, "gram"), rhs = dr::memory<double>(rhs, products, "rhs")] {
-            kernels_->remember(work, d, slot, fresh, x, f, gram, rhs);
+            kernels_->remember(active, history, slot, fresh, x, f, gram, rhs);
         });
     }
     void combine(int count, std::size_t n, int threads, py::handle idx, int batch, int memory, const Tensors& state,
                  py::handle c, py::handle limit, py::handle x, py::handle f, py::handle out) const {
         const std::size_t all = total(count, n), products = static_cast<std::size_t>(count) * memory;
-        const dr::Work work{count, team(threads), n, dr::places(idx, count, batch, "idx")};
-        const dr::Differences d = differences(batch, n, memory, state);
+        const dr::ActiveImages active{count, team(threads), n, dr::indices(idx, count, batch, "idx")};
+        const dr::AndersonHistory history = anderson_history(batch, n, memory, state);
         run([&, c = in(c, products, "c"), limit = dr::memory<double>(limit, count, "limit"), x = in(x, all, "x"), f = in(f, all, "f"),
-             out = dr::memory<float>(out, all, "out")] { kernels_->combine(work, d, c, limit, x, f, out); });
+             out = dr::memory<float>(out, all, "out")] { kernels_->combine(active, history, c, limit, x, f, out); });
     }
 
   private:
@@ -384,7 +384,7 @@ class Vectors {
     static const std::uint8_t* flags(py::handle t, std::size_t n, const char* name) {
         return reinterpret_cast<const std::uint8_t*>(dr::memory<bool>(t, n, name));
     }
-    static dr::Differences differences(int batch, std::size_t n, int memory, const Tensors& state) {
+    static dr::AndersonHistory anderson_history(int batch, std::size_t n, int memory, const Tensors& state) {
         if (memory < 1 || state.size() != 4) throw std::invalid_argument("dx, df, x and f");
         const std::size_t all = total(batch, n);
         return {memory, dr::memory<float>(state[0], all * memory, "dx"), dr::memory<float>(state[1], all * memory, "df"),
@@ -412,7 +412,7 @@ PYBIND11_MODULE(_cpu, m) {
                       const std::string&>())
         .def("current", &ConvChain::current)
         .def_property_readonly("isa", &ConvChain::isa)
-        .def("kept", &ConvChain::kept)
+        .def("saved_floats", &ConvChain::saved_floats)
         .def("gradient", &ConvChain::gradient)
         .def("hvp", &ConvChain::hvp)
         .def("param_vjp", &ConvChain::param_vjp);
@@ -423,13 +423,13 @@ PYBIND11_MODULE(_cpu, m) {
         .def("apply", &Srm::apply);
     py::class_<Ridge>(m, "Ridge")
         .def(py::init<int, int, int, float, py::handle, py::handle, py::handle, const std::string&>())
-        .def("kept", &Ridge::kept)
+        .def("saved_floats", &Ridge::saved_floats)
         .def("gradient", &Ridge::gradient)
         .def("hvp", &Ridge::hvp)
         .def("param_vjp", &Ridge::param_vjp);
     py::class_<Tv>(m, "Tv")
         .def(py::init<int, double, const std::string&>())
-        .def("kept", &Tv::kept)
+        .def("saved_floats", &Tv::saved_floats)
         .def("gradient", &Tv::gradient)
         .def("hvp", &Tv::hvp);
     py::class_<Vectors>(m, "Vectors")
