@@ -51,13 +51,13 @@ int team(int requested) {
 
 using Tensors = std::vector<py::object>;
 
-// The size of a batch of one-channel images.
 struct Batch : dr::Batch {
-    std::size_t numbers() const { return static_cast<std::size_t>(count) * height * width; }
+    int channels;
+    std::size_t numbers() const { return static_cast<std::size_t>(count) * channels * height * width; }
 };
-Batch batch(int b, int height, int width, int threads) {
+Batch batch(int b, int height, int width, int threads, int channels = 1) {
     if (b < 0 || height < 1 || width < 1) throw std::invalid_argument("a batch of images with pixels");
-    return {{b, height, width, team(threads)}};
+    return {{b, height, width, team(threads)}, channels};
 }
 
 // Run a kernel without Python's lock and with subnormals.
@@ -66,6 +66,26 @@ void run(F work) {
     py::gil_scoped_release free;
     const dr::Subnormals all;
     work();
+}
+
+// Value and gradient of an energy, which saves `floats` floats for the products if `saved` is not None.
+template <class Kernels, class Energy>
+void run_gradient(const Kernels& kernels, const Energy& energy, const Batch& batch, std::size_t floats, py::handle x,
+                  py::handle value, py::handle grad, py::handle saved) {
+    const float* in = dr::memory<float>(x, batch.numbers(), "x");
+    double* values = dr::memory<double>(value, batch.count, "value");
+    float* out = dr::memory<float>(grad, batch.numbers(), "grad");
+    float* memory = dr::memory_or_null<float>(saved, floats, "the memory", dr::Extent::at_least);
+    run([&] { kernels.gradient(energy, batch, in, values, out, memory); });
+}
+// Hessian-vector product of an energy, from what the gradient saved.
+template <class Kernels, class Energy>
+void run_hvp(const Kernels& kernels, const Energy& energy, const Batch& batch, std::size_t floats, py::handle v,
+             py::handle saved, py::handle out) {
+    const float* along = dr::memory<float>(v, batch.numbers(), "v");
+    const float* memory = dr::memory<float>(saved, floats, "the memory", dr::Extent::at_least);
+    float* product = dr::memory<float>(out, batch.numbers(), "out");
+    run([&] { kernels.hvp(energy, batch, along, memory, product); });
 }
 
 // A conv chain with its filters packed for one instruction set.
@@ -106,7 +126,8 @@ class ConvChain {
         if (weights.size() + biases.size() + gammas.size() + betas.size() != given_.size()) return false;
         const auto same = [&](py::handle t) {
             const std::vector<float>& values = *packed++;
-            return std::memcmp(dr::memory<float>(t, values.size(), "a parameter"), values.data(), values.size() * sizeof(float)) == 0;
+            const float* p = dr::memory<float>(t, values.size(), "a parameter");
+            return std::memcmp(p, values.data(), values.size() * sizeof(float)) == 0;
         };
         for (std::size_t l = 0; l < weights.size(); ++l) {
             if (!same(weights[l]) || !same(biases[l])) return false;
@@ -116,37 +137,38 @@ class ConvChain {
     }
 
     // Floats that `gradient` saves for the products if `saved` is passed.
-    std::size_t saved_floats(int b, int height, int width) const { return kernels_->saved_floats(chain(), batch(b, height, width, 1)); }
+    std::size_t saved_floats(int b, int height, int width) const {
+        return kernels_->saved_floats(chain(), batch(b, height, width, 1));
+    }
 
-    void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width, int threads) const {
+    void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width,
+                  int threads) const {
         const Batch size = batch(b, height, width, threads);
-        const std::size_t n = size.numbers();
-        run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
-             memory = dr::memory_or_null<float>(saved, saved_floats(b, height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->gradient(chain(), size, in, r, g, memory);
-        });
+        run_gradient(*kernels_, chain(), size, saved_floats(b, height, width), x, value, grad, saved);
     }
     void hvp(py::handle x, py::handle v, py::handle saved, py::handle out, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
-        const std::size_t n = size.numbers();
-        run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
-             memory = dr::memory<float>(saved, saved_floats(b, height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->hvp(chain(), size, in, along, memory, product);
-        });
+        const float *in = dr::memory<float>(x, size.numbers(), "x"), *along = dr::memory<float>(v, size.numbers(), "v");
+        const float* memory = saved_memory(saved, size);
+        float* product = dr::memory<float>(out, size.numbers(), "out");
+        run([&] { kernels_->hvp(chain(), size, in, along, memory, product); });
     }
-    void param_vjp(py::handle x, py::handle v, py::handle saved, py::handle out, int b, int height, int width, int threads) const {
+    void param_vjp(py::handle x, py::handle v, py::handle saved, py::handle out, int b, int height, int width,
+                   int threads) const {
         const Batch size = batch(b, height, width, threads);
-        const std::size_t n = size.numbers();
         std::size_t parameters = 0;
         for (const auto& values : given_) parameters += values.size();
-        run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), sums = dr::memory<double>(out, parameters, "out"),
-             memory = dr::memory<float>(saved, saved_floats(b, height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->param_vjp(chain(), size, in, along, memory, sums);
-        });
+        const float *in = dr::memory<float>(x, size.numbers(), "x"), *along = dr::memory<float>(v, size.numbers(), "v");
+        const float* memory = saved_memory(saved, size);
+        double* sums = dr::memory<double>(out, parameters, "out");
+        run([&] { kernels_->param_vjp(chain(), size, in, along, memory, sums); });
     }
 
   private:
     const dr::Chain& chain() const { return packed_->chain(); }
+    const float* saved_memory(py::handle saved, const Batch& size) const {
+        return dr::memory<float>(saved, kernels_->saved_floats(chain(), size), "the memory", dr::Extent::at_least);
+    }
     const float* parameter(py::handle tensor, std::size_t n) {
         const float* p = dr::memory<float>(tensor, n, "a parameter");
         given_.emplace_back(p, p + n);
@@ -208,7 +230,8 @@ class Srm {
     }
 
     // `x`, `y` and `weight` are None if the product does not use them; without `weight`, `one` applies to every image.
-    void apply(int product, int count, int threads, py::handle x, py::handle y, py::handle weight, float one, py::handle out) const {
+    void apply(int product, int count, int threads, py::handle x, py::handle y, py::handle weight, float one,
+               py::handle out) const {
         const bool by_x = product != 1, by_y = product == 1 || product == 3;
         if (product < 0 || product > 3 || count < 0 || x.is_none() == by_x || y.is_none() == by_y)
             throw std::invalid_argument("one of four products, with its vectors");
@@ -259,27 +282,20 @@ class Ridge {
     // Floats per image that `gradient` saves for `hvp` if `saved` is passed.
     std::size_t saved_floats(int height, int width) const { return kernels_->saved_floats(ridge_, height, width); }
 
-    void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width, int threads) const {
+    void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width,
+                  int threads) const {
         const Batch size = batch(b, height, width, threads);
-        const std::size_t n = size.numbers();
-        run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
-             memory = dr::memory_or_null<float>(saved, b * saved_floats(height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->gradient(ridge_, size, in, r, g, memory);
-        });
+        run_gradient(*kernels_, ridge_, size, b * saved_floats(height, width), x, value, grad, saved);
     }
     void hvp(py::handle v, py::handle saved, py::handle out, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
-        const std::size_t n = size.numbers();
-        run([&, along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
-             memory = dr::memory<float>(saved, b * saved_floats(height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->hvp(ridge_, size, along, memory, product);
-        });
+        run_hvp(*kernels_, ridge_, size, b * saved_floats(height, width), v, saved, out);
     }
     void param_vjp(py::handle x, py::handle v, py::handle dw, py::handle dc, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
-        const std::size_t n = size.numbers();
-        run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), w = dr::memory<double>(dw, w_.size(), "dw"),
-             c = dr::memory<double>(dc, c_.size(), "dc")] { kernels_->param_vjp(ridge_, size, in, along, w, c); });
+        const float *in = dr::memory<float>(x, size.numbers(), "x"), *along = dr::memory<float>(v, size.numbers(), "v");
+        double *by_w = dr::memory<double>(dw, w_.size(), "dw"), *by_c = dr::memory<double>(dc, c_.size(), "dc");
+        run([&] { kernels_->param_vjp(ridge_, size, in, along, by_w, by_c); });
     }
 
   private:
@@ -303,21 +319,14 @@ class Tv {
     // Floats per image that `gradient` saves for `hvp` if `saved` is passed.
     std::size_t saved_floats(int height, int width) const { return kernels_->saved_floats(tv_, height, width); }
 
-    void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width, int threads) const {
-        const Batch size = batch(b, height, width, threads);
-        const std::size_t n = tv_.channels * size.numbers();
-        run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
-             memory = dr::memory_or_null<float>(saved, b * saved_floats(height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->gradient(tv_, size, in, r, g, memory);
-        });
+    void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width,
+                  int threads) const {
+        const Batch size = batch(b, height, width, threads, tv_.channels);
+        run_gradient(*kernels_, tv_, size, b * saved_floats(height, width), x, value, grad, saved);
     }
     void hvp(py::handle v, py::handle saved, py::handle out, int b, int height, int width, int threads) const {
-        const Batch size = batch(b, height, width, threads);
-        const std::size_t n = tv_.channels * size.numbers();
-        run([&, along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
-             memory = dr::memory<float>(saved, b * saved_floats(height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->hvp(tv_, size, along, memory, product);
-        });
+        const Batch size = batch(b, height, width, threads, tv_.channels);
+        run_hvp(*kernels_, tv_, size, b * saved_floats(height, width), v, saved, out);
     }
 
   private:
@@ -362,7 +371,8 @@ class Vectors {
         const dr::ActiveImages active{count, team(threads), n, dr::indices(idx, count, batch, "idx")};
         const dr::AndersonHistory history = anderson_history(batch, n, memory, state);
         run([&, slot = dr::indices(slot, count, memory, "slot"), fresh = flags(fresh, count, "fresh"), x = in(x, all, "x"),
-             f = in(f, all, "f"), gram = dr::memory<double>(gram, products, "gram"), rhs = dr::memory<double>(rhs, products, "rhs")] {
+             f = in(f, all, "f"), gram = dr::memory<double>(gram, products, "gram"),
+             rhs = dr::memory<double>(rhs, products, "rhs")] {
             kernels_->remember(active, history, slot, fresh, x, f, gram, rhs);
         });
     }
@@ -371,8 +381,10 @@ class Vectors {
         const std::size_t all = total(count, n), products = static_cast<std::size_t>(count) * memory;
         const dr::ActiveImages active{count, team(threads), n, dr::indices(idx, count, batch, "idx")};
         const dr::AndersonHistory history = anderson_history(batch, n, memory, state);
-        run([&, c = in(c, products, "c"), limit = dr::memory<double>(limit, count, "limit"), x = in(x, all, "x"), f = in(f, all, "f"),
-             out = dr::memory<float>(out, all, "out")] { kernels_->combine(active, history, c, limit, x, f, out); });
+        run([&, c = in(c, products, "c"), limit = dr::memory<double>(limit, count, "limit"), x = in(x, all, "x"),
+             f = in(f, all, "f"), out = dr::memory<float>(out, all, "out")] {
+            kernels_->combine(active, history, c, limit, x, f, out);
+        });
     }
 
   private:
@@ -408,8 +420,8 @@ PYBIND11_MODULE(_cpu, m) {
         return dr::kernels(isa).multiply_adds(team(threads), 2000000L * scale, &sink);
     });
     py::class_<ConvChain>(m, "ConvChain")
-        .def(py::init<const Tensors&, const Tensors&, const Tensors&, const Tensors&, int, int, float, float, float, float, bool,
-                      const std::string&>())
+        .def(py::init<const Tensors&, const Tensors&, const Tensors&, const Tensors&, int, int, float, float, float, float,
+                      bool, const std::string&>())
         .def("current", &ConvChain::current)
         .def_property_readonly("isa", &ConvChain::isa)
         .def("saved_floats", &ConvChain::saved_floats)
