@@ -179,7 +179,7 @@ static DR_INLINE void conv_winograd(const Rows& in, int v0, int n, const Layout&
 }
 
 // Reorder filters [C_out, C_in, 3, 3] for the loops above.
-static void pack(const float* w, const dr::Layer& layer, bool transpose, dr::Form form, float* packed) {
+static void pack(const float* w, const dr::Layer& layer, bool transpose, dr::FilterLayout layout, float* packed) {
     // The transpose exchanges the channels and rotates the filter by half a turn. Filters before a LayerNorm over
     // channels are centered over their outputs: the LayerNorm subtracts this mean, and then need not compute it.
     const int to = transpose ? layer.in : layer.out, from = transpose ? layer.out : layer.in;
@@ -193,7 +193,7 @@ static void pack(const float* w, const dr::Layer& layer, bool transpose, dr::For
     const size_t groups = static_cast<size_t>((to + FILTER_GROUP - 1) / FILTER_GROUP);
     for (int o = 0; o < to; ++o)
         for (int i = 0; i < from; ++i) {
-            if (form == dr::Form::direct) {
+            if (layout == dr::FilterLayout::direct) {
                 for (int tap = 0; tap < 9; ++tap) *packed++ = static_cast<float>(filter(o, i, tap));
                 continue;
             }

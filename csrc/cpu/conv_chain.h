@@ -8,7 +8,7 @@ namespace dr {
 constexpr int MAX_DEPTH = 16;
 
 // Layout of a convolution's filters: [out][in][9] for the direct loop, or Winograd's.
-enum class Form { direct, winograd };
+enum class FilterLayout { direct, winograd };
 
 // Description of one convolution for `pack`.
 struct Layer {
@@ -43,7 +43,7 @@ struct Batch {
 
 struct Kernels {
     const char* name;
-    void (*pack)(const float* w, const Layer&, bool transpose, Form, float* packed);
+    void (*pack)(const float* w, const Layer&, bool transpose, FilterLayout, float* packed);
     // Floats that the gradient's sweep saves for the products (sweep.h).
     std::size_t (*saved_floats)(const Chain&, const Batch&);
     // value [B], grad [B, H, W]; `saved` may be null.

@@ -41,10 +41,10 @@ class PackedChain {
     void set(int l, const float* weight, const float* bias, const float* gamma, const float* beta) {
         const Layer layer = this->layer(l);
         const bool last = l == chain_.depth - 1, inner = l > 0 && !last, winograd = inner && chain_.winograd;
-        const Form form = winograd ? Form::winograd : Form::direct;
+        const FilterLayout layout = winograd ? FilterLayout::winograd : FilterLayout::direct;
         const std::size_t C = chain_.channels, size = C * (winograd ? 16 * ((C + 7) / 8 * 8) : inner ? 9 * C : 9);
-        chain_.forward[l] = pack(weight, layer, false, form, size);
-        chain_.backward[l] = pack(weight, layer, true, form, size);
+        chain_.forward[l] = pack(weight, layer, false, layout, size);
+        chain_.backward[l] = pack(weight, layer, true, layout, size);
         double mean = 0.0;
         for (int k = 0; k < layer.out && layer.centered; ++k) mean += bias[k] / static_cast<double>(layer.out);
         const double scale = last ? layer.scale : 1.0;
@@ -68,9 +68,9 @@ class PackedChain {
         for (int k = 0; k < n; ++k) values.begin[k] = value(k);
         return keep(std::move(values));
     }
-    const float* pack(const float* w, const Layer& layer, bool transpose, Form form, std::size_t size) {
+    const float* pack(const float* w, const Layer& layer, bool transpose, FilterLayout layout, std::size_t size) {
         AlignedFloats packed(size);
-        kernels_.pack(w, layer, transpose, form, packed.begin);
+        kernels_.pack(w, layer, transpose, layout, packed.begin);
         return keep(std::move(packed));
     }
 

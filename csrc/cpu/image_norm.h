@@ -33,7 +33,7 @@ static DR_INLINE void for_image(const S& s, F body) {
 struct Average {
     DoubleVec sum{};
     DR_INLINE void add(Vec v, IntVec own) { sum += to_double(masked(v, own)); }
-    double of(double count) const { return sum_lanes(sum) / count; }
+    double mean(double count) const { return sum_lanes(sum) / count; }
 };
 
 class ImageNormGradient : public GradientSweep {
@@ -41,7 +41,7 @@ class ImageNormGradient : public GradientSweep {
     using GradientSweep::GradientSweep;
 
     void sweep(const float* image, double* value, float* grad, const SavedActivations& saved) {
-        const double count = static_cast<double>(C) * H * outside;
+        const double count = static_cast<double>(C) * H * image_width;
         std::vector<float> rs(L);
         for (int r = 0; r < H; ++r) split(image, r, c.center, u);
         for (int l = 1; l < L; ++l) rs[l] = forward(l, count, saved);
@@ -61,12 +61,12 @@ class ImageNormGradient : public GradientSweep {
         convolve_image(l > 1 ? a[l - 1] : u, l == 1, c.forward[l - 1], c.bias[l - 1], x);
         Average first, second;
         for_image(*this, [&](int pair, int, size_t o, int, size_t, IntVec own) { first.add(load(x.at(pair) + o), own); });
-        const float mean = static_cast<float>(first.of(count));
+        const float mean = static_cast<float>(first.mean(count));
         for_image(*this, [&](int pair, int, size_t o, int, size_t, IntVec own) {
             const Vec centered = load(x.at(pair) + o) - mean;
             second.add(centered * centered, own);
         });
-        const float rs = static_cast<float>(1.0 / std::sqrt(second.of(count) + c.eps));
+        const float rs = static_cast<float>(1.0 / std::sqrt(second.mean(count) + c.eps));
         for_image(*this, [&](int pair, int ch, size_t o, int r, size_t line, IntVec) {
             const Vec z = (load(x.at(pair) + o) - mean) * rs;
             const Silu f = silu(gamma[ch] * z + beta[ch]);
@@ -90,7 +90,7 @@ class ImageNormGradient : public GradientSweep {
             one.add(v, own);
             two.add(v * load(xhat[l].at(pair) + o), own);
         });
-        const float m1 = static_cast<float>(one.of(count)), m2 = static_cast<float>(two.of(count));
+        const float m1 = static_cast<float>(one.mean(count)), m2 = static_cast<float>(two.mean(count));
         for_image(*this, [&](int pair, int, size_t o, int r, size_t line, IntVec) {
             store(gz[l].row(r) + line, rs * (load(t.at(pair) + o) - m1 - load(xhat[l].at(pair) + o) * m2));
         });
@@ -113,7 +113,7 @@ class ImageNormTangent : public TangentSweep<THETA> {
     }
 
     void sweep(const float* image, const float* direction, const SavedActivations& saved, float* out, ParameterSums* sums) {
-        const double count = static_cast<double>(C) * H * Base::outside;
+        const double count = static_cast<double>(C) * H * Base::image_width;
         for (int r = 0; r < H; ++r) {
             Base::split(image, r, c.center, u);
             Base::split(direction, r, 0.0f, u1);
@@ -171,7 +171,7 @@ class ImageNormTangent : public TangentSweep<THETA> {
             constant.add(v, own);
             along.add(v * load(z(l, pair, saved) + o), own);
         });
-        const float p0 = static_cast<float>(constant.of(count)), p = static_cast<float>(along.of(count));
+        const float p0 = static_cast<float>(constant.mean(count)), p = static_cast<float>(along.mean(count));
         for_image(*this, [&](int pair, int ch, size_t o, int r, size_t line, IntVec own) {
             const Vec zv = load(z(l, pair, saved) + o), cv = load((l < L - 1 ? saved.g(l, pair) : t.at(pair)) + o);
             const Vec x = rs * (load(x1.at(pair) + o) - p0 - zv * p), gx = gamma[ch] * x, gc = gamma[ch] * cv;
@@ -188,7 +188,7 @@ class ImageNormTangent : public TangentSweep<THETA> {
             Base::accumulate(sums->beta[l - 1], ch, masked(bent * x, own));
             Base::accumulate(sums->gamma[l - 1], ch, masked(bent * x * zv + cv * f.slope * x, own));
         }, [&](int pair) { flush(pair, sums); });
-        p_[l] = p, tx_[l] = static_cast<float>(across.of(count));
+        p_[l] = p, tx_[l] = static_cast<float>(across.mean(count));
         for (int r = 0; r < H; ++r) {
             a1[l].trim(r);
             if (THETA) a[l].trim(r);
@@ -215,7 +215,7 @@ class ImageNormTangent : public TangentSweep<THETA> {
             Base::accumulate(sums->beta[l - 1], ch, masked(w, own));
             Base::accumulate(sums->gamma[l - 1], ch, masked(w * zv, own));
         }, [&](int pair) { flush(pair, sums); });
-        const float t0 = static_cast<float>(constant.of(count)), tz = static_cast<float>(along.of(count));
+        const float t0 = static_cast<float>(constant.mean(count)), tz = static_cast<float>(along.mean(count));
         for_image(*this, [&](int pair, int ch, size_t o, int r, size_t line, IntVec own) {
             const Vec zv = load(z(l, pair, saved) + o), gu = rs * (load(t_[l].at(pair) + o) - m1 - zv * m2);
             const Vec e = load(rest[l].at(pair) + o) - t0 - zv * (tz + tx) - load(steep[l].at(pair) + o) * m2;

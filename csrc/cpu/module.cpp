@@ -122,8 +122,8 @@ class ConvChain {
 
     // Whether these tensors, in the constructor's order, equal the packed values.
     bool current(const Tensors& weights, const Tensors& biases, const Tensors& gammas, const Tensors& betas) const {
-        auto packed = given_.begin();
-        if (weights.size() + biases.size() + gammas.size() + betas.size() != given_.size()) return false;
+        auto packed = parameters_.begin();
+        if (weights.size() + biases.size() + gammas.size() + betas.size() != parameters_.size()) return false;
         const auto same = [&](py::handle t) {
             const std::vector<float>& values = *packed++;
             const float* p = dr::memory<float>(t, values.size(), "a parameter");
@@ -157,7 +157,7 @@ class ConvChain {
                    int threads) const {
         const Batch size = batch(b, height, width, threads);
         std::size_t parameters = 0;
-        for (const auto& values : given_) parameters += values.size();
+        for (const auto& values : parameters_) parameters += values.size();
         const float *in = dr::memory<float>(x, size.numbers(), "x"), *along = dr::memory<float>(v, size.numbers(), "v");
         const float* memory = saved_memory(saved, size);
         double* sums = dr::memory<double>(out, parameters, "out");
@@ -171,13 +171,13 @@ class ConvChain {
     }
     const float* parameter(py::handle tensor, std::size_t n) {
         const float* p = dr::memory<float>(tensor, n, "a parameter");
-        given_.emplace_back(p, p + n);
+        parameters_.emplace_back(p, p + n);
         return p;
     }
 
     const dr::Kernels* kernels_;
     std::unique_ptr<dr::PackedChain> packed_;
-    std::vector<std::vector<float>> given_;  // in the order weight, bias, gamma, beta of each layer
+    std::vector<std::vector<float>> parameters_;  // in the order weight, bias, gamma, beta of each layer
 };
 
 // A structurally random matrix with copies of its buffers.

@@ -36,7 +36,7 @@ static DR_CALL void responses(const float* u, size_t line, int side, const float
 // The transpose: add to `rows` rows of `out` the convolution of a group's planes [GROUP][GROUP + K - 1][line], `s` at the
 // first tap of the first pixel, with filters [filter][column][row], rotated by half a turn.
 template <int K, int V>
-static void transposed(const float* s, size_t plane, size_t line, const float* w, float* out, size_t out_line, int rows) {
+static void conv_transposed(const float* s, size_t plane, size_t line, const float* w, float* out, size_t out_line, int rows) {
     Vec acc[GROUP][V] = {};
     for (int f = 0; f < GROUP; ++f, s += plane)
         for (int b = 0; b < K; ++b, w += K) {

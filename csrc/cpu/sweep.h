@@ -54,7 +54,9 @@ struct Head {
         const Vec phi = kind == HeadKind::red ? u * e : kind == HeadKind::residual ? e * e : h * h;
         return 0.5f * (alpha * u * u + phi);
     }
-    DR_INLINE Vec grad_h(Vec u, Vec h) const { return kind == HeadKind::red ? -0.5f * u : kind == HeadKind::residual ? h - u : h; }
+    DR_INLINE Vec grad_h(Vec u, Vec h) const {
+        return kind == HeadKind::red ? -0.5f * u : kind == HeadKind::residual ? h - u : h;
+    }
     DR_INLINE Vec grad_u(Vec u, Vec h) const {
         return alpha * u + (kind == HeadKind::red ? u - 0.5f * h : kind == HeadKind::residual ? u - h : Vec{});
     }
@@ -100,7 +102,7 @@ class Sweep {
   public:
     Sweep(const Chain& chain, const Batch& batch, const Band& band, int stages)
         : c(chain), L(chain.depth), H(batch.height), C(chain.channels), y(band.strip.width(), chain.channels),
-          outside(batch.width), phi{chain.head, chain.alpha}, band_(band), stages_(stages),
+          image_width(batch.width), phi{chain.head, chain.alpha}, band_(band), stages_(stages),
           tiles_(static_cast<size_t>(4) * C * MAX_PIECE * LANES), raw_(tiles_.size()) {
         for (int v = 0; v < y.vectors; ++v)
             for (int parity = 0; parity < 2; ++parity) {
@@ -116,12 +118,12 @@ class Sweep {
     // Call load_row(r) for input rows and stage(s, pair), in an order that makes all inputs available.
     template <class Load, class Stage>
     DR_INLINE void run(Load load_row, Stage stage) {
-        const int begin = least(0), end = (band_.last - 1) / 2 + stages_;
+        const int begin = first_pair(0), end = (band_.last - 1) / 2 + stages_;
         for (int t = begin - 2; t < end; ++t) {
             for (int r = 2 * t + 2; r < 2 * t + 4; ++r)
                 if (r >= 0 && r < H) load_row(r);
             for (int s = 0; s < stages_; ++s)
-                if (t - s >= least(s) && t - s < most(s)) stage(s, t - s);
+                if (t - s >= first_pair(s) && t - s < end_pair(s)) stage(s, t - s);
         }
     }
 
@@ -137,7 +139,7 @@ class Sweep {
 
     // Split a row of an image into the lines of a ring.
     void split(const float* image, int r, float shift, Ring& ring) const {
-        const float* p = image + static_cast<size_t>(r) * outside + strip().begin;
+        const float* p = image + static_cast<size_t>(r) * image_width + strip().begin;
         float *e = ring.row(r), *o = e + y.line;
         int t = 0;
         for (; 2 * (t + LANES) <= y.width; t += LANES) {
@@ -209,7 +211,7 @@ class Sweep {
                 const int from = std::max(begin, strip().first), to = std::min(begin + 2 * n * LANES, strip().last);
                 if (from < to)
                     std::copy(both + (from - begin), both + (to - begin),
-                              image + static_cast<size_t>(2 * pair + k) * outside + from);
+                              image + static_cast<size_t>(2 * pair + k) * image_width + from);
             }
         });
     }
@@ -220,14 +222,14 @@ class Sweep {
     const Chain& c;
     const int L, H, C;
     const Layout y;
-    const int outside;  // the image's width
+    const int image_width;  // the strip's is y.width
     const Head phi;
     float* tiles() { return tiles_.data(); }
 
   private:
-    // The pairs that stage s must process for the last stage to cover the band.
-    int least(int s) const { return std::max(0, band_.first - (stages_ - 1 - s)) / 2; }
-    int most(int s) const { return (std::min(H, band_.last + (stages_ - 1 - s)) + 1) / 2; }
+    // The pairs [first, end) that stage s must process for the last stage to cover the band.
+    int first_pair(int s) const { return std::max(0, band_.first - (stages_ - 1 - s)) / 2; }
+    int end_pair(int s) const { return (std::min(H, band_.last + (stages_ - 1 - s)) + 1) / 2; }
 
     const Band band_;
     const int stages_;
