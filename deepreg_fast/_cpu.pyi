@@ -18,7 +18,7 @@ class ConvChain:
         center: float,
         gain: float,
         eps: float,
-        whole: bool,
+        image_norm: bool,
         isa: str,
     ) -> None: ...
     @property
@@ -30,42 +30,42 @@ class ConvChain:
         gammas: Sequence[Tensor],
         betas: Sequence[Tensor],
     ) -> bool: ...
-    def kept(self, b: int, height: int, width: int) -> int: ...
+    def saved_floats(self, b: int, height: int, width: int) -> int: ...
     def gradient(
         self,
         x: Tensor,
         value: Tensor,
         grad: Tensor,
-        kept: Tensor | None,
+        saved: Tensor | None,
         b: int,
         height: int,
         width: int,
         threads: int,
     ) -> None: ...
     def hvp(
-        self, x: Tensor, v: Tensor, kept: Tensor, out: Tensor, b: int, height: int, width: int, threads: int
+        self, x: Tensor, v: Tensor, saved: Tensor, out: Tensor, b: int, height: int, width: int, threads: int
     ) -> None: ...
     def param_vjp(
-        self, x: Tensor, v: Tensor, kept: Tensor, out: Tensor, b: int, height: int, width: int, threads: int
+        self, x: Tensor, v: Tensor, saved: Tensor, out: Tensor, b: int, height: int, width: int, threads: int
     ) -> None: ...
 
 class Ridge:
     def __init__(
         self, filters: int, side: int, steps: int, center: float, w: Tensor, c: Tensor, s: Tensor, isa: str
     ) -> None: ...
-    def kept(self, height: int, width: int) -> int: ...
+    def saved_floats(self, height: int, width: int) -> int: ...
     def gradient(
         self,
         x: Tensor,
         value: Tensor,
         grad: Tensor,
-        kept: Tensor | None,
+        saved: Tensor | None,
         b: int,
         height: int,
         width: int,
         threads: int,
     ) -> None: ...
-    def hvp(self, v: Tensor, kept: Tensor, out: Tensor, b: int, height: int, width: int, threads: int) -> None: ...
+    def hvp(self, v: Tensor, saved: Tensor, out: Tensor, b: int, height: int, width: int, threads: int) -> None: ...
     def param_vjp(
         self, x: Tensor, v: Tensor, dw: Tensor, dc: Tensor, b: int, height: int, width: int, threads: int
     ) -> None: ...
@@ -82,8 +82,8 @@ class Srm:
         rows: Tensor,
         signs: Tensor | None,
         perm: Tensor | None,
-        columns_matrix: Tensor | None,
-        lines_matrix: Tensor | None,
+        column_matrix: Tensor | None,
+        row_matrix: Tensor | None,
         isa: str,
     ) -> None: ...
     def current(self, rows: Tensor, signs: Tensor | None, perm: Tensor | None) -> bool: ...
@@ -101,19 +101,19 @@ class Srm:
 
 class Tv:
     def __init__(self, channels: int, eps: float, isa: str) -> None: ...
-    def kept(self, height: int, width: int) -> int: ...
+    def saved_floats(self, height: int, width: int) -> int: ...
     def gradient(
         self,
         x: Tensor,
         value: Tensor,
         grad: Tensor,
-        kept: Tensor | None,
+        saved: Tensor | None,
         b: int,
         height: int,
         width: int,
         threads: int,
     ) -> None: ...
-    def hvp(self, v: Tensor, kept: Tensor, out: Tensor, b: int, height: int, width: int, threads: int) -> None: ...
+    def hvp(self, v: Tensor, saved: Tensor, out: Tensor, b: int, height: int, width: int, threads: int) -> None: ...
 
 class Vectors:
     def __init__(self, isa: str) -> None: ...

@@ -9,17 +9,17 @@
 #include <vector>
 
 #include "aligned.h"
-#include "lanes.h"
+#include "simd.h"
 
 namespace DR_ISA {
 
 using std::size_t;
 
 // Registers of tiles that a loop processes at once, a piece: all data of a piece stays in the L1 cache.
-constexpr int MOST = 3;
+constexpr int MAX_PIECE = 3;
 
 // Images with more columns are processed in strips.
-constexpr int WIDEST = 400;
+constexpr int MAX_COLUMNS = 400;
 
 struct Layout {
     int width, channels;
@@ -40,10 +40,10 @@ struct Layout {
     size_t piece(int v0) const { return piece(channels, v0); }
 };
 
-// Call body(v0, n) for the pieces of a row: n <= MOST registers starting at v0.
+// Call body(v0, n) for the pieces of a row: n <= MAX_PIECE registers starting at v0.
 template <class F>
-static DR_INLINE void any_pieces(const Layout& y, F body) {
-    const int count = (y.vectors + MOST - 1) / MOST;
+static DR_INLINE void for_pieces(const Layout& y, F body) {
+    const int count = (y.vectors + MAX_PIECE - 1) / MAX_PIECE;
     for (int k = 0; k < count; ++k) {
         const int v0 = y.vectors * k / count;
         body(v0, y.vectors * (k + 1) / count - v0);
@@ -51,12 +51,12 @@ static DR_INLINE void any_pieces(const Layout& y, F body) {
 }
 // The same with n as a constant: body(v0, integral_constant<N>).
 template <class F>
-static DR_INLINE void pieces(const Layout& y, F body) {
-    any_pieces(y, [&](int v0, int n) DR_LAMBDA {
+static DR_INLINE void for_constant_pieces(const Layout& y, F body) {
+    for_pieces(y, [&](int v0, int n) DR_LAMBDA {
         if (n == 1) body(v0, std::integral_constant<int, 1>{});
-        if constexpr (MOST >= 2)
+        if constexpr (MAX_PIECE >= 2)
             if (n == 2) body(v0, std::integral_constant<int, 2>{});
-        if constexpr (MOST >= 3)
+        if constexpr (MAX_PIECE >= 3)
             if (n == 3) body(v0, std::integral_constant<int, 3>{});
     });
 }
@@ -64,7 +64,7 @@ static DR_INLINE void pieces(const Layout& y, F body) {
 // For row k of the pair and each channel and register of a piece: body(channel, q, in_piece, in_lines), with q = N parity
 // + register and the offsets in a piece and in a row of lines.
 template <int N, class F>
-static DR_INLINE void each(const Layout& y, int k, int v0, F body) {
+static DR_INLINE void for_registers(const Layout& y, int k, int v0, F body) {
     for (int c = 0; c < y.channels; ++c)
 #pragma GCC unroll 6
         for (int q = 0; q < 2 * N; ++q)
@@ -75,7 +75,7 @@ static DR_INLINE void each(const Layout& y, int k, int v0, F body) {
 // The same for bodies whose values do not stay in registers, in a loop that is not unrolled: body(channel, q, in_piece,
 // in_lines).
 template <int N, class F>
-static DR_INLINE void each_alone(const Layout& y, int k, int v0, F body) {
+static DR_INLINE void for_registers_rolled(const Layout& y, int k, int v0, F body) {
     size_t o = static_cast<size_t>(k) * y.channels * 2 * N * LANES;
     for (int c = 0; c < y.channels; ++c)
 #pragma GCC unroll 1
@@ -87,10 +87,10 @@ static DR_INLINE void each_alone(const Layout& y, int k, int v0, F body) {
 
 // The means over the channels of f(channel, q, in_piece, in_lines).
 template <int N, class F>
-static DR_INLINE void means(const Layout& y, int k, int v0, Part (&mean)[2 * N], F f) {
-    for (Part& m : mean) m = same(0.0f);
-    each<N>(y, k, v0, [&](int c, int q, size_t o, size_t at) { mean[q] += f(c, q, o, at); });
-    for (Part& m : mean) m *= 1.0f / y.channels;
+static DR_INLINE void channel_means(const Layout& y, int k, int v0, Vec (&mean)[2 * N], F f) {
+    for (Vec& m : mean) m = broadcast(0.0f);
+    for_registers<N>(y, k, v0, [&](int c, int q, size_t o, size_t at) { mean[q] += f(c, q, o, at); });
+    for (Vec& m : mean) m *= 1.0f / y.channels;
 }
 
 // Four rows around a pair, or a row and its neighbors: pointers to their first lines.
@@ -115,7 +115,7 @@ class Ring {
     // Write zeros to the right of the image's last column, for the convolutions.
     void trim(int r) {
         float* p = row(r) + last_;
-        for (int k = 0; k < lines_; ++k, p += line_) put(p, masked(part(p), mask_[k % 2]));
+        for (int k = 0; k < lines_; ++k, p += line_) store(p, masked(load(p), mask_[k % 2]));
     }
 
   private:
@@ -125,7 +125,7 @@ class Ring {
 
     int size_, height_, lines_;
     size_t line_, last_, stride_;
-    IntPart mask_[2];
+    IntVec mask_[2];
     Floats data_;
 };
 
@@ -158,7 +158,7 @@ static std::vector<Strip> strips(int width, int reach) {
         }
         return found;
     };
-    const int least = (width + WIDEST - 1) / WIDEST;
+    const int least = (width + MAX_COLUMNS - 1) / MAX_COLUMNS;
     std::vector<Strip> best;
     size_t cost = 0;
     for (int n = least; n <= (least > 1 ? least + 3 : 1); ++n) {

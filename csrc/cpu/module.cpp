@@ -10,7 +10,6 @@
 #endif
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -18,8 +17,11 @@
 #include <vector>
 
 #include "conv_chain.h"
+#include "conv_chain_pack.h"
+#include "dispatch.h"
 #include "ridge.h"
 #include "srm.h"
+#include "srm_tables.h"
 #include "subnormals.h"
 #include "tensor.h"
 #include "tv.h"
@@ -29,21 +31,9 @@ namespace py = pybind11;
 
 namespace {
 
-std::vector<const dr::Kernels*> here() {
-    std::vector<const dr::Kernels*> found;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.push_back(&dr::avx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&dr::avx2);
-#endif
-    found.push_back(&dr::portable);
-    return found;
-}
-
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
-    for (const auto* k : here()) names.emplace_back(k->name);
+    for (const auto* k : dr::supported_kernels()) names.emplace_back(k->name);
     return names;
 }
 
@@ -51,39 +41,23 @@ std::vector<std::string> instruction_sets() {
 bool forked = false;
 
 // Number of threads to use: at most the processors available to this process, because waiting threads spin.
-int team(int asked) {
+int team(int requested) {
 #ifdef _OPENMP
-    return forked ? 1 : std::max(1, std::min(asked, omp_get_num_procs()));
+    return forked ? 1 : std::max(1, std::min(requested, omp_get_num_procs()));
 #else
     return 1;
 #endif
 }
 
-const dr::Kernels& kernels(const std::string& name) {
-    for (const auto* k : here())
-        if (name.empty() || name == k->name) return *k;
-    throw std::invalid_argument("instruction set " + name + " is not of this machine");
-}
-
-// Packed floats on a cache-line boundary.
-struct Packed {
-    std::vector<float> data;
-    float* begin = nullptr;
-    explicit Packed(std::size_t n) : data(n + 16, 0.0f) {
-        begin = data.data();
-        while (reinterpret_cast<std::uintptr_t>(begin) % 64) ++begin;
-    }
-};
-
 using Tensors = std::vector<py::object>;
 
-// The size of a batch of one-channel images.
 struct Batch : dr::Batch {
-    std::size_t numbers() const { return static_cast<std::size_t>(count) * height * width; }
+    int channels;
+    std::size_t numbers() const { return static_cast<std::size_t>(count) * channels * height * width; }
 };
-Batch batch(int b, int height, int width, int threads) {
+Batch batch(int b, int height, int width, int threads, int channels = 1) {
     if (b < 0 || height < 1 || width < 1) throw std::invalid_argument("a batch of images with pixels");
-    return {{b, height, width, team(threads)}};
+    return {{b, height, width, team(threads)}, channels};
 }
 
 // Run a kernel without Python's lock and with subnormals.
@@ -94,40 +68,51 @@ void run(F work) {
     work();
 }
 
+// Value and gradient of an energy, which saves `floats` floats for the products if `saved` is not None.
+template <class Kernels, class Energy>
+void run_gradient(const Kernels& kernels, const Energy& energy, const Batch& batch, std::size_t floats, py::handle x,
+                  py::handle value, py::handle grad, py::handle saved) {
+    const float* in = dr::memory<float>(x, batch.numbers(), "x");
+    double* values = dr::memory<double>(value, batch.count, "value");
+    float* out = dr::memory<float>(grad, batch.numbers(), "grad");
+    float* memory = dr::memory_or_null<float>(saved, floats, "the memory", dr::Extent::at_least);
+    run([&] { kernels.gradient(energy, batch, in, values, out, memory); });
+}
+// Hessian-vector product of an energy, from what the gradient saved.
+template <class Kernels, class Energy>
+void run_hvp(const Kernels& kernels, const Energy& energy, const Batch& batch, std::size_t floats, py::handle v,
+             py::handle saved, py::handle out) {
+    const float* along = dr::memory<float>(v, batch.numbers(), "v");
+    const float* memory = dr::memory<float>(saved, floats, "the memory", dr::Extent::at_least);
+    float* product = dr::memory<float>(out, batch.numbers(), "out");
+    run([&] { kernels.hvp(energy, batch, along, memory, product); });
+}
+
 // A conv chain with its filters packed for one instruction set.
 class ConvChain {
   public:
     // `weights` and `biases` of the convolutions, then (with a LayerNorm) `gammas` and `betas`: tensors.
     ConvChain(const Tensors& weights, const Tensors& biases, const Tensors& gammas, const Tensors& betas, int channels,
-              int head, float alpha, float center, float gain, float eps, bool whole, const std::string& isa)
-        : kernels_(&kernels(isa)) {
+              int head, float alpha, float center, float gain, float eps, bool image_norm, const std::string& isa)
+        : kernels_(&dr::kernels(isa)) {
         const int depth = static_cast<int>(weights.size());
         const bool norm = !gammas.empty();
-        if (channels < 1 || head < 0 || head > 2 || depth < 2 || depth > dr::MAX_DEPTH || biases.size() != weights.size() || gammas.size() != betas.size() ||
-            (norm && gammas.size() + 1 != weights.size()))
+        if (channels < 1 || head < 0 || head > 2 || depth < 2 || depth > dr::MAX_DEPTH || biases.size() != weights.size() ||
+            gammas.size() != betas.size() || (norm && gammas.size() + 1 != weights.size()))
             throw std::invalid_argument("2 <= depth <= 16, a head of three, and a bias for each filter");
-        // With few channels Winograd's additions add more rounding error than the saved products.
-        chain_ = dr::Chain{depth, channels, head, norm && !whole, norm && whole, channels >= MOST_DIRECT, alpha, center, eps, {}, {}, {}, {}, {}};
-        const std::size_t C = channels;
+        dr::Chain chain{};
+        chain.depth = depth, chain.channels = channels, chain.head = static_cast<dr::HeadKind>(head);
+        chain.pixel_norm = norm && !image_norm, chain.image_norm = norm && image_norm;
+        chain.alpha = alpha, chain.center = center, chain.eps = eps;
+        packed_ = std::make_unique<dr::PackedChain>(*kernels_, chain, gain);
         for (int l = 0; l < depth; ++l) {
-            const bool first = l == 0, last = l == depth - 1, inner = !first && !last;
-            const dr::Layer layer{last ? 1 : channels, first ? 1 : channels, first ? gain : last ? 1.0 / gain : 1.0,
-                                  chain_.norm && !last};
-            const bool winograd = inner && chain_.winograd;
-            const dr::Form form = winograd ? dr::Form::winograd : dr::Form::direct;
-            const std::size_t size = C * (winograd ? 16 * ((C + 7) / 8 * 8) : inner ? 9 * C : 9);
-            const float* w = raw(weights[l], static_cast<std::size_t>(9) * layer.out * layer.in);
-            chain_.forward[l] = pack(w, layer, false, form, size);
-            chain_.backward[l] = pack(w, layer, true, form, size);
-            const float* b = raw(biases[l], layer.out);
-            double mean = 0.0;
-            for (int k = 0; k < layer.out && layer.centred; ++k) mean += b[k] / static_cast<double>(layer.out);
-            const double scale = last ? layer.scale : 1.0;
-            chain_.bias[l] = keep(layer.out, [&](int k) { return static_cast<float>(scale * (b[k] - mean)); });
-            if (!norm || last) continue;
-            const float *gamma = raw(gammas[l], channels), *beta = raw(betas[l], channels);
-            chain_.gamma[l] = keep(channels, [&](int k) { return gamma[k]; });
-            chain_.beta[l] = keep(channels, [&](int k) { return beta[k]; });
+            const dr::Layer layer = packed_->layer(l);
+            const bool normed = norm && l < depth - 1;
+            const float* weight = parameter(weights[l], static_cast<std::size_t>(9) * layer.out * layer.in);
+            const float* bias = parameter(biases[l], layer.out);
+            const float* gamma = normed ? parameter(gammas[l], channels) : nullptr;
+            const float* beta = normed ? parameter(betas[l], channels) : nullptr;
+            packed_->set(l, weight, bias, gamma, beta);
         }
     }
     ConvChain(const ConvChain&) = delete;
@@ -137,11 +122,12 @@ class ConvChain {
 
     // Whether these tensors, in the constructor's order, equal the packed values.
     bool current(const Tensors& weights, const Tensors& biases, const Tensors& gammas, const Tensors& betas) const {
-        auto packed = given_.begin();
-        if (weights.size() + biases.size() + gammas.size() + betas.size() != given_.size()) return false;
+        auto packed = parameters_.begin();
+        if (weights.size() + biases.size() + gammas.size() + betas.size() != parameters_.size()) return false;
         const auto same = [&](py::handle t) {
             const std::vector<float>& values = *packed++;
-            return std::memcmp(dr::memory<float>(t, values.size(), "a parameter"), values.data(), values.size() * sizeof(float)) == 0;
+            const float* p = dr::memory<float>(t, values.size(), "a parameter");
+            return std::memcmp(p, values.data(), values.size() * sizeof(float)) == 0;
         };
         for (std::size_t l = 0; l < weights.size(); ++l) {
             if (!same(weights[l]) || !same(biases[l])) return false;
@@ -150,140 +136,57 @@ class ConvChain {
         return true;
     }
 
-    // Floats that `gradient` saves for the products if `kept` is passed.
-    std::size_t kept(int b, int height, int width) const { return kernels_->kept(chain_, batch(b, height, width, 1)); }
+    // Floats that `gradient` saves for the products if `saved` is passed.
+    std::size_t saved_floats(int b, int height, int width) const {
+        return kernels_->saved_floats(chain(), batch(b, height, width, 1));
+    }
 
-    void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
+    void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width,
+                  int threads) const {
         const Batch size = batch(b, height, width, threads);
-        const std::size_t n = size.numbers();
-        run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
-             memory = dr::memory_or_null<float>(kept, this->kept(b, height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->gradient(chain_, size, in, r, g, memory);
-        });
+        run_gradient(*kernels_, chain(), size, saved_floats(b, height, width), x, value, grad, saved);
     }
-    void hvp(py::handle x, py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
+    void hvp(py::handle x, py::handle v, py::handle saved, py::handle out, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
-        const std::size_t n = size.numbers();
-        run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
-             memory = dr::memory<float>(kept, this->kept(b, height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->hvp(chain_, size, in, along, memory, product);
-        });
+        const float *in = dr::memory<float>(x, size.numbers(), "x"), *along = dr::memory<float>(v, size.numbers(), "v");
+        const float* memory = saved_memory(saved, size);
+        float* product = dr::memory<float>(out, size.numbers(), "out");
+        run([&] { kernels_->hvp(chain(), size, in, along, memory, product); });
     }
-    void param_vjp(py::handle x, py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
+    void param_vjp(py::handle x, py::handle v, py::handle saved, py::handle out, int b, int height, int width,
+                   int threads) const {
         const Batch size = batch(b, height, width, threads);
-        const std::size_t n = size.numbers();
         std::size_t parameters = 0;
-        for (const auto& values : given_) parameters += values.size();
-        run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), sums = dr::memory<double>(out, parameters, "out"),
-             memory = dr::memory<float>(kept, this->kept(b, height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->param_vjp(chain_, size, in, along, memory, sums);
-        });
+        for (const auto& values : parameters_) parameters += values.size();
+        const float *in = dr::memory<float>(x, size.numbers(), "x"), *along = dr::memory<float>(v, size.numbers(), "v");
+        const float* memory = saved_memory(saved, size);
+        double* sums = dr::memory<double>(out, parameters, "out");
+        run([&] { kernels_->param_vjp(chain(), size, in, along, memory, sums); });
     }
 
   private:
-    static constexpr int MOST_DIRECT = 8;
-    const float* raw(py::handle tensor, std::size_t n) {
+    const dr::Chain& chain() const { return packed_->chain(); }
+    const float* saved_memory(py::handle saved, const Batch& size) const {
+        return dr::memory<float>(saved, kernels_->saved_floats(chain(), size), "the memory", dr::Extent::at_least);
+    }
+    const float* parameter(py::handle tensor, std::size_t n) {
         const float* p = dr::memory<float>(tensor, n, "a parameter");
-        given_.emplace_back(p, p + n);
+        parameters_.emplace_back(p, p + n);
         return p;
-    }
-    const float* keep(Packed packed) {
-        const float* begin = packed.begin;
-        kept_.push_back(std::move(packed));
-        return begin;
-    }
-    template <class F>
-    const float* keep(int n, F value) {
-        Packed packed(n);
-        for (int k = 0; k < n; ++k) packed.begin[k] = value(k);
-        return keep(std::move(packed));
-    }
-    const float* pack(const float* w, const dr::Layer& layer, bool transpose, dr::Form form, std::size_t size) {
-        Packed packed(size);
-        kernels_->pack(w, layer, transpose, form, packed.begin);
-        return keep(std::move(packed));
     }
 
     const dr::Kernels* kernels_;
-    dr::Chain chain_;
-    std::vector<Packed> kept_;
-    std::vector<std::vector<float>> given_;  // in the order weight, bias, gamma, beta of each layer
+    std::unique_ptr<dr::PackedChain> packed_;
+    std::vector<std::vector<float>> parameters_;  // in the order weight, bias, gamma, beta of each layer
 };
 
-// The twiddles of an FFT of n points in the order of srm.inc, and the angles of a DCT.
-dr::Lines dct_lines(int n) {
-    const double pi = 3.14159265358979323846;
-    dr::Lines plan;
-    plan.n = n;
-    int rest = n;
-    for (const int radix : {4, 2, 3, 5})
-        for (; rest % radix == 0; rest /= radix) plan.radices.push_back(radix);
-    for (int radix = 7; rest > 1; radix += 2)
-        for (; rest % radix == 0; rest /= radix) plan.radices.push_back(radix);
-    const auto turn = [&](double part) {
-        plan.twiddles.push_back(static_cast<float>(std::cos(2 * pi * part)));
-        plan.twiddles.push_back(static_cast<float>(-std::sin(2 * pi * part)));
-    };
-    long before = 1;
-    for (const int radix : plan.radices) {
-        const long inner = n / (before * radix);
-        for (long i = 0; i < inner; ++i)
-            for (long j = 1; j < radix; ++j) turn(static_cast<double>(before * i * j % n) / n);
-        for (long j = 0; j < radix && radix > 5; ++j) turn(static_cast<double>(j) / radix);
-        before *= radix;
-    }
-    for (int k = 0; 2 * k <= n; ++k) {
-        const double angle = pi * k / (2.0 * n), scale = k ? std::sqrt(0.5 / n) : std::sqrt(1.0 / n);
-        plan.angles.push_back(static_cast<float>(scale * std::cos(angle)));
-        plan.angles.push_back(static_cast<float>(scale * std::sin(angle)));
-    }
-    return plan;
-}
-
-// For `matrix` [n, n] of +-1: the signed sums that each output uses (srm.h).
-dr::Lines hadamard_lines(int n, const std::int8_t* matrix) {
-    dr::Lines plan;
-    plan.n = n;
-    for (int transposed = 0; transposed < 2; ++transposed)
-        for (int k = 0; k < n; ++k)
-            for (int c = 0; c < plan.chunks(); ++c) {
-                std::uint64_t picks = 0;
-                for (int j = plan.GROUPED * plan.first(c); j < std::min(n, plan.GROUPED * plan.first(c + 1)); ++j) {
-                    const int group = j / plan.GROUPED - plan.first(c), bit = 8 * group + 3 + j % plan.GROUPED;
-                    const bool negative = (transposed ? matrix[j * n + k] : matrix[k * n + j]) < 0;
-                    picks |= static_cast<std::uint64_t>(negative) << bit;
-                }
-                plan.choice[transposed].push_back(picks);
-            }
-    return plan;
-}
-
-// The layout of `Srm::sign_bits` (srm.h).
-std::vector<std::int32_t> sign_bits(const std::int8_t* signs, std::size_t n) {
-    std::vector<std::uint32_t> bits((n + 511) / 512 * 16);
-    for (std::size_t i = 0; i < n; ++i)
-        if (signs[i] < 0) bits[i / 512 * 16 + i % 16] |= 1u << (31 - i / 16 % 32);
-    return {bits.begin(), bits.end()};
-}
-
-// The table of this machine's best instruction set, or of `isa`.
-template <class Table>
-const Table& table(const std::string& isa, const Table& avx512, const Table& avx2, const Table& portable) {
-    const std::string name = kernels(isa).name;
-    return name == "avx512" ? avx512 : name == "avx2" ? avx2 : portable;
-}
-#if defined(__x86_64__)
-#define DR_TABLES(kind) dr::kind##_avx512, dr::kind##_avx2, dr::kind##_portable
-#else
-#define DR_TABLES(kind) dr::kind##_portable, dr::kind##_portable, dr::kind##_portable
-#endif
-
+// A structurally random matrix with copies of its buffers.
 class Srm {
   public:
     // `rows` and `perm` are int64, `signs` and the Hadamard matrices of the two sizes int8; None if absent.
     Srm(int transform, int channels, int height, int width, int block, int measurements, py::handle rows, py::handle signs,
-        py::handle perm, py::handle columns_matrix, py::handle lines_matrix, const std::string& isa)
-        : kernels_(&table(isa, DR_TABLES(srm))) {
+        py::handle perm, py::handle column_matrix, py::handle row_matrix, const std::string& isa)
+        : kernels_(&dr::dispatch(isa, DR_TABLES(srm))) {
         if (transform < 0 || transform > 2 || channels < 1 || height < 1 || width < 1 || measurements < 1)
             throw std::invalid_argument("one of three transforms, of images with pixels");
         s_.transform = static_cast<dr::Transform>(transform);
@@ -291,22 +194,18 @@ class Srm {
         const std::size_t d = numbers();
         if (s_.transform == dr::Transform::walsh && (block < 1 || block & (block - 1) || d % block))
             throw std::invalid_argument("a block of a power of two that divides the number of pixels");
-        const auto* r = dr::places(rows, measurements, d, "rows");
+        const auto* r = dr::indices(rows, measurements, d, "rows");
         rows_.assign(r, r + measurements);
-        s_.kept.assign((d + 15) / 16, 0);
-        for (int j = 0; j < measurements; ++j) {
-            if (j && r[j] <= r[j - 1]) throw std::invalid_argument("rows must be sorted and different");
-            s_.kept[r[j] / 16] |= static_cast<std::uint16_t>(1u << r[j] % 16);
-        }
+        s_.kept = dr::pack_selection(r, measurements, d);
         if (const auto* p = dr::memory_or_null<std::int8_t>(signs, d, "signs")) {
             signs_.assign(p, p + d);
             for (std::size_t i = 0; i < d; ++i)
                 if (p[i] != 1 && p[i] != -1) throw std::invalid_argument("signs must be 1 or -1");
             s_.signs.assign(p, p + d);
-            if (s_.transform == dr::Transform::walsh) s_.sign_bits = sign_bits(p, d);
+            if (s_.transform == dr::Transform::walsh) s_.sign_bits = dr::pack_signs(p, d);
         }
         if (!perm.is_none()) {
-            const auto* p = dr::places(perm, d, d, "perm");
+            const auto* p = dr::indices(perm, d, d, "perm");
             perm_.assign(p, p + d);
             std::vector<bool> seen(d, false);
             for (std::size_t i = 0; i < d; ++i) {
@@ -316,12 +215,12 @@ class Srm {
             s_.perm.assign(p, p + d);
         }
         if (s_.transform == dr::Transform::dct) {
-            s_.columns = dct_lines(height);
-            s_.lines = dct_lines(width);
+            s_.along_columns = dr::dct_lines(height);
+            s_.along_rows = dr::dct_lines(width);
         } else if (s_.transform == dr::Transform::hadamard) {
             const auto square = [](int n) { return static_cast<std::size_t>(n) * n; };
-            s_.columns = hadamard_lines(height, dr::memory<std::int8_t>(columns_matrix, square(height), "a matrix"));
-            s_.lines = hadamard_lines(width, dr::memory<std::int8_t>(lines_matrix, square(width), "a matrix"));
+            s_.along_columns = dr::hadamard_lines(height, dr::memory<std::int8_t>(column_matrix, square(height), "a matrix"));
+            s_.along_rows = dr::hadamard_lines(width, dr::memory<std::int8_t>(row_matrix, square(width), "a matrix"));
         }
     }
 
@@ -331,7 +230,8 @@ class Srm {
     }
 
     // `x`, `y` and `weight` are None if the product does not use them; without `weight`, `one` applies to every image.
-    void apply(int product, int count, int threads, py::handle x, py::handle y, py::handle weight, float one, py::handle out) const {
+    void apply(int product, int count, int threads, py::handle x, py::handle y, py::handle weight, float one,
+               py::handle out) const {
         const bool by_x = product != 1, by_y = product == 1 || product == 3;
         if (product < 0 || product > 3 || count < 0 || x.is_none() == by_x || y.is_none() == by_y)
             throw std::invalid_argument("one of four products, with its vectors");
@@ -367,7 +267,7 @@ class Ridge {
   public:
     // Floats: filters [filters, side, side], coefficients [filters, steps], scales [steps].
     Ridge(int filters, int side, int steps, float center, py::handle w, py::handle c, py::handle s, const std::string& isa)
-        : kernels_(&table(isa, DR_TABLES(ridge))) {
+        : kernels_(&dr::dispatch(isa, DR_TABLES(ridge))) {
         if (filters < 1 || steps < 1 || side < 3 || side > dr::MAX_SIDE || side % 2 == 0)
             throw std::invalid_argument("an odd side from 3 to 15, and at least one filter and one step");
         const std::size_t n = filters;
@@ -379,30 +279,23 @@ class Ridge {
     Ridge(const Ridge&) = delete;
     Ridge& operator=(const Ridge&) = delete;
 
-    // Floats per image that `gradient` saves for `hvp` if `kept` is passed.
-    std::size_t kept(int height, int width) const { return kernels_->kept(ridge_, height, width); }
+    // Floats per image that `gradient` saves for `hvp` if `saved` is passed.
+    std::size_t saved_floats(int height, int width) const { return kernels_->saved_floats(ridge_, height, width); }
 
-    void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
+    void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width,
+                  int threads) const {
         const Batch size = batch(b, height, width, threads);
-        const std::size_t n = size.numbers();
-        run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
-             memory = dr::memory_or_null<float>(kept, b * this->kept(height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->gradient(ridge_, size, in, r, g, memory);
-        });
+        run_gradient(*kernels_, ridge_, size, b * saved_floats(height, width), x, value, grad, saved);
     }
-    void hvp(py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
+    void hvp(py::handle v, py::handle saved, py::handle out, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
-        const std::size_t n = size.numbers();
-        run([&, along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
-             memory = dr::memory<float>(kept, b * this->kept(height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->hvp(ridge_, size, along, memory, product);
-        });
+        run_hvp(*kernels_, ridge_, size, b * saved_floats(height, width), v, saved, out);
     }
     void param_vjp(py::handle x, py::handle v, py::handle dw, py::handle dc, int b, int height, int width, int threads) const {
         const Batch size = batch(b, height, width, threads);
-        const std::size_t n = size.numbers();
-        run([&, in = dr::memory<float>(x, n, "x"), along = dr::memory<float>(v, n, "v"), w = dr::memory<double>(dw, w_.size(), "dw"),
-             c = dr::memory<double>(dc, c_.size(), "dc")] { kernels_->param_vjp(ridge_, size, in, along, w, c); });
+        const float *in = dr::memory<float>(x, size.numbers(), "x"), *along = dr::memory<float>(v, size.numbers(), "v");
+        double *by_w = dr::memory<double>(dw, w_.size(), "dw"), *by_c = dr::memory<double>(dc, c_.size(), "dc");
+        run([&] { kernels_->param_vjp(ridge_, size, in, along, by_w, by_c); });
     }
 
   private:
@@ -419,28 +312,21 @@ class Ridge {
 // Smoothed total variation.
 class Tv {
   public:
-    Tv(int channels, double eps, const std::string& isa) : kernels_(&table(isa, DR_TABLES(tv))), tv_{channels, eps} {
+    Tv(int channels, double eps, const std::string& isa) : kernels_(&dr::dispatch(isa, DR_TABLES(tv))), tv_{channels, eps} {
         if (channels < 1 || !(eps > 0)) throw std::invalid_argument("at least one channel, and eps > 0");
     }
 
-    // Floats per image that `gradient` saves for `hvp` if `kept` is passed.
-    std::size_t kept(int height, int width) const { return kernels_->kept(tv_, height, width); }
+    // Floats per image that `gradient` saves for `hvp` if `saved` is passed.
+    std::size_t saved_floats(int height, int width) const { return kernels_->saved_floats(tv_, height, width); }
 
-    void gradient(py::handle x, py::handle value, py::handle grad, py::handle kept, int b, int height, int width, int threads) const {
-        const Batch size = batch(b, height, width, threads);
-        const std::size_t n = tv_.channels * size.numbers();
-        run([&, in = dr::memory<float>(x, n, "x"), r = dr::memory<double>(value, b, "value"), g = dr::memory<float>(grad, n, "grad"),
-             memory = dr::memory_or_null<float>(kept, b * this->kept(height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->gradient(tv_, size, in, r, g, memory);
-        });
+    void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width,
+                  int threads) const {
+        const Batch size = batch(b, height, width, threads, tv_.channels);
+        run_gradient(*kernels_, tv_, size, b * saved_floats(height, width), x, value, grad, saved);
     }
-    void hvp(py::handle v, py::handle kept, py::handle out, int b, int height, int width, int threads) const {
-        const Batch size = batch(b, height, width, threads);
-        const std::size_t n = tv_.channels * size.numbers();
-        run([&, along = dr::memory<float>(v, n, "v"), product = dr::memory<float>(out, n, "out"),
-             memory = dr::memory<float>(kept, b * this->kept(height, width), "the memory", dr::Extent::at_least)] {
-            kernels_->hvp(tv_, size, along, memory, product);
-        });
+    void hvp(py::handle v, py::handle saved, py::handle out, int b, int height, int width, int threads) const {
+        const Batch size = batch(b, height, width, threads, tv_.channels);
+        run_hvp(*kernels_, tv_, size, b * saved_floats(height, width), v, saved, out);
     }
 
   private:
@@ -451,7 +337,7 @@ class Tv {
 // The solvers' vector operations.
 class Vectors {
   public:
-    explicit Vectors(const std::string& isa) : kernels_(&table(isa, DR_TABLES(vectors))) {}
+    explicit Vectors(const std::string& isa) : kernels_(&dr::dispatch(isa, DR_TABLES(vectors))) {}
 
     // `n` numbers of each of `count` images.
     void dot(int count, std::size_t n, int threads, py::handle a, py::handle b, py::handle out) const {
@@ -471,31 +357,34 @@ class Vectors {
     // `idx` are indices into the `batch` images of x and g.
     void secant(int count, std::size_t n, int threads, py::handle idx, int batch, py::handle candidate, py::handle candidate_g,
                 py::handle x, py::handle g, py::handle out) const {
-        const std::size_t all = total(count, n), whole = total(batch, n);
-        const dr::Work work{count, team(threads), n, dr::places(idx, count, batch, "idx")};
-        run([&, c = in(candidate, all, "candidate"), cg = in(candidate_g, all, "candidate_g"), x = in(x, whole, "x"),
-             g = in(g, whole, "g"), sums = dr::memory<double>(out, 4 * static_cast<std::size_t>(count), "out")] {
-            kernels_->secant(work, c, cg, x, g, sums);
+        const std::size_t all = total(count, n), of_batch = total(batch, n);
+        const dr::ActiveImages active{count, team(threads), n, dr::indices(idx, count, batch, "idx")};
+        run([&, c = in(candidate, all, "candidate"), cg = in(candidate_g, all, "candidate_g"), x = in(x, of_batch, "x"),
+             g = in(g, of_batch, "g"), sums = dr::memory<double>(out, 4 * static_cast<std::size_t>(count), "out")] {
+            kernels_->secant(active, c, cg, x, g, sums);
         });
     }
     // `state` of `batch` images: dx, df [batch, memory, n], x, f [batch, n].
     void remember(int count, std::size_t n, int threads, py::handle idx, int batch, int memory, const Tensors& state,
                   py::handle slot, py::handle fresh, py::handle x, py::handle f, py::handle gram, py::handle rhs) const {
         const std::size_t all = total(count, n), products = static_cast<std::size_t>(count) * memory;
-        const dr::Work work{count, team(threads), n, dr::places(idx, count, batch, "idx")};
-        const dr::Differences d = differences(batch, n, memory, state);
-        run([&, slot = dr::places(slot, count, memory, "slot"), fresh = flags(fresh, count, "fresh"), x = in(x, all, "x"),
-             f = in(f, all, "f"), gram = dr::memory<double>(gram, products, "gram"), rhs = dr::memory<double>(rhs, products, "rhs")] {
-            kernels_->remember(work, d, slot, fresh, x, f, gram, rhs);
+        const dr::ActiveImages active{count, team(threads), n, dr::indices(idx, count, batch, "idx")};
+        const dr::AndersonHistory history = anderson_history(batch, n, memory, state);
+        run([&, slot = dr::indices(slot, count, memory, "slot"), fresh = flags(fresh, count, "fresh"), x = in(x, all, "x"),
+             f = in(f, all, "f"), gram = dr::memory<double>(gram, products, "gram"),
+             rhs = dr::memory<double>(rhs, products, "rhs")] {
+            kernels_->remember(active, history, slot, fresh, x, f, gram, rhs);
         });
     }
     void combine(int count, std::size_t n, int threads, py::handle idx, int batch, int memory, const Tensors& state,
                  py::handle c, py::handle limit, py::handle x, py::handle f, py::handle out) const {
         const std::size_t all = total(count, n), products = static_cast<std::size_t>(count) * memory;
-        const dr::Work work{count, team(threads), n, dr::places(idx, count, batch, "idx")};
-        const dr::Differences d = differences(batch, n, memory, state);
-        run([&, c = in(c, products, "c"), limit = dr::memory<double>(limit, count, "limit"), x = in(x, all, "x"), f = in(f, all, "f"),
-             out = dr::memory<float>(out, all, "out")] { kernels_->combine(work, d, c, limit, x, f, out); });
+        const dr::ActiveImages active{count, team(threads), n, dr::indices(idx, count, batch, "idx")};
+        const dr::AndersonHistory history = anderson_history(batch, n, memory, state);
+        run([&, c = in(c, products, "c"), limit = dr::memory<double>(limit, count, "limit"), x = in(x, all, "x"),
+             f = in(f, all, "f"), out = dr::memory<float>(out, all, "out")] {
+            kernels_->combine(active, history, c, limit, x, f, out);
+        });
     }
 
   private:
@@ -507,7 +396,7 @@ class Vectors {
     static const std::uint8_t* flags(py::handle t, std::size_t n, const char* name) {
         return reinterpret_cast<const std::uint8_t*>(dr::memory<bool>(t, n, name));
     }
-    static dr::Differences differences(int batch, std::size_t n, int memory, const Tensors& state) {
+    static dr::AndersonHistory anderson_history(int batch, std::size_t n, int memory, const Tensors& state) {
         if (memory < 1 || state.size() != 4) throw std::invalid_argument("dx, df, x and f");
         const std::size_t all = total(batch, n);
         return {memory, dr::memory<float>(state[0], all * memory, "dx"), dr::memory<float>(state[1], all * memory, "df"),
@@ -528,14 +417,14 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("multiply_adds", [](const std::string& isa, int threads, int scale) {
         py::gil_scoped_release free;
         float sink = 0.0f;
-        return kernels(isa).multiply_adds(team(threads), 2000000L * scale, &sink);
+        return dr::kernels(isa).multiply_adds(team(threads), 2000000L * scale, &sink);
     });
     py::class_<ConvChain>(m, "ConvChain")
-        .def(py::init<const Tensors&, const Tensors&, const Tensors&, const Tensors&, int, int, float, float, float, float, bool,
-                      const std::string&>())
+        .def(py::init<const Tensors&, const Tensors&, const Tensors&, const Tensors&, int, int, float, float, float, float,
+                      bool, const std::string&>())
         .def("current", &ConvChain::current)
         .def_property_readonly("isa", &ConvChain::isa)
-        .def("kept", &ConvChain::kept)
+        .def("saved_floats", &ConvChain::saved_floats)
         .def("gradient", &ConvChain::gradient)
         .def("hvp", &ConvChain::hvp)
         .def("param_vjp", &ConvChain::param_vjp);
@@ -546,13 +435,13 @@ PYBIND11_MODULE(_cpu, m) {
         .def("apply", &Srm::apply);
     py::class_<Ridge>(m, "Ridge")
         .def(py::init<int, int, int, float, py::handle, py::handle, py::handle, const std::string&>())
-        .def("kept", &Ridge::kept)
+        .def("saved_floats", &Ridge::saved_floats)
         .def("gradient", &Ridge::gradient)
         .def("hvp", &Ridge::hvp)
         .def("param_vjp", &Ridge::param_vjp);
     py::class_<Tv>(m, "Tv")
         .def(py::init<int, double, const std::string&>())
-        .def("kept", &Tv::kept)
+        .def("saved_floats", &Tv::saved_floats)
         .def("gradient", &Tv::gradient)
         .def("hvp", &Tv::hvp);
     py::class_<Vectors>(m, "Vectors")

@@ -19,10 +19,10 @@ struct Ridge {
 
 struct RidgeKernels {
     // Floats per image that the gradient's sweep saves for `hvp`.
-    std::size_t (*kept)(const Ridge&, int height, int width);
-    // value [B], grad [B, H, W]; `kept` may be null.
-    void (*gradient)(const Ridge&, const Batch&, const float* x, double* value, float* grad, float* kept);
-    void (*hvp)(const Ridge&, const Batch&, const float* v, const float* kept, float* out);
+    std::size_t (*saved_floats)(const Ridge&, int height, int width);
+    // value [B], grad [B, H, W]; `saved` may be null.
+    void (*gradient)(const Ridge&, const Batch&, const float* x, double* value, float* grad, float* saved);
+    void (*hvp)(const Ridge&, const Batch&, const float* v, const float* saved, float* out);
     // Derivatives of sum_b <grad r(x_b), v_b> in w [filters, side, side] and in c [filters, steps].
     void (*param_vjp)(const Ridge&, const Batch&, const float* x, const float* v, double* dw, double* dc);
 };

@@ -3,7 +3,7 @@
 // Included once per instruction set (DR_ISA names it). Lines are padded to complete registers and images by the
 // filter's reach, so no loop here tests for the end of the image.
 #pragma once
-#include "lanes.h"
+#include "simd.h"
 
 namespace DR_ISA {
 
@@ -14,15 +14,15 @@ constexpr int WIDE = 3;                     // registers of pixels summed at onc
 // [tap][GROUP].
 template <int V>
 static DR_CALL void responses(const float* u, size_t line, int side, const float* w, float (*raw)[WIDE * LANES]) {
-    Part acc[GROUP][V] = {};
+    Vec acc[GROUP][V] = {};
     for (int a = 0; a < side; ++a, u += line)
         for (int b = 0; b < side; ++b, w += GROUP) {
-            Part d[V];
+            Vec d[V];
 #pragma GCC unroll 3
-            for (int v = 0; v < V; ++v) d[v] = part(u + b + v * LANES);
+            for (int v = 0; v < V; ++v) d[v] = load(u + b + v * LANES);
 #pragma GCC unroll 8
             for (int f = 0; f < GROUP; ++f) {
-                const Part wv = same(w[f]);
+                const Vec wv = broadcast(w[f]);
 #pragma GCC unroll 3
                 for (int v = 0; v < V; ++v) acc[f][v] += wv * d[v];
             }
@@ -30,26 +30,26 @@ static DR_CALL void responses(const float* u, size_t line, int side, const float
 #pragma GCC unroll 8
     for (int f = 0; f < GROUP; ++f)
 #pragma GCC unroll 3
-        for (int v = 0; v < V; ++v) put(raw[f] + v * LANES, acc[f][v]);
+        for (int v = 0; v < V; ++v) store(raw[f] + v * LANES, acc[f][v]);
 }
 
 // The transpose: add to `rows` rows of `out` the convolution of a group's planes [GROUP][GROUP + K - 1][line], `s` at the
 // first tap of the first pixel, with filters [filter][column][row], rotated by half a turn.
 template <int K, int V>
-static void transposed(const float* s, size_t plane, size_t line, const float* w, float* out, size_t out_line, int rows) {
-    Part acc[GROUP][V] = {};
+static void conv_transposed(const float* s, size_t plane, size_t line, const float* w, float* out, size_t out_line, int rows) {
+    Vec acc[GROUP][V] = {};
     for (int f = 0; f < GROUP; ++f, s += plane)
         for (int b = 0; b < K; ++b, w += K) {
             const float* from = s + b;
 #pragma GCC unroll 22
             for (int y = 0; y < GROUP + K - 1; ++y) {
-                Part d[V];
+                Vec d[V];
 #pragma GCC unroll 3
-                for (int v = 0; v < V; ++v) d[v] = part(from + y * line + v * LANES);
+                for (int v = 0; v < V; ++v) d[v] = load(from + y * line + v * LANES);
 #pragma GCC unroll 8
                 for (int r = 0; r < GROUP; ++r) {
                     if (y < r || y - r >= K) continue;
-                    const Part wv = same(w[y - r]);
+                    const Vec wv = broadcast(w[y - r]);
 #pragma GCC unroll 3
                     for (int v = 0; v < V; ++v) acc[r][v] += wv * d[v];
                 }
@@ -61,7 +61,7 @@ static void transposed(const float* s, size_t plane, size_t line, const float* w
 #pragma GCC unroll 3
         for (int v = 0; v < V; ++v) {
             float* to = out + r * out_line + v * LANES;
-            put(to, part(to) + acc[r][v]);
+            store(to, load(to) + acc[r][v]);
         }
     }
 }
@@ -74,17 +74,17 @@ struct Planes {
     int rows, side;
 };
 template <int T>
-static DR_CALL void correlate(const Planes& p, Double* total) {
-    Part acc[GROUP][T] = {};
+static DR_CALL void correlate(const Planes& p, DoubleVec* total) {
+    Vec acc[GROUP][T] = {};
     for (int y = 0; y < p.rows; ++y)
         for (size_t x = 0; x < p.width; x += LANES) {
             const auto add = [&](const float* planes, const float* image) DR_LAMBDA {
-                Part d[T];
+                Vec d[T];
 #pragma GCC unroll 3
-                for (int t = 0; t < T; ++t) d[t] = part(image + y * p.line + x + t);
+                for (int t = 0; t < T; ++t) d[t] = load(image + y * p.line + x + t);
 #pragma GCC unroll 8
                 for (int f = 0; f < GROUP; ++f) {
-                    const Part c = part(planes + (f * GROUP + y) * p.width + x);
+                    const Vec c = load(planes + (f * GROUP + y) * p.width + x);
 #pragma GCC unroll 3
                     for (int t = 0; t < T; ++t) acc[f][t] += c * d[t];
                 }
@@ -95,16 +95,16 @@ static DR_CALL void correlate(const Planes& p, Double* total) {
 #pragma GCC unroll 8
     for (int f = 0; f < GROUP; ++f)
 #pragma GCC unroll 3
-        for (int t = 0; t < T; ++t) total[f * p.side * p.side + t] += wide(acc[f][t]);
+        for (int t = 0; t < T; ++t) total[f * p.side * p.side + t] += to_double(acc[f][t]);
 }
 
 // 1 / sqrt(a), 1 <= a < 1e37, accurate to about the rounding of a product.
-static DR_INLINE Part inverse_root(Part a) {
+static DR_INLINE Vec inverse_root(Vec a) {
 #if DR_LANES == 16
-    const Part y = (Part)_mm512_rsqrt14_ps((__m512)a), e = 1.0f - a * y * y;
+    const Vec y = (Vec)_mm512_rsqrt14_ps((__m512)a), e = 1.0f - a * y * y;
     return y + 0.5f * y * e;
 #elif DR_LANES == 8
-    const Part y = (Part)_mm256_rsqrt_ps((__m256)a), e = 1.0f - a * y * y;
+    const Vec y = (Vec)_mm256_rsqrt_ps((__m256)a), e = 1.0f - a * y * y;
     return y + y * e * (0.5f + 0.375f * e);
 #else
     return rsqrt(a);
@@ -121,15 +121,15 @@ constexpr float FAR = 1e15f;
 
 // psi', psi'' and, if requested, psi.
 struct Curve {
-    Part slope, bend, value;
+    Vec slope, bend, value;
 };
 template <bool BEND, bool VALUE>
-static DR_INLINE Curve curve(Part t, const Profile& p) {
+static DR_INLINE Curve curve(Vec t, const Profile& p) {
     t = clamp(t, -FAR, FAR);
-    const Part t2 = t * t;
+    const Vec t2 = t * t;
     Curve out{};
     for (int k = 0; k < p.steps; ++k) {
-        const Part a = t2 * p.s2[k] + 1.0f, root = inverse_root(a);
+        const Vec a = t2 * p.s2[k] + 1.0f, root = inverse_root(a);
         out.slope += root * p.c[k];
         if (BEND) out.bend += root * root * root * p.c[k];  // not of root * c: the slope's bits would depend on BEND
         if (VALUE) out.value += reciprocal(1.0f + a * root) * p.c[k];

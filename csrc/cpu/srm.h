@@ -13,14 +13,14 @@ struct Lines {
     // DCT: the radices of a complex FFT of n points and its twiddles, pass by pass; cos and sin of pi k / (2 n), scaled.
     std::vector<int> radices;
     std::vector<float> twiddles, angles;
-    // Hadamard: which of the 32 signed sums of each GROUPED inputs each output uses, for H and for H^T: [n][chunks], a byte
+    // Hadamard: which of the 32 signed sums of each GROUP of inputs each output uses, for H and for H^T: [n][chunks], a byte
     // for each group of the chunk, 8 times the signs of its inputs as bits.
-    static constexpr int GROUPED = 5, CHUNK = 8;
-    std::vector<std::uint64_t> choice[2];
-    int groups() const { return (n + GROUPED - 1) / GROUPED; }
+    static constexpr int GROUP = 5, CHUNK = 8;
+    std::vector<std::uint64_t> picks[2];
+    int groups() const { return (n + GROUP - 1) / GROUP; }
     int chunks() const { return (groups() + CHUNK - 1) / CHUNK; }
-    // The first group of a chunk; the sizes of chunks differ by at most one.
-    int first(int chunk) const { return chunk * groups() / chunks(); }
+    // The sizes of chunks differ by at most one.
+    int first_group(int chunk) const { return chunk * groups() / chunks(); }
 };
 
 struct Srm {
@@ -31,7 +31,7 @@ struct Srm {
     // The same for the Walsh-Hadamard transform: 16 words for each 32 times 16 signs, the first 16 signs in the top bits.
     std::vector<std::int32_t> sign_bits;
     std::vector<std::int32_t> perm;   // or empty
-    Lines columns, lines;             // of length `height` and of length `width`
+    Lines along_rows, along_columns;  // lines of `width` and of `height` values
 };
 
 enum class Product {

@@ -12,15 +12,16 @@ namespace DR_ISA {
 
 using dr::Batch;
 using dr::Chain;
+using dr::HeadKind;
 
 // Saved values of one strip of one image, in the blocks of layout.h: for the hidden layers 2.. the input of gamma . + beta
 // and SiLU, for all hidden layers but the last the cotangent of SiLU's output (the remaining ones are recomputed by a
 // convolution of one channel); with a LayerNorm rs = 1 / sqrt(var + eps) and rs mean(t xhat) of all layers; h.
-class Kept {
+class SavedActivations {
   public:
-    Kept(float* memory, const Chain& c, const Layout& y, int height)
+    SavedActivations(float* memory, const Chain& c, const Layout& y, int height)
         : memory_(memory), hidden_(c.depth - 1), y_(&y), pairs_((height + 1) / 2), planes_(2 * (hidden_ - 1)),
-          scalars_(c.norm ? 2 * hidden_ : c.whole ? hidden_ : 0) {}
+          scalars_(c.pixel_norm ? 2 * hidden_ : c.image_norm ? hidden_ : 0) {}
     size_t size() const { return pairs_ * (planes_ * y_->block() + (scalars_ + 1) * y_->block(1)); }
     explicit operator bool() const { return memory_ != nullptr; }
     // Of hidden layer l = 1..: null if it is recomputed.
@@ -43,19 +44,21 @@ class Kept {
     size_t pairs_, planes_, scalars_;
 };
 
-// The outer function phi(u, h): its value, d/dh and the direct part of d/du, which includes alpha/2 u^2. It is
-// quadratic: its derivatives are linear in (u, h), and therefore equal to their tangents.
-struct Outer {
-    int head;
+// The head phi(u, h) plus alpha/2 u^2: value, d/dh and the direct part of d/du. It is quadratic: its derivatives are linear in
+// (u, h), and therefore equal to their tangents.
+struct Head {
+    HeadKind kind;
     float alpha;
-    DR_INLINE Part value(Part u, Part h) const {
-        const Part e = u - h;
-        const Part phi = head == 0 ? u * e : head == 1 ? e * e : h * h;
+    DR_INLINE Vec value(Vec u, Vec h) const {
+        const Vec e = u - h;
+        const Vec phi = kind == HeadKind::red ? u * e : kind == HeadKind::residual ? e * e : h * h;
         return 0.5f * (alpha * u * u + phi);
     }
-    DR_INLINE Part by_h(Part u, Part h) const { return head == 0 ? -0.5f * u : head == 1 ? h - u : h; }
-    DR_INLINE Part by_u(Part u, Part h) const {
-        return alpha * u + (head == 0 ? u - 0.5f * h : head == 1 ? u - h : Part{});
+    DR_INLINE Vec grad_h(Vec u, Vec h) const {
+        return kind == HeadKind::red ? -0.5f * u : kind == HeadKind::residual ? h - u : h;
+    }
+    DR_INLINE Vec grad_u(Vec u, Vec h) const {
+        return alpha * u + (kind == HeadKind::red ? u - 0.5f * h : kind == HeadKind::residual ? u - h : Vec{});
     }
 };
 
@@ -69,7 +72,7 @@ struct Band {
 };
 // A result depends on pixels up to 2 depth away; with a LayerNorm over the image, on all of them.
 static std::vector<Strip> strips_of(const Chain& c, const Batch& batch) {
-    if (c.whole) return {{0, batch.width, 0, batch.width}};
+    if (c.image_norm) return {{0, batch.width, 0, batch.width}};
     return strips(batch.width, 2 * c.depth);
 }
 static std::vector<Band> bands(const Chain& c, const Batch& batch, int height) {
@@ -77,8 +80,8 @@ static std::vector<Band> bands(const Chain& c, const Batch& batch, int height) {
     const std::vector<Strip> columns = strips_of(c, batch);
     for (int k = 0; k < static_cast<int>(columns.size()); ++k)
         for (int i = 0; i < batch.count; ++i)
-            for (int r = 0; r < batch.height; r += c.whole ? batch.height : height)
-                found.push_back({i, r, c.whole ? batch.height : std::min(batch.height, r + height), columns[k], k});
+            for (int r = 0; r < batch.height; r += c.image_norm ? batch.height : height)
+                found.push_back({i, r, c.image_norm ? batch.height : std::min(batch.height, r + height), columns[k], k});
     return found;
 }
 // Bands for all threads, even if there are fewer images than threads.
@@ -92,18 +95,18 @@ static std::vector<Band> shared_bands(const Chain& c, const Batch& batch) {
 // Call work(band) for all bands.
 template <class F>
 static void for_bands(const std::vector<Band>& list, int threads, F work) {
-    each_of(static_cast<int>(list.size()), threads, [&](int i) { work(list[i]); });
+    parallel_for(static_cast<int>(list.size()), threads, [&](int i) { work(list[i]); });
 }
 
 class Sweep {
   public:
     Sweep(const Chain& chain, const Batch& batch, const Band& band, int stages)
         : c(chain), L(chain.depth), H(batch.height), C(chain.channels), y(band.strip.width(), chain.channels),
-          outside(batch.width), outer{chain.head, chain.alpha}, band_(band), stages_(stages),
-          tiles_(static_cast<size_t>(4) * C * MOST * LANES), raw_(tiles_.size()) {
+          image_width(batch.width), phi{chain.head, chain.alpha}, band_(band), stages_(stages),
+          tiles_(static_cast<size_t>(4) * C * MAX_PIECE * LANES), raw_(tiles_.size()) {
         for (int v = 0; v < y.vectors; ++v)
             for (int parity = 0; parity < 2; ++parity) {
-                IntPart mask;
+                IntVec mask;
                 for (int j = 0; j < LANES; ++j) {
                     const int x = strip().begin + 2 * (v * LANES + j) + parity;
                     mask[j] = x >= strip().first && x < strip().last ? -1 : 0;
@@ -112,15 +115,15 @@ class Sweep {
             }
     }
 
-    // Call load(r) for input rows and stage(s, pair), in an order that makes all inputs available.
+    // Call load_row(r) for input rows and stage(s, pair), in an order that makes all inputs available.
     template <class Load, class Stage>
-    DR_INLINE void run(Load load, Stage stage) {
-        const int begin = least(0), end = (band_.last - 1) / 2 + stages_;
+    DR_INLINE void run(Load load_row, Stage stage) {
+        const int begin = first_pair(0), end = (band_.last - 1) / 2 + stages_;
         for (int t = begin - 2; t < end; ++t) {
             for (int r = 2 * t + 2; r < 2 * t + 4; ++r)
-                if (r >= 0 && r < H) load(r);
+                if (r >= 0 && r < H) load_row(r);
             for (int s = 0; s < stages_; ++s)
-                if (t - s >= least(s) && t - s < most(s)) stage(s, t - s);
+                if (t - s >= first_pair(s) && t - s < end_pair(s)) stage(s, t - s);
         }
     }
 
@@ -128,20 +131,20 @@ class Sweep {
     const Strip& strip() const { return band_.strip; }
     // Rows that a ring holds until a stage `lag` pairs later has read them with their neighbors; pairs that it holds until
     // that stage has read them. If the stages run one after another, all are held.
-    int rows_for(int lag) const { return c.whole ? H : 2 * lag + 4; }
-    int pairs_for(int lag) const { return c.whole ? (H + 1) / 2 : lag + 1; }
+    int rows_for(int lag) const { return c.image_norm ? H : 2 * lag + 4; }
+    int pairs_for(int lag) const { return c.image_norm ? (H + 1) / 2 : lag + 1; }
 
     bool inside(int pair) const { return 2 * pair >= band_.first && 2 * pair < band_.last; }
     int rows(int pair) const { return std::min(2, H - 2 * pair); }
 
     // Split a row of an image into the lines of a ring.
     void split(const float* image, int r, float shift, Ring& ring) const {
-        const float* p = image + static_cast<size_t>(r) * outside + strip().begin;
+        const float* p = image + static_cast<size_t>(r) * image_width + strip().begin;
         float *e = ring.row(r), *o = e + y.line;
         int t = 0;
         for (; 2 * (t + LANES) <= y.width; t += LANES) {
-            const Part a = part(p + 2 * t) - shift, b = part(p + 2 * t + LANES) - shift;
-            put(e + t, even(a, b)), put(o + t, odd(a, b));
+            const Vec a = load(p + 2 * t) - shift, b = load(p + 2 * t + LANES) - shift;
+            store(e + t, even_lanes(a, b)), store(o + t, odd_lanes(a, b));
         }
         for (; t < y.tiles; ++t) {
             e[t] = p[2 * t] - shift;
@@ -150,7 +153,7 @@ class Sweep {
     }
 
     // Convolve all rows.
-    DR_CALL void fill(const Ring& in, bool one, const float* w, const float* bias, Pairs& to) {
+    DR_CALL void convolve_image(const Ring& in, bool one, const float* w, const float* bias, Pairs& to) {
         for (int pair = 0; 2 * pair < H; ++pair)
             convolve(in, one, pair, w, bias, [&](int v0, auto count, float* raw) {
                 std::copy(raw, raw + static_cast<size_t>(4) * C * count() * LANES, to.at(pair) + y.piece(v0));
@@ -158,79 +161,80 @@ class Sweep {
     }
 
     // A convolution to all channels at a pair of rows, from one channel or from all: body(v0, integral_constant<N>, raw)
-    // for each piece, `raw` being the convolution's output. `soon` are blocks of the pair that body will read: they are
+    // for each piece, `raw` being the convolution's output. `prefetched` are blocks of the pair that body will read: they are
     // prefetched while the convolution runs.
     template <class F>
     DR_INLINE void convolve(const Ring& in, bool one, int pair, const float* w, const float* bias, F body,
-                            std::array<const float*, 2> soon = {}) {
+                            std::array<const float*, 2> prefetched = {}) {
         const Rows rows = in.around(2 * pair);
-        pieces(y, [&](int v0, auto count) {
-            convolve(rows, one, v0, count(), w, bias, soon);
+        for_constant_pieces(y, [&](int v0, auto count) {
+            convolve(rows, one, v0, count(), w, bias, prefetched);
             body(v0, count, raw_.data());
         });
     }
     DR_CALL void convolve(const Rows& rows, bool one, int v0, int n, const float* w, const float* bias,
-                          std::array<const float*, 2> soon) {
-        for (const float* block : soon)
+                          std::array<const float*, 2> prefetched) {
+        for (const float* block : prefetched)
             for (size_t o = y.piece(v0); block && o < y.piece(v0 + n); o += 16) __builtin_prefetch(block + o, 0, 2);
         if (one)
-            expand(rows, v0, n, y, w, bias, raw_.data());
+            conv_from_one(rows, v0, n, y, w, bias, raw_.data());
         else if (c.winograd)
-            winograd(rows, v0, n, y, w, bias, tiles_.data(), raw_.data());
+            conv_winograd(rows, v0, n, y, w, bias, tiles_.data(), raw_.data());
         else
-            direct(rows, v0, n, y, w, bias, raw_.data());
+            conv_direct(rows, v0, n, y, w, bias, raw_.data());
     }
 
     // The convolution of all channels to one at a pair of rows: body(v0, n, raw).
     template <class F>
-    DR_INLINE void collect(const Ring& in, int pair, const float* w, float bias, F body) {
+    DR_INLINE void convolve_to_one(const Ring& in, int pair, const float* w, float bias, F body) {
         const Rows rows = in.around(2 * pair);
-        any_pieces(y, [&](int v0, int n) {
-            reduce(rows, v0, n, y, w, bias, raw_.data(), static_cast<size_t>(2) * n * LANES);
+        for_pieces(y, [&](int v0, int n) {
+            conv_to_one(rows, v0, n, y, w, bias, raw_.data(), static_cast<size_t>(2) * n * LANES);
             body(v0, n, raw_.data());
         });
     }
 
     // The result: the last convolution plus the direct part, in the strip's own columns.
-    void join(const Ring& in, Pairs& direct, int pair, float* image) {
-        alignas(64) float both[2 * MOST * LANES];
+    void write_result(const Ring& in, Pairs& direct, int pair, float* image) {
+        alignas(64) float both[2 * MAX_PIECE * LANES];
         const float* by = direct.at(pair);
-        collect(in, pair, c.backward[0], 0.0f, [&](int v0, int n, float* raw) {
+        convolve_to_one(in, pair, c.backward[0], 0.0f, [&](int v0, int n, float* raw) {
             for (int k = 0; k < rows(pair); ++k) {
                 for (int v = 0; v < n; ++v) {
                     const size_t e = static_cast<size_t>(2 * k * n + v) * LANES, o = e + n * LANES;
                     const float* d = by + y.piece(1, v0);
-                    const Part a = part(raw + e) + part(d + e), b = part(raw + o) + part(d + o);
-                    put(both + 2 * v * LANES, low(a, b)), put(both + (2 * v + 1) * LANES, high(a, b));
+                    const Vec a = load(raw + e) + load(d + e), b = load(raw + o) + load(d + o);
+                    store(both + 2 * v * LANES, interleave_low(a, b)), store(both + (2 * v + 1) * LANES, interleave_high(a, b));
                 }
                 // The piece's first and last columns in the image.
                 const int begin = strip().begin + 2 * v0 * LANES;
                 const int from = std::max(begin, strip().first), to = std::min(begin + 2 * n * LANES, strip().last);
                 if (from < to)
-                    std::copy(both + (from - begin), both + (to - begin), image + static_cast<size_t>(2 * pair + k) * outside + from);
+                    std::copy(both + (from - begin), both + (to - begin),
+                              image + static_cast<size_t>(2 * pair + k) * image_width + from);
             }
         });
     }
 
     // The lanes of register v of a line that belong to the strip's own columns.
-    IntPart own(int parity, int v) const { return own_[2 * v + parity]; }
+    IntVec own(int parity, int v) const { return own_[2 * v + parity]; }
 
     const Chain& c;
     const int L, H, C;
     const Layout y;
-    const int outside;  // the image's width
-    const Outer outer;
+    const int image_width;  // the strip's is y.width
+    const Head phi;
     float* tiles() { return tiles_.data(); }
 
   private:
-    // The pairs that stage s must process for the last stage to cover the band.
-    int least(int s) const { return std::max(0, band_.first - (stages_ - 1 - s)) / 2; }
-    int most(int s) const { return (std::min(H, band_.last + (stages_ - 1 - s)) + 1) / 2; }
+    // The pairs [first, end) that stage s must process for the last stage to cover the band.
+    int first_pair(int s) const { return std::max(0, band_.first - (stages_ - 1 - s)) / 2; }
+    int end_pair(int s) const { return (std::min(H, band_.last + (stages_ - 1 - s)) + 1) / 2; }
 
     const Band band_;
     const int stages_;
     Floats tiles_, raw_;
-    std::vector<IntPart> own_;
+    std::vector<IntVec> own_;
 };
 
 }  // namespace DR_ISA

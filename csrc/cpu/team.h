@@ -21,7 +21,7 @@ namespace DR_ISA {
 
 // Call work(i) once for each i in 0 .. count - 1, in any order; rethrows an out-of-memory error of a thread.
 template <class F>
-static void each_of(int count, int threads, F work) {
+static void parallel_for(int count, int threads, F work) {
     struct {
         F& work;
         bool failed;

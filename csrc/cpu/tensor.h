@@ -54,12 +54,12 @@ T* memory(py::handle tensor, std::size_t count, const char* name, Extent extent 
         if (!found) throw py::error_already_set();
         return py::reinterpret_steal<py::object>(found);
     };
-    const auto ask = [&](const py::object& attribute) {
+    const auto attribute_of = [&](const py::object& attribute) {
         PyObject* found = PyObject_GetAttr(tensor.ptr(), attribute.ptr());
         if (!found) throw py::error_already_set();
         return py::reinterpret_steal<py::object>(found);
     };
-    const bool kind = ask(t.dtype).is(dtype_of<T>()) && ask(t.is_cpu).is(py::handle(Py_True)) &&
+    const bool kind = attribute_of(t.dtype).is(dtype_of<T>()) && attribute_of(t.is_cpu).is(py::handle(Py_True)) &&
                       call(t.is_contiguous).is(py::handle(Py_True));
     const std::size_t size = kind ? call(t.numel).template cast<std::size_t>() : 0;
     const auto address = kind ? call(t.data_ptr).template cast<std::uintptr_t>() : 0;
@@ -67,7 +67,7 @@ T* memory(py::handle tensor, std::size_t count, const char* name, Extent extent 
     if (!kind || !enough || (!address && count))
         throw std::invalid_argument(std::string(name) + " must be a contiguous " +
                                     std::string(py::str(dtype_of<T>())) + " tensor of " + std::to_string(count) +
-                                    " numbers on the CPU, but is " + std::string(py::str(ask(t.dtype))) + " with " +
+                                    " numbers on the CPU, but is " + std::string(py::str(attribute_of(t.dtype))) + " with " +
                                     std::to_string(call(t.numel).template cast<std::size_t>()) + " numbers" +
                                     (kind ? "" : " of another kind, place or layout"));
     return reinterpret_cast<T*>(address);
@@ -80,7 +80,7 @@ T* memory_or_null(py::handle tensor, std::size_t count, const char* name, Extent
 }
 
 // Indices: each in [0, end).
-inline const std::int64_t* places(py::handle tensor, std::size_t count, std::int64_t end, const char* name) {
+inline const std::int64_t* indices(py::handle tensor, std::size_t count, std::int64_t end, const char* name) {
     const std::int64_t* p = memory<std::int64_t>(tensor, count, name);
     for (std::size_t i = 0; i < count; ++i)
         if (p[i] < 0 || p[i] >= end) throw std::out_of_range(std::string(name) + " must lie in [0, " + std::to_string(end) + ")");

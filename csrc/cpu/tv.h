@@ -15,10 +15,10 @@ struct Tv {
 
 struct TvKernels {
     // Floats per image that the gradient's sweep saves for `hvp`.
-    std::size_t (*kept)(const Tv&, int height, int width);
-    // value [B], grad [B, C, H, W]; `kept` may be null.
-    void (*gradient)(const Tv&, const Batch&, const float* x, double* value, float* grad, float* kept);
-    void (*hvp)(const Tv&, const Batch&, const float* v, const float* kept, float* out);
+    std::size_t (*saved_floats)(const Tv&, int height, int width);
+    // value [B], grad [B, C, H, W]; `saved` may be null.
+    void (*gradient)(const Tv&, const Batch&, const float* x, double* value, float* grad, float* saved);
+    void (*hvp)(const Tv&, const Batch&, const float* v, const float* saved, float* out);
 };
 
 extern const TvKernels tv_avx512, tv_avx2, tv_portable;

@@ -41,11 +41,11 @@ class ConvChainLinearization(CpuLinearization):
     def __init__(self, energy: nn.Module, form: ConvChainForm, x: torch.Tensor) -> None:
         self._tensors = [p for m in (*_convs(form), *_norms(form)) for p in (m.weight, cast(torch.Tensor, m.bias))]
         self._last, self._gain = 2 * len(_convs(form)) - 2, float(form.net.gain)
-        self._centred = form.net.norm == "pixel"
+        self._centered = form.net.norm == "pixel"
         self._gradients = Gradients(energy, self._tensors)
         kernels = _chain(form)
         params = [p for p in energy.parameters() if p.requires_grad]
-        super().__init__(x, kernels, kernels.kept(*sizes(x)[:3]), params)
+        super().__init__(x, kernels, kernels.saved_floats(*sizes(x)[:3]), params)
 
     def _product(self, v: torch.Tensor, out: torch.Tensor) -> None:
         self._kernels.hvp(self.x, v, self._memory, out, *sizes(v))
@@ -61,7 +61,7 @@ class ConvChainLinearization(CpuLinearization):
         parts[0] *= self._gain
         parts[self._last] /= self._gain
         parts[self._last + 1] /= self._gain
-        if self._centred:
+        if self._centered:
             # The kernels' filters are centered over their outputs (csrc/cpu/conv.h); this is the chain rule through it.
             for part in parts[: self._last]:
                 part -= part.mean(0, keepdim=True)

@@ -77,7 +77,7 @@ class CpuRidgeLinearization(CpuLinearization):
         self._names = {id(p): n for n, p in energy.named_parameters() if p.requires_grad}
         self._params = [p for p in energy.parameters() if p.requires_grad]
         kernels = _kernels(form)
-        super().__init__(x, kernels, len(x) * kernels.kept(*x.shape[2:]), self._params)
+        super().__init__(x, kernels, len(x) * kernels.saved_floats(*x.shape[2:]), self._params)
 
     @outside_inference
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:

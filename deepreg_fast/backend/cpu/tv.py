@@ -42,7 +42,7 @@ class CpuTvLinearization(CpuLinearization):
 
     def __init__(self, eps: float, x: torch.Tensor) -> None:
         kernels = _kernels(x.shape[1], eps, instruction_set())
-        super().__init__(x, kernels, len(x) * kernels.kept(*x.shape[2:]), [])
+        super().__init__(x, kernels, len(x) * kernels.saved_floats(*x.shape[2:]), [])
 
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """Empty: smoothed TV has no parameters."""
