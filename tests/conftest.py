@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 # Before torch is imported, and inherited by the processes that tests start: pytest-xdist already fills the cores.
@@ -29,6 +30,10 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "triton.runtime.interpreter" in sys.modules:
+        from .interpreter import quicken
+
+        quicken()
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device on this machine")

@@ -1,8 +1,8 @@
-"""A training that is killed at random moments and resumed until it is done; run by test_training.py.
+"""A training that is killed at random moments and resumed until it is done, for test_training.py.
 
     python kill_and_resume.py FOLDER_OF_IMAGES FOLDER_OF_RUN MEMORY_BUDGET KILLS
 
-Forks one child per attempt, so that torch is imported once. Prints how many children were killed.
+Forks one child per attempt, so that torch is imported once. Prints how many children were killed, and the exit code.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 
 import torch
 import torch.utils.tensorboard
@@ -50,16 +51,21 @@ def train(data: str, out: str, memory_budget_mb: int) -> None:
         trainer.fit()
 
 
-def main() -> None:
-    data, out, budget, kills = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    torch.set_num_threads(1)
+def kill(data: str, out: str, memory_budget_mb: int, kills: int) -> tuple[int, int]:
+    """Train in forks of this process; how many of them were killed, and the exit code of the last."""
     rng = random.Random(0)
     killed = 0
     while True:
         child = os.fork()
         if child == 0:
-            train(data, out, budget)
-            os._exit(0)
+            try:
+                torch.set_num_threads(1)
+                train(data, out, memory_budget_mb)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
         if killed < kills:
             time.sleep(rng.uniform(0.02, 0.35))
             os.kill(child, signal.SIGKILL)
@@ -67,9 +73,8 @@ def main() -> None:
         if os.WIFSIGNALED(status):
             killed += 1
         else:
-            break
-    print(killed, os.waitstatus_to_exitcode(status))
+            return killed, os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":
-    main()
+    print(*kill(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -60,8 +60,15 @@ def test_opcheck_of_the_srm(dtype: torch.dtype) -> None:
     torch.library.opcheck(OPS.srm_correct.default, (x, y, weight, *srm._description(A)))
 
 
-@pytest.mark.parametrize("norm", ["none", "image"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("norm", "dtype"),
+    [
+        ("none", torch.float32),
+        ("image", torch.float32),
+        ("image", torch.float64),
+        pytest.param("none", torch.float64, marks=pytest.mark.long),
+    ],
+)
 def test_opcheck_of_the_chain(norm: str, dtype: torch.dtype) -> None:
     params, tail = _arguments(_small(norm=norm).to(dtype))
     x, v = (normal(*SHAPE, seed=s).to(dtype).requires_grad_() for s in range(2))

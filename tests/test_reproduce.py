@@ -30,8 +30,9 @@ from deepreg_fast.experiments.scheduler import plan
 from deepreg_fast.experiments.settings import changes
 from deepreg_fast.experiments.training_curves import POINTS, _thinned
 
+from . import forked
+
 ROOT = Path(__file__).parents[1]
-FORKED = Path(__file__).with_name("forked.py")
 
 SMALL = {"crop": 16, "channels": 4, "steps": 12, "batch": 2, "warmup": 2, "validation_crop": 16, "validate_every": 6}
 TINY: dict[str, Any] = {
@@ -318,25 +319,35 @@ class Shell:
     def settings(self, found: dict[str, Any]) -> None:
         (self.folder / "tiny.toml").write_text(to_toml(found))
 
-    def argv(self, *options: str, forked: bool = False) -> list[str]:
-        """The command; `forked` spares its children the import of torch."""
-        program = [str(FORKED)] if forked else ["-c", "from deepreg_fast.cli import main; main()"]
-        own = ("--settings", "tiny.toml", "--data", "pictures", "--out", "out", "--workers", "1")
-        return [sys.executable, *program, "reproduce", *own, *options]
+    def _options(self, *options: str) -> list[str]:
+        return [
+            "reproduce",
+            "--settings",
+            "tiny.toml",
+            "--data",
+            "pictures",
+            "--out",
+            "out",
+            "--workers",
+            "1",
+            *options,
+        ]
 
-    def run(self, *options: str, forked: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.argv(*options, forked=forked),
-            capture_output=True,
-            text=True,
-            cwd=self.folder,
-            env={**self.env, **env},
-            check=False,
-        )
+    def run(self, *options: str, report: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+        """The command in forks of this process, to its end; without the report's figures if it is not told."""
+        process = self.start(*options, report=report, **env)
+        _, text = process.communicate()
+        return subprocess.CompletedProcess(options, process.returncode, "", text)
 
-    def start(self, *options: str, forked: bool = False) -> subprocess.Popen[str]:
+    def start(self, *options: str, report: bool = False, **env: str) -> Any:
+        """The command in forks of this process, begun."""
+        env = {**self.env, **env} if report else {**self.env, **env, "TEST_NO_REPORT": "1"}
+        return forked.start(self._options(*options), env=env, cwd=self.folder, site=_SITE)
+
+    def start_processes(self, *options: str) -> subprocess.Popen[str]:
+        """The command as users start it, begun."""
         return subprocess.Popen(
-            self.argv(*options, forked=forked),
+            [sys.executable, "-c", "from deepreg_fast.cli import main; main()", *self._options(*options)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -377,7 +388,7 @@ def _whole(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Shell:
     path = tmp_path_factory.mktemp("whole")
     shutil.copytree(folder, path / "pictures")
     shell = Shell(path)
-    done = shell.run(forked=True)
+    done = shell.run(report=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return shell
@@ -394,6 +405,7 @@ def timeless(results: dict[str, Any]) -> dict[str, Any]:
 def test_a_whole_run(whole: Shell) -> None:
     found = whole.results()
     assert list(found) == [r["name"] for r in TINY["row"]]
+    assert (whole.folder / "out/report.html").stat().st_size > 100_000
     for name, r in found.items():
         assert len(r["psnr"]) == len(r["images"]) == 6 and sum(r["status"].values()) == 6
         assert r["psnr_mean"] == pytest.approx(np.mean(r["psnr"]))
@@ -472,7 +484,9 @@ def test_what_is_finished_is_not_done_again(whole: Shell) -> None:
         return {p: p.stat().st_mtime_ns for p in (whole.folder / "out/rows").rglob("*") if p.is_file()}
 
     before = times()
-    done = whole.run("--report-only")
+    (whole.folder / "out/report.html").unlink()
+    done = whole.run("--report-only", report=True)
+    assert (whole.folder / "out/report.html").stat().st_size > 100_000
     assert done.returncode == 0 and times() == before
     done = whole.run()
     assert done.returncode == 0 and times() == before, done.stderr
@@ -503,14 +517,14 @@ def test_a_run_that_is_killed(whole: Shell, shell: Shell, moments: tuple[str, ..
     """SIGKILL for the whole group where a file has come; the results are those of the run that was left alone."""
     rows = ("--rows", "beta3,tv")
     for moment in moments:
-        process = shell.start(*rows, forked=True)
+        process = shell.start(*rows)
         while not (shell.folder / "out/rows" / moment).exists():
             assert process.poll() is None, (moment, process.stderr and process.stderr.read())
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert not (shell.folder / "out/results.json").exists()
-    done = shell.run(*rows, forked=True)
+    done = shell.run(*rows)
     assert done.returncode == 0, done.stderr
     found, wanted = shell.results(), whole.results()
     assert set(found) == {"tv", "beta1", "beta3"}
@@ -520,7 +534,7 @@ def test_a_run_that_is_killed(whole: Shell, shell: Shell, moments: tuple[str, ..
 
 def test_a_stop_leaves_checkpoints_and_no_process(shell: Shell) -> None:
     shell.settings(only("beta1") | {"defaults": {"bilevel": {**SMALL, "steps": 1_000_000, "validate_every": 0}}})
-    process = shell.start()
+    process = shell.start_processes()
     log = shell.folder / "out/rows/beta1/train/metrics.jsonl"
     for _ in range(1200):
         if log.exists() and len(log.read_text().splitlines()) > 3:
@@ -550,7 +564,7 @@ def test_two_reproductions_refuse_each_other(shell: Shell) -> None:
 
 def test_a_failing_row_does_not_stop_the_others(shell: Shell) -> None:
     shell.settings(table(beta1={"train": {"crop": 64}}, red=None, tv=None))
-    done = shell.run(forked=True)
+    done = shell.run()
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "beta1 training failed: Training crops must fit the images, but crop is 64" in done.stderr
     assert "beta3 training failed: it needs 'beta1 training', which failed." in done.stderr
@@ -564,7 +578,7 @@ def test_a_full_disk_is_a_sentence_and_what_is_there_stays(whole: Shell, shell: 
     assert re.search(
         r"(full; free space and run the same command again|No space left on device; free space)", done.stderr
     )
-    done = shell.run(forked=True)
+    done = shell.run()
     assert done.returncode == 0, done.stderr
     for name, found in shell.results().items():
         assert timeless(found) == timeless(whole.results()[name])
@@ -572,7 +586,7 @@ def test_a_full_disk_is_a_sentence_and_what_is_there_stays(whole: Shell, shell: 
 
 def test_vanished_images_are_a_sentence(shell: Shell) -> None:
     shell.settings(only("adjoint"))
-    assert shell.run(forked=True).returncode == 0
+    assert shell.run().returncode == 0
     shutil.rmtree(shell.folder / "pictures")
     done = shell.run()
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

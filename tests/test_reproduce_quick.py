@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,19 @@ import pytest
 
 from deepreg_fast.experiments import load_settings
 
-from .test_reproduce import FORKED, ROOT, to_toml
+from . import forked
+from .test_reproduce import ROOT, to_toml
 
 
-def _run(folder: Path, program: Sequence[str], *options: str) -> dict[str, dict[str, Any]]:
-    """The rows of a reproduction, by name."""
+def _environment() -> dict[str, str]:
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
-    done = subprocess.run(
-        [sys.executable, *program, "reproduce", *options, "--out", "quick"],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def _rows(folder: Path, process: Any) -> dict[str, dict[str, Any]]:
+    """The rows of a reproduction that has begun, by name."""
+    _, text = process.communicate()
+    assert process.returncode == 0, text
     assert (folder / "quick/report.html").stat().st_size > 100_000
     rows = {r["name"]: r for r in json.loads((folder / "quick/results.json").read_text())["rows"]}
     assert set(rows) == {r.name for r in load_settings("quick").rows}
@@ -61,7 +58,8 @@ def test_the_quick_reproduction_on_smaller_images(tmp_path: Path) -> None:
 
     That RED learns by a hypergradient, and that the penalty holds its slope, tests/test_training.py shows."""
     (tmp_path / "smaller.toml").write_text(to_toml(_smaller()), encoding="utf-8")
-    rows = _run(tmp_path, [str(FORKED)], "--settings", "smaller.toml", "--workers", "1")
+    options = ["reproduce", "--settings", "smaller.toml", "--out", "quick", "--workers", "1"]
+    rows = _rows(tmp_path, forked.start(options, env=_environment(), cwd=tmp_path))
     score = {name: r["psnr_mean"] for name, r in rows.items()}
     assert score["tv"] > score["minimum-norm"] > score["adjoint"]
     assert score["red"] > score["minimum-norm"] + 8.0
@@ -83,8 +81,16 @@ def test_the_quick_reproduction(tmp_path: Path) -> None:
     Nothing is claimed of the order of RED, beta1 and beta5: it differs between processors, whose rounding so short a
     training amplifies to tenths of a dB (RED before beta1 by 0.07 dB with AVX2).
     """
-    program = ["-c", "from deepreg_fast.cli import main; main()"]
-    rows = _run(tmp_path, program, "--quick", "--workers", "2")
+    program = [sys.executable, "-c", "from deepreg_fast.cli import main; main()"]
+    process = subprocess.Popen(
+        [*program, "reproduce", "--quick", "--out", "quick", "--workers", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=_environment(),
+    )
+    rows = _rows(tmp_path, process)
     score = {name: r["psnr_mean"] for name, r in rows.items()}
     assert score["tv"] > score["minimum-norm"] > score["adjoint"]
     assert score["noisy-ridge"] > score["noisy-tv"] + 0.5
