@@ -1,0 +1,121 @@
+"""Recover images from other problems than compressive sensing (benchmarks/results/problems).
+
+    python benchmarks/problems.py --data BSD400 --out problems.json [--problems deblur-gaussian sr2 ...] [--steps 150]
+
+For each problem of `deepreg_fast.inverse.problem.PROBLEMS` and each noise, the methods are: the start of a recovery
+(Tikhonov about mid-gray), tuned TV, the shipped compressive-sensing weights with a tuned mu, and with `--steps` the
+same weights trained further, bi-level, for the problem, with a tuned mu. All tuning uses crops of validation images,
+and all results are on test images. A case that is in the output file is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import deepreg_fast as dr
+from deepreg_fast.bench.machine import describe
+from deepreg_fast.data import load_folder, load_split
+from deepreg_fast.evaluation.compare import Method, Problem, evaluate, measure
+from deepreg_fast.evaluation.tuning import Tuner, tuned_tv
+from deepreg_fast.files import write_atomically
+from deepreg_fast.inverse.problem import PROBLEMS
+from deepreg_fast.weights.cards import card_of
+
+OPTIONS = dr.PGDOptions(400, 1e-4, acceleration="fista")
+
+
+def train(problem: str, sigma: float, weights: str, steps: int, data: str) -> tuple[dr.Regularizer, float, float]:
+    """The weights after bi-level training for the problem, their mu, and the CPU seconds."""
+    _, meta = dr.load(weights)
+    trained: dict[str, Any] = meta["config"] if "config" in meta else card_of(meta)["settings"][-1]
+    keep = ("regularizer", "channels", "depth", "norm", "head", "gain", "filters", "scales", "convex", "kernel_size")
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        config = dr.BilevelConfig(
+            out=folder,
+            data=data,
+            split="bsd400",
+            problem=problem,
+            sigma=sigma,
+            init=weights,
+            init_mu=False,
+            mu0=60.0 * sigma**2,
+            mu_max=10.0,
+            **{k: trained[k] for k in keep},
+            loss="psnr",
+            beta=0.0,
+            crop=60,
+            batch=4,
+            steps=steps,
+            lr=5e-4,
+            warmup=10,
+            validation=6,
+            validate_every=max(1, steps // 3),
+            inner_iterations=30,
+            first_iterations=80,
+            adjoint_iterations=12,
+            adjoint_tolerance=0.05,
+            tolerance_start=5e-4,
+            memory=10,
+        )
+        trainer = dr.BilevelTrainer(config, progress=False)
+        reg = trainer.fit()
+        return reg, float(trainer.mu), time.process_time() - began
+
+
+def case(problem: str, sigma: float, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The results of all methods."""
+    crop = arguments.crop // 6 * 6
+    described = Problem(arguments.data, "bsd400", sigma=sigma, test_crop=crop, tuning=arguments.tuning, problem=problem)
+    measured = measure(described, limit=arguments.limit)
+    tuning = Tuner(measured.x_tuning, measured.y_tuning, measured.A)
+    methods = [Method("start"), tuned_tv(measured.x_tuning, measured.y_tuning, measured.A)]
+    loaded, _ = dr.load(arguments.weights)
+    methods.append(tuning.mu(Method(arguments.weights, loaded, 60.0 * sigma**2, OPTIONS)))
+    seconds = 0.0
+    if arguments.steps:
+        reg, mu, seconds = train(problem, sigma, arguments.weights, arguments.steps, arguments.data)
+        tuning = Tuner(measured.x_tuning, measured.y_tuning, measured.A)
+        methods.append(tuning.mu(Method("trained for it", reg, mu, OPTIONS)))
+    results = evaluate(methods, measured.x, measured.y, measured.A)
+    return {"problem": problem, "sigma": sigma, "training_cpu_seconds": seconds, "results": results}
+
+
+def main() -> None:
+    """Run the cases that are not in the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of BSD400")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--problems", nargs="+", default=[p for p in PROBLEMS if p != "cs"])
+    parser.add_argument("--noise", nargs="+", type=float, default=[2.55, 10.0], help="standard deviations in 1/255")
+    parser.add_argument("--weights", default="cs5-ridge-net")
+    parser.add_argument("--steps", type=int, default=0, help="of training for the problem; 0 for none")
+    parser.add_argument("--crop", type=int, default=180)
+    parser.add_argument("--limit", type=int, default=30, help="test images")
+    parser.add_argument("--tuning", type=int, default=6, help="validation images")
+    arguments = parser.parse_args()
+    names = load_split("bsd400")
+    load_folder(arguments.data, None, names.test[:1])
+    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"cases": []}
+    record["machine"], record["versions"] = describe(), {"torch": torch.__version__, "deepreg_fast": dr.__version__}
+    settings = {k: getattr(arguments, k) for k in ("weights", "steps", "crop", "limit", "tuning")}
+    for noise in arguments.noise:
+        for problem in arguments.problems:
+            if any(c["problem"] == problem and abs(c["sigma"] * 255 - noise) < 1e-9 for c in record["cases"]):
+                continue
+            found = case(problem, noise / 255, arguments) | {"settings": settings}
+            record["cases"].append(found)
+            write_atomically(arguments.out, json.dumps(record, indent=1).encode())
+            scores = ", ".join(f"{n} {r['psnr_mean']:.2f}" for n, r in found["results"].items())
+            print(f"{problem}, {noise:g}/255: {scores}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
