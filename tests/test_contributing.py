@@ -16,7 +16,7 @@ from deepreg_fast.inverse import measurements
 
 from . import test_derivatives as derivatives
 from .helpers import images, log_lines, relative, small_config
-from .test_operators import check_operator
+from .test_inverse_problems import check_operator
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 

@@ -81,7 +81,11 @@ def flat(t: torch.Tensor, i: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_every_operator_is_its_matrix(name: str) -> None:
-    A = OPERATORS[name]()
+    check_operator(OPERATORS[name]())
+
+
+def check_operator(A: LinearOperator) -> None:
+    """Products, adjoint, inverses and proximal map against the operator's matrices, in float64."""
     x, y = images(3, *A.image_shape), normal(3, *A.measurement_shape)
     c = torch.tensor([0.02, 0.4, 7.0], dtype=F64)
     assert A.A(x).shape == y.shape and A.measurements == y[0].numel()
