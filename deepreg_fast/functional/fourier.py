@@ -17,6 +17,11 @@ def irfft2(spectrum: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return _alike(lambda s: torch.fft.irfft2(s, s=size), spectrum)
 
 
+def full_fft2(x: torch.Tensor) -> torch.Tensor:
+    """The whole spectrum of each real image, `[..., H, W]`, complex."""
+    return _alike(torch.fft.fft2, x)
+
+
 def fft2(x: torch.Tensor) -> torch.Tensor:
     """The orthonormal transform of each real or complex image with both origins in the middle, complex."""
     return torch.fft.fftshift(_alike(_orthonormal, torch.fft.ifftshift(x, dim=(-2, -1))), dim=(-2, -1))

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ _REGISTRY: dict[str, Callable[..., LinearOperator]] = {}
 Gamma = float | torch.Tensor
 _LANCZOS_STEPS = 30
 _SMALLEST = 1e-30
-_DERIVED = ("_sqnorms", "_spectra")
+_DERIVED = ("_sqnorms", "_spectra", "_transformed")
 """Attributes that are computed from the buffers and stored."""
 
 
@@ -296,6 +297,21 @@ class LinearOperator(nn.Module):
             )
         return torch.where(expand(failed, sol.x), torch.nan, sol.x)
 
+    def _transform_once(
+        self, y: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor], stamp: object = None
+    ) -> torch.Tensor:
+        """`transform(y)`, stored while the same tensor y comes again, as in the rounds of a recovery."""
+        if type(y) is not torch.Tensor or y.requires_grad or y.is_inference():
+            return transform(y)
+        reference, key, value = self.__dict__.get("_transformed", (None, None, None))
+        if reference is None or reference() is not y or key != (y._version, stamp):
+            value = transform(y)
+            self.__dict__["_transformed"] = weakref.ref(y), (y._version, stamp), value
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _DERIVED}
+
     # -- parameters for each image -------------------------------------------------------------------------------------
 
     def select(self, idx: torch.Tensor) -> LinearOperator:
@@ -306,7 +322,6 @@ class LinearOperator(nn.Module):
         if self.batch is None:
             return self
         part = copy.copy(self)
-        part.__dict__ = {k: v for k, v in self.__dict__.items() if k not in _DERIVED}
         part._buffers = {n: b[idx] if b is not None and n in self.per_image else b for n, b in self._buffers.items()}
         part._modules = {n: m.select(idx) if isinstance(m, LinearOperator) else m for n, m in self._modules.items()}
         part.batch = len(idx)

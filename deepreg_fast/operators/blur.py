@@ -154,10 +154,10 @@ class Blur(LinearOperator):
         return self._shifted_inverse(r, c)
 
     def _prox(self, z: torch.Tensor, y: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-        # Three transforms; the products one after the other would take six.
+        # Two transforms and one of y; the products one after the other would take six.
         size = self.image_shape[1:]
         spectrum = self.spectrum(z, size)
-        residual = fourier.rfft2(y) - spectrum.times(fourier.rfft2(z))
+        residual = self._transform_once(y, fourier.rfft2) - spectrum.times(fourier.rfft2(z))
         step = fourier.divide(spectrum.conj_times(residual), spectrum.power + expand(1.0 / gamma, z))
         return z + fourier.irfft2(step, size)
 

@@ -79,7 +79,12 @@ class FourierSampling(LinearOperator):
 
     def _prox(self, z: torch.Tensor, y: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         # A^T (A A^T + c I)^{-1} = (A^T A + c I)^{-1} A^T.
-        return z + self._shifted_inverse(self._adjoint(y) - self._normal(z), 1.0 / gamma)
+        eigenvalues, m = self._eigenvalues(z.dtype), self.mask
+        stamp = m.data_ptr(), m._version
+        back = self._transform_once(y, lambda t: fourier.rfft2(self._adjoint(t)), stamp)
+        residual = back - fourier.scale(fourier.rfft2(z), eigenvalues)
+        step = fourier.divide(residual, eigenvalues + expand(1.0 / gamma, z))
+        return z + fourier.irfft2(step, self.image_shape[1:])
 
     def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
         """`(A^T A)^+ A^T y`."""

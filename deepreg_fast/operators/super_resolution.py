@@ -72,6 +72,8 @@ class SuperResolution(LinearOperator):
         return self.blur._forward(x)[..., :: self.factor, :: self.factor].contiguous()
 
     def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
+        if self.boundary == "circular":
+            return self._from_small_spectrum(fourier.full_fft2(y), y)
         v = y.new_zeros(len(y), *self.blur.measurement_shape)
         v[..., :: self.factor, :: self.factor] = y
         return self.blur._adjoint(v)
@@ -85,6 +87,17 @@ class SuperResolution(LinearOperator):
         size = (r.shape[2], r.shape[3])
         half = self._eigenvalues(r.dtype)[..., : size[1] // 2 + 1]
         return fourier.irfft2(fourier.divide(fourier.rfft2(r), half + expand(c, r)), size)
+
+    def _from_small_spectrum(self, small: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """`A^T y` from the spectrum of y. Zeros between the pixels repeat a spectrum s times in each direction."""
+        size = self.image_shape[1:]
+        half = small.repeat(1, 1, self.factor, self.factor)[..., : size[1] // 2 + 1].contiguous()
+        return fourier.irfft2(self.blur.spectrum(like, size).conj_times(half), size)
+
+    def _prox(self, z: torch.Tensor, y: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        residual = fourier.full_fft2(y - self._forward(z))
+        divisor = self._eigenvalues(z.dtype) + expand(1.0 / gamma, z)
+        return z + self._from_small_spectrum(fourier.divide(residual, divisor), z)
 
     def _precondition(self, v: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         # Without the aliases, A^T A is the blur's divided by s^2.

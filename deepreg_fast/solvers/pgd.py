@@ -111,7 +111,7 @@ class _Run:
         self.y, self.A, self.reg, self.mu, self.options = y, A, reg, mu, options
         self.state = State(x0, tau0, options, reg.center)
         self.state.end(~torch.isfinite(y).flatten(1).all(1))
-        self.selected: tuple[torch.Tensor | None, DataTerm] = None, A
+        self.selected: tuple[torch.Tensor | None, DataTerm, torch.Tensor] = None, A, y
         self.correction: torch.Tensor | None = None
         self.accelerator = make(options.acceleration, self.state.x, options.memory)
         self.eps = torch.finfo(x0.dtype).eps
@@ -205,24 +205,25 @@ class _Run:
         candidate = self.accelerator.propose(x, step, i)
         return torch.where(expand(gather(s.plain_next, i), x), plain, candidate), sums
 
-    def _operator(self) -> DataTerm:
-        """The operator of the images `idx`."""
+    def _problem(self) -> tuple[DataTerm, torch.Tensor]:
+        """The operator and the measurements of the images `idx`, the same objects until images end, so that the
+        operator need not transform them again."""
         i = self.state.idx
         if uses_mask(self.state.x):
-            return self.A
+            return self.A, self.y
         if self.selected[0] is not i:
-            self.selected = i, self.A.select(i)
-        return self.selected[1]
+            self.selected = i, self.A.select(i), gather(self.y, i)
+        return self.selected[1:]
 
     def _prox(self, z: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         """The proximal map of the images `idx`. If CG computes it, it starts at the last correction of each image."""
-        A, i = self._operator(), self.state.idx
+        (A, y), i = self._problem(), self.state.idx
         with failing_per_image():
             if A.has_shifted_inverse:
-                return A.prox_l2(z, gather(self.y, i), gamma)
+                return A.prox_l2(z, y, gamma)
             if self.correction is None:
                 self.correction = torch.zeros_like(self.state.x)
-            prox = A.prox_l2(z, gather(self.y, i), gamma, z + gather(self.correction, i))
+            prox = A.prox_l2(z, y, gamma, z + gather(self.correction, i))
         self.correction = scatter(self.correction, i, prox - z)
         return prox
 
@@ -232,8 +233,8 @@ class _Run:
         value, grad = self._regularizer(x)
         if self.options.data_step == "prox":
             return value, grad
-        A, i = self._operator(), self.state.idx
-        misfit, mu = A.A(x) - gather(self.y, i), gather(self.mu, i)
+        A, y = self._problem()
+        misfit, mu = A.A(x) - y, gather(self.mu, self.state.idx)
         value = value.double() + 0.5 * dot(misfit, misfit) / mu.double()
         return value, grad + A.A_adjoint(misfit) / expand(mu, x)
 
@@ -257,7 +258,8 @@ class _Run:
         """`1/2 ||y - A x||^2 / mu + r(x)` of the images `idx`, `[b]`, float64."""
         if self.options.data_step == "gradient":
             return value.double()
-        misfit = self._operator().A(x) - gather(self.y, self.state.idx)
+        A, y = self._problem()
+        misfit = A.A(x) - y
         return 0.5 * dot(misfit, misfit) / gather(self.mu, self.state.idx).double() + value.double()
 
     def _compare(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
