@@ -65,7 +65,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
 
     deepreg-fast recover picture.png --weights cs5-beta10
 
-    deepreg-fast recover blurred.png --measured --problem kernel.png --sigma 0.01 --weights cs5-ridge-net
+    deepreg-fast recover blurred.png --measured --problem kernel.png --sigma 0.01 --weights cs5-ridge-weak
 
     deepreg-fast recover measured.npz --weights runs/beta10/weights.safetensors --mu 1e-3 --out recovered
     """
