@@ -96,7 +96,7 @@ CASES: dict[str, Case] = {
         )
         for p in REPLICATE
     },
-    "tiled": lambda: (P.TiledSpaceVaryingBlur(filters=filters(25), patch_size=(8, 5), stride=(4, 3)), (1, 20, 13)),
+    "tiled": lambda: (P.TiledSpaceVaryingBlur(filters=filters(16), patch_size=(8, 5), stride=(4, 3)), (1, 20, 13)),
     "unmixing": lambda: (P.HyperSpectralUnmixing(E=4, C=6), (4, 5, 6)),
     **{
         f"super-resolution-{p}": lambda p=p: (
@@ -128,8 +128,8 @@ CASES: dict[str, Case] = {
     "pansharpen-aliased": lambda: _pansharpen("circular", None),
     **{f"pansharpen-{p}": lambda p=p: _pansharpen(p, "bilinear") for p in ("circular", "valid", "reflect")},
     "structured_random": lambda: (P.StructuredRandom(img_size=(1, 8, 8), output_size=(1, 8, 8)), (1, 8, 8)),
-    "cassi-ss": lambda: (P.CompressiveSpectralImaging((4, 9, 8), rng=rng(), mode="ss"), (4, 9, 8)),
-    "cassi-sd": lambda: (P.CompressiveSpectralImaging((4, 9, 8), rng=rng(), mode="sd"), (4, 9, 8)),
+    "cassi-ss": lambda: (P.CompressiveSpectralImaging((7, 37, 31), rng=rng(), mode="ss"), (7, 37, 31)),
+    "cassi-sd": lambda: (P.CompressiveSpectralImaging((7, 37, 31), rng=rng(), mode="sd"), (7, 37, 31)),
     "ptychography": lambda: (P.PtychographyLinearOperator(img_size=(1, 32, 32), probe=None, shifts=None), (1, 32, 32)),
     "tomography": lambda: (P.Tomography(img_width=12, angles=8), (1, 12, 12)),
     "tomography-fan": lambda: (P.Tomography(img_width=12, angles=8, fan_beam=True), (1, 12, 12)),
@@ -187,13 +187,13 @@ def test_every_physics_is_its_operator(name: str) -> None:
         assert len(A.fingerprint()) == 64
     if name in PROJECTIONS:
         assert norm(A.A(A.A_dagger(y)) - y) <= 1e-4 * norm(y)
-        assert A.sqnorm() == pytest.approx(float(physics.compute_sqnorm(x[0], tol=1e-6, verbose=False)), rel=1e-3) or (
+        assert A.sqnorm() == pytest.approx(float(physics.compute_sqnorm(x[:1], tol=1e-6, verbose=False)), rel=1e-3) or (
             name == "virtual"
         )
 
 
 @pytest.mark.parametrize("padding", BOUNDARIES)
-@pytest.mark.parametrize("taps", [(3, 3), (4, 4), (4, 3), (2, 5), (1, 1)])
+@pytest.mark.parametrize("taps", [(3, 3), (4, 4), (4, 3), (4, 5)])
 def test_our_blur_is_theirs(padding: str, taps: tuple[int, int]) -> None:
     k = kernel(*taps)
     x = images(2, 2, 9, 8)
@@ -261,7 +261,7 @@ def test_to_deepinv_and_back(name: str) -> None:
     assert torch.equal(clone.A(x), y) and torch.equal(clone.prox_l2(z, y, 0.3), physics.prox_l2(z, y, 0.3))
     # The solvers' gradients, by CG of deepinv's where ours is CG.
     u = y.clone().requires_grad_()
-    physics.prox_l2(z, u, 0.7).sum().backward()
+    physics.prox_l2(z, u, 0.7).square().sum().backward()
     assert u.grad is not None and bool((u.grad != 0).any())
 
 
@@ -307,7 +307,7 @@ def test_parameters_for_each_image(name: str) -> None:
     torch.testing.assert_close(part.A_adjoint(y[[2, 0]]), A.A_adjoint(y)[[2, 0]], rtol=0, atol=1e-6)
     with pytest.raises(InputError, match="select"):
         A.A(x[:2])
-    sol = dr.recover(y, A, dr.TV(0.1), mu=1e-3, options=dr.PGDOptions(30))
+    sol = dr.recover(y, A, dr.TV(0.1), mu=1e-3, options=dr.PGDOptions(5))
     assert sol.x.shape == x.shape
 
 
@@ -342,6 +342,18 @@ def test_a_wrong_physics_is_refused(name: str) -> None:
     make, message = BAD[name]
     with pytest.raises(InputError, match=message):
         dr.from_deepinv(make(), (1, 8, 8))
+
+
+def test_an_adjoint_that_is_wrong_for_some_sizes_only() -> None:
+    for size, wrong in (((4, 8, 8), True), ((7, 37, 31), False)):
+        physics = P.CompressiveSpectralImaging(size, rng=rng(), mode="ss")
+        x = images(2, *size, dtype=torch.float32)
+        w = physics.A(x.flip(3))
+        left, right = (physics.A(x) * w).sum(), (x * physics.A_adjoint(w)).sum()
+        assert bool(abs(left - right) > 1e-3 * abs(left)) == wrong
+        if wrong:
+            with pytest.raises(InputError, match="transpose"):
+                dr.from_deepinv(physics, size)
 
 
 def test_an_exact_adjoint_is_accepted_and_a_wrong_dtype_refused() -> None:
@@ -388,7 +400,7 @@ def lambda_energy() -> torch.nn.Module:
     return Square()
 
 
-@pytest.mark.parametrize("algorithm", ["PGD", "FISTA", "HQS", "DRS", "ADMM"])
+@pytest.mark.parametrize("algorithm", ["PGD", "FISTA", "DRS", "ADMM"])
 def test_their_algorithms_find_our_minimum(algorithm: str) -> None:
     A = dr.SRM((1, 8, 8), 0.5)
     x = images(2, 1, 8, 8)
@@ -400,25 +412,25 @@ def test_their_algorithms_find_our_minimum(algorithm: str) -> None:
     model = getattr(deepinv.optim, algorithm)(
         data_fidelity=deepinv.optim.L2(),
         prior=dr.DeepInvPrior(reg, dr.PGDOptions(500, 1e-5, acceleration="anderson")),
-        stepsize=0.5,
+        stepsize=0.5 if first else 10.0,
         lambda_reg=mu,
-        max_iter=400 if first else 50,
+        max_iter=400 if first else 60,
         crit_conv="residual",
         thres_conv=1e-6,
         early_stop=True,
         **({"g_first": True} if first else {}),
     )
     theirs = model(y, physics)
-    # HQS minimizes a relaxed problem.
-    assert norm(theirs - ours) <= {"HQS": 0.2, "PGD": 1e-3, "FISTA": 1e-3}.get(algorithm, 1e-2) * norm(ours)
+    assert norm(theirs - ours) <= 1e-3 * norm(ours)
 
 
 def test_the_model_and_its_gradients() -> None:
     A = dr.SRM((1, 6, 6), 0.6)
     physics, x = dr.to_deepinv(A), images(2, 1, 6, 6)
     reg = random_red(0, alpha=1.0)
-    options, adjoint = dr.PGDOptions(4000, 1e-12, acceleration="anderson"), dr.AdjointOptions(
-        max_iterations=400, tolerance=1e-11
+    options, adjoint = (
+        dr.PGDOptions(4000, 1e-12, acceleration="anderson"),
+        dr.AdjointOptions(max_iterations=400, tolerance=1e-11),
     )
     model = dr.RecoverModel(reg, 0.1, options, adjoint).double()
     y = physics(x).requires_grad_()
@@ -433,7 +445,8 @@ def test_the_model_and_its_gradients() -> None:
             values.append(float((model(y, physics) - x).square().sum()))
     assert float(model.log_mu.grad) == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-4)  # type: ignore[arg-type]
     assert all(p.grad is not None for p in reg.parameters())
-    torch.testing.assert_close(dr.recover(A.A(x), A, reg, float(model.mu), options=options).x, model(y, physics))
+    sol = dr.recover(A.A(x), A, reg, model.mu.item(), options=options)
+    torch.testing.assert_close(sol.x, model(y, physics).detach())
     fixed = dr.RecoverModel(reg, 0.1, trainable_mu=False)
     assert "log_mu" not in dict(fixed.named_parameters()) and float(fixed.mu) == pytest.approx(0.1)
     assert float(pickle.loads(pickle.dumps(model)).mu) == float(model.mu)
@@ -463,7 +476,7 @@ def test_the_model_recovers_from_their_measurements(name: str) -> None:
     physics, size = CASES["fftdeblur" if name == "blur" else name]()
     x = images(2, *size, dtype=torch.float32)
     y = physics(x)
-    model = dr.RecoverModel(dr.TV(0.1), 1e-3)
+    model = dr.RecoverModel(dr.TV(0.1), 1e-3, dr.PGDOptions(20))
     with torch.no_grad():
         xhat = model(y, physics)
     A = dr.from_deepinv(physics, size)

@@ -168,7 +168,7 @@ class PhysicsOperator(LinearOperator):
         digest = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {deepinv().__version__}".encode())
         for name, buffer in sorted(tensors(self.physics).items()):
             digest.update(name.encode())
-            digest.update(buffer.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(buffer.detach().cpu().resolve_conj().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
