@@ -449,7 +449,7 @@ def test_the_model_and_its_gradients() -> None:
     torch.testing.assert_close(sol.x, model(y, physics).detach())
     fixed = dr.RecoverModel(reg, 0.1, trainable_mu=False)
     assert "log_mu" not in dict(fixed.named_parameters()) and float(fixed.mu) == pytest.approx(0.1)
-    assert float(pickle.loads(pickle.dumps(model)).mu) == float(model.mu)
+    assert pickle.loads(pickle.dumps(model)).mu.item() == model.mu.item()
     with pytest.raises(InputError, match="mu"):
         dr.RecoverModel(reg, 0.0)
     with pytest.raises(InputError, match="LinearPhysics"):
