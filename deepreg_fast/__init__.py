@@ -58,12 +58,17 @@ _HOME = {
     "mu_with_noise": "inverse.data_term",
     "psnr": "evaluation.metrics",
     "ssim": "evaluation.metrics",
+    "from_deepinv": "adapters.deepinv",
+    "to_deepinv": "adapters.deepinv",
+    "DeepInvPrior": "adapters.deepinv",
+    "RecoverModel": "adapters.deepinv",
 }
 
 __all__ = ["__version__", "ops", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from . import ops
+    from .adapters.deepinv import DeepInvPrior, RecoverModel, from_deepinv, to_deepinv
     from .backend import backends, gpu_options, release_graphs, use_backend
     from .evaluation.metrics import psnr, ssim
     from .inverse.data_term import add_noise, mu_with_noise

@@ -19,7 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
+from .torchvision_shim import define
+
 torch.set_num_threads(1)
+define()
 
 # No deadline: the first call of a torch function may take long, and no test may depend on the machine's load.
 hypothesis.settings.register_profile("local", deadline=None, max_examples=50)

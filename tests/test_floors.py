@@ -23,7 +23,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     5: ("solvers", "autograd"),
     6: ("operators", "regularizers"),
     7: ("inverse", "weights", "ops"),
-    8: ("evaluation", "bench"),
+    8: ("evaluation", "bench", "adapters"),
     9: ("training",),
     10: ("experiments",),
     11: ("cli", "__init__", "__main__"),
@@ -31,7 +31,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 
 # What the plain import must not bring in: optional parts, and parts that cost time and are used by some callers only.
-HEAVY = ("triton", "cupy", "matplotlib", "skimage", "typer", "rich", "tensorboard", "scipy", "pooch")
+HEAVY = ("triton", "cupy", "matplotlib", "skimage", "typer", "rich", "tensorboard", "scipy", "pooch", "deepinv")
 
 
 def sources() -> dict[str, Path]:
