@@ -127,13 +127,15 @@ def test_perturbations_climb() -> None:
 def test_the_readmes_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code runs as written, but for the number of steps."""
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = "\n".join(blocks)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     for i in range(12):
         Image.fromarray((images(64, 64, seed=i) * 255).byte().numpy()).save(tmp_path / "images" / f"{i}.png")
     assert "steps=5000" in code
-    names = {"x": embedded_images(180)[1].x[:1]}
+    names = {"x": embedded_images(180)[1].x[:1], "kernel": torch.full((3, 5), 1 / 15), "gamma": 2.0, "c": 0.1}
+    names["mask"] = names["x"][0] > 0.5  # type: ignore[index]
     exec(compile(code.replace("steps=5000", "steps=1, channels=2"), "README.md", "exec"), names)
     assert (tmp_path / "runs" / "bilevel" / "weights.safetensors").exists()
     assert names["sol"].status.eq(0).all()  # type: ignore[attr-defined]

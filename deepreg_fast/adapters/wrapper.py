@@ -283,7 +283,7 @@ def _check_adjoint(A: PhysicsOperator, u: torch.Tensor, Au: torch.Tensor, measur
 
 def _check_selection(A: PhysicsOperator, u: torch.Tensor, Au: torch.Tensor) -> None:
     """Whether the parameters of one image give its measurements."""
-    last = torch.tensor([len(u) - 1], device=u.device)
+    last = torch.tensor([len(u) - 1], dtype=torch.int64, device=u.device)
     try:
         agrees = _close(A.select(last)._forward(u[last]), Au[last])
     except Exception:  # a physics whose other parameters do not fit one image
