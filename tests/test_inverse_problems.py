@@ -461,3 +461,16 @@ def test_stored_transforms_follow_their_tensors(name: str) -> None:
             buffer.copy_(buffer.roll(1, -1))
     assert not torch.equal(B.prox_l2(x, y, 2.0), changed) and torch.equal(A.prox_l2(x, y, 2.0), changed)
     assert torch.equal(pickle.loads(pickle.dumps(A)).prox_l2(x, y, 2.0), changed)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_inference_mode_changes_no_bit(name: str) -> None:
+    def products() -> list[torch.Tensor]:
+        A = OPERATORS[name]()
+        x, y = images(3, *A.image_shape), normal(3, *A.measurement_shape)
+        part = A.select(torch.tensor([1, 2]))
+        return [A.A(x), A.A_adjoint(y), A.prox_l2(x, y, 2.0), part.prox_l2(x[1:], y[1:], 2.0), A.sqnorms()]
+
+    with torch.inference_mode():
+        inside = products()
+    assert all(torch.equal(a, b) for a, b in zip(inside, products(), strict=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -103,13 +105,13 @@ class Scaled(LinearOperator):
 
     def __init__(self, A: LinearOperator, factor: float) -> None:
         _check_operator(A)
-        self_factor = checks.number(factor, "factor", -math.inf)
-        if self_factor == 0:
-            raise InputError("factor must not be zero, since such measurements tell nothing of the image.")
+        factor = checks.number(factor, "factor", -math.inf)
+        if factor == 0:
+            raise InputError("factor must not be zero, since the measurements would not depend on the image.")
         super().__init__(A.image_shape, A.measurement_shape)
-        self.inner, self.factor = A, self_factor
+        self.inner, self.factor = A, factor
         self.batch = A.batch
-        self.gram_scale = None if A.gram_scale is None else A.gram_scale * self_factor**2
+        self.gram_scale = None if A.gram_scale is None else A.gram_scale * factor**2
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.factor * self.inner._forward(x)
@@ -184,11 +186,9 @@ class Stack(LinearOperator):
         parts = list(operators) if isinstance(operators, (list, tuple)) else []
         if not parts:
             raise InputError("operators must be a list of at least one operator, but is empty or not a list.")
-        for A in parts:
-            if isinstance(A, dict):
-                continue
-            _check_operator(A)
         parts = [from_description(A) if isinstance(A, dict) else A for A in parts]
+        for A in parts:
+            _check_operator(A)
         shapes = {A.image_shape for A in parts}
         if len(shapes) > 1:
             raise InputError(f"The operators of a stack must be for images of one shape, but are for {sorted(shapes)}.")
@@ -212,10 +212,10 @@ class Stack(LinearOperator):
         return torch.cat([A._forward(x).flatten(1) for A in self._list()], 1)
 
     def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        return _sum([A._adjoint(p) for A, p in zip(self._list(), self._split(y), strict=True)])
+        return reduce(add, [A._adjoint(p) for A, p in zip(self._list(), self._split(y), strict=True)])
 
     def _normal(self, x: torch.Tensor) -> torch.Tensor:
-        return _sum([A._normal(x) for A in self._list()])
+        return reduce(add, [A._normal(x) for A in self._list()])
 
     def select(self, idx: torch.Tensor) -> LinearOperator:
         """The operator of the images `idx`."""
@@ -224,13 +224,6 @@ class Stack(LinearOperator):
     def describe(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {"kind": "stack", "operators": [A.describe() for A in self._list()]}
-
-
-def _sum(terms: list[torch.Tensor]) -> torch.Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
 
 
 def _check_operator(A: object) -> None:

@@ -7,8 +7,9 @@ import hashlib
 import json
 import math
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from operator import is_
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,9 +28,10 @@ from ..status import Status
 
 _REGISTRY: dict[str, Callable[..., LinearOperator]] = {}
 Gamma = float | torch.Tensor
+T = TypeVar("T")
 _LANCZOS_STEPS = 30
 _SMALLEST = 1e-30
-_DERIVED = ("_sqnorms", "_spectra", "_transformed")
+_DERIVED = ("_derived", "_transformed")
 """Attributes that are computed from the buffers and stored."""
 
 
@@ -173,11 +175,23 @@ class LinearOperator(nn.Module):
         buffers = [b for b in self.buffers() if b is not None]
         if dtype is None:
             dtype = next((b.dtype for b in buffers if b.is_floating_point()), torch.float64)
-        key = (dtype, *((b.data_ptr(), b._version, b.dtype, b.device) for b in buffers))
-        if self.__dict__.get("_sqnorms", (None,))[0] != key:
-            device = buffers[0].device if buffers else torch.device("cpu")
-            self.__dict__["_sqnorms"] = key, self._square_norms(device, dtype)
-        return self.__dict__["_sqnorms"][1]
+        device = buffers[0].device if buffers else torch.device("cpu")
+        return self._derive(("sqnorms", dtype), buffers, lambda: self._square_norms(device, dtype))
+
+    @outside_inference
+    @torch.no_grad()
+    def _derive(self, key: Hashable, buffers: list[torch.Tensor], compute: Callable[[], T]) -> T:
+        """`compute()`, stored under `key` until one of the buffers is replaced or changed."""
+        versions = [b._version for b in buffers]
+        stored = self.__dict__.setdefault("_derived", {})
+        if key in stored:
+            # The tensors themselves are compared: a new one may have the address of one that is gone.
+            known, known_versions, value = stored[key]
+            if len(known) == len(buffers) and all(map(is_, known, buffers)) and known_versions == versions:
+                return value
+        value = compute()
+        stored[key] = list(buffers), versions, value
+        return value
 
     @outside_inference
     @full_precision
@@ -314,6 +328,7 @@ class LinearOperator(nn.Module):
 
     # -- parameters for each image -------------------------------------------------------------------------------------
 
+    @outside_inference
     def select(self, idx: torch.Tensor) -> LinearOperator:
         """The operator of the images `idx` `[b]`; this operator itself if its parameters are the same for all images.
 

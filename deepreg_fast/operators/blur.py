@@ -57,6 +57,7 @@ class Blur(LinearOperator):
 
     per_image = ("kernel",)
 
+    @outside_inference
     def __init__(self, image_shape: tuple[int, int, int], kernel: torch.Tensor, boundary: str = "circular") -> None:
         super().__init__(image_shape, 0)
         self.boundary = checks.choice(boundary, "boundary", BOUNDARIES)
@@ -73,20 +74,15 @@ class Blur(LinearOperator):
                 f"boundary='reflect' needs images larger than half the kernel, but the images are {height} x {width} "
                 f"and the kernel {h} x {w}; use 'circular' or 'zero'."
             )
-        if kernel_is_per_image(k):
+        if len(k) > 1:
             self.batch = len(k)
         self.register_buffer("kernel", k)
         self.kernel: torch.Tensor
 
     def spectrum(self, like: torch.Tensor, size: tuple[int, int]) -> fourier.Spectrum:
         """The kernel's spectrum on a grid of `size`, stored until the kernel changes."""
-        k = self.kernel
-        stored = self.__dict__.setdefault("_spectra", {})
-        key = (size, like.dtype)
-        stamp = (k.data_ptr(), k._version, k.dtype, k.device)
-        if key not in stored or stored[key][0] != stamp:
-            stored[key] = stamp, _spectrum(k, size, like.dtype)
-        return stored[key][1]
+        kernel, dtype = self.kernel, like.dtype
+        return self._derive((size, dtype), [kernel], lambda: fourier.Spectrum(kernel, size, dtype))
 
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         size = (x.shape[2], x.shape[3])
@@ -174,17 +170,6 @@ class Blur(LinearOperator):
             "kernel": pack(self.kernel),
             "boundary": self.boundary,
         }
-
-
-@outside_inference
-@torch.no_grad()
-def _spectrum(kernel: torch.Tensor, size: tuple[int, int], dtype: torch.dtype) -> fourier.Spectrum:
-    return fourier.Spectrum(kernel, size, dtype)
-
-
-def kernel_is_per_image(kernel: torch.Tensor) -> bool:
-    """Whether a kernel with four dimensions has one for each image."""
-    return len(kernel) > 1
 
 
 register("blur", Blur)

@@ -43,6 +43,7 @@ class FourierSampling(LinearOperator):
 
     per_image = ("mask",)
 
+    @outside_inference
     def __init__(self, mask: torch.Tensor) -> None:
         mask = unpack(mask)
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
@@ -96,10 +97,7 @@ class FourierSampling(LinearOperator):
     def _eigenvalues(self, dtype: torch.dtype) -> torch.Tensor:
         """`(M(k) + M(-k)) / 2` at the frequencies of `rfft2`, stored until the mask changes."""
         m = self.mask
-        stamp = (m.data_ptr(), m._version, m.device, dtype)
-        if self.__dict__.get("_spectra", (None,))[0] != stamp:
-            self.__dict__["_spectra"] = stamp, _pair_means(m).to(dtype)
-        return self.__dict__["_spectra"][1]
+        return self._derive(("eigenvalues", dtype), [m], lambda: _pair_means(m).to(dtype))
 
     def _square_norms(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         eigenvalues = self._eigenvalues(torch.float64)
@@ -120,8 +118,6 @@ def _channels(z: torch.Tensor) -> torch.Tensor:
     return torch.cat([z.real, z.imag], 1)
 
 
-@outside_inference
-@torch.no_grad()
 def _pair_means(mask: torch.Tensor) -> torch.Tensor:
     m = torch.fft.ifftshift(mask.double(), dim=(-2, -1))
     opposite = torch.roll(m.flip(-2, -1), (1, 1), (-2, -1))

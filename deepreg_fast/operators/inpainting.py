@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import checks
+from ..ambient import outside_inference
 from ..batched.linalg import expand
 from ..errors import InputError
 from .base import LinearOperator, register
@@ -42,6 +43,7 @@ class Inpainting(LinearOperator):
 
     per_image = ("mask",)
 
+    @outside_inference
     def __init__(self, mask: torch.Tensor) -> None:
         m = check_mask(unpack(mask))
         super().__init__((m.shape[-3], m.shape[-2], m.shape[-1]), tuple(m.shape[-3:]))

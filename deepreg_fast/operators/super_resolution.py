@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..ambient import outside_inference
 from ..batched.linalg import expand
 from ..errors import InputError
 from ..functional import fourier
@@ -106,11 +105,8 @@ class SuperResolution(LinearOperator):
 
     def _eigenvalues(self, dtype: torch.dtype) -> torch.Tensor:
         """The eigenvalues of `A A^T`, `[..., H/s, W/s]`, stored until the kernel changes."""
-        k = self.blur.kernel
-        stamp = (k.data_ptr(), k._version, k.dtype, k.device, dtype)
-        if self.__dict__.get("_spectra", (None,))[0] != stamp:
-            self.__dict__["_spectra"] = stamp, _alias_means(k, self.image_shape[1:], self.factor).to(dtype)
-        return self.__dict__["_spectra"][1]
+        k, size, s = self.blur.kernel, self.image_shape[1:], self.factor
+        return self._derive(("eigenvalues", dtype), [k], lambda: _alias_means(k, size, s).to(dtype))
 
     def _square_norms(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         if self.boundary != "circular":
@@ -128,8 +124,6 @@ class SuperResolution(LinearOperator):
         }
 
 
-@outside_inference
-@torch.no_grad()
 def _alias_means(kernel: torch.Tensor, size: tuple[int, int], s: int) -> torch.Tensor:
     """The mean of `|K|^2` over the s^2 frequencies that coincide on the small grid, float64."""
     parts = torch.view_as_real(torch.fft.fft2(fourier.embed(kernel, size)))

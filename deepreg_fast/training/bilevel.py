@@ -268,7 +268,7 @@ class BilevelTrainer(Trainer):
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Gradients of a loss that is not a function of the squared error, and its value for each image."""
         c, ones = self.config, torch.ones_like(sol.tau)
-        scale = _MSE_SCALE / x.numel()
+        scale, second = _MSE_SCALE / x.numel(), None
         if self._loss_function is not None:
             judged = losses.supervised(self._loss_function, sol.x, x)
         elif c.loss == "noise2noise":
@@ -281,14 +281,11 @@ class BilevelTrainer(Trainer):
             second = pgd(y + tau * probe, self.A, self.reg, mu, options, sol.x, sol.tau)
             valid = valid & torch.isfinite(second.x).flatten(1).all(1)
             judged = losses.sure(self.A, sol.x, second.x, y, probe, c.sigma, tau, scale)
-            assert judged.by_second is not None
-            b = torch.where(expand(valid, x), -0.5 * judged.by_second, 0.0)
-            theta, log_mu, _ = self._implicit_gradient(None, b, second, valid, mu, ones)
-        first, log_mu_first, stats = self._implicit_gradient(rows, -0.5 * judged.by_x, sol, valid, mu, ones)
-        if judged.by_second is not None:
-            first = {n: g + theta[n] for n, g in first.items()}
-            log_mu_first = log_mu_first + log_mu
-        return first, log_mu_first, stats, judged.value
+        theta, log_mu, stats = self._implicit_gradient(rows, -0.5 * judged.by_x, sol, valid, mu, ones)
+        if second is not None and judged.by_second is not None:
+            theta_2, log_mu_2, _ = self._implicit_gradient(None, -0.5 * judged.by_second, second, valid, mu, ones)
+            theta, log_mu = {n: g + theta_2[n] for n, g in theta.items()}, log_mu + log_mu_2
+        return theta, log_mu, stats, judged.value
 
     def _noise(self, rows: Rows, noise: Noise) -> torch.Tensor:
         return noise.batch(rows).reshape(-1, *self.A.measurement_shape)
