@@ -43,10 +43,13 @@ def test_bilevel_training_learns(folder: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").iterdir()) and (tmp_path / "best.safetensors").exists()
 
 
-@pytest.mark.parametrize(("norm", "lr"), [("none", 2e-3), ("pixel", 5e-4)])
-def test_either_backend_trains_alike(folder: Path, tmp_path: Path, norm: str, lr: float) -> None:
-    """From one seed, with tight solves, the first 20 losses agree to rounding. (Later a recovery of a nonconvex r may
-    amplify it; test_training_alike.py trains to the end.)"""
+@pytest.mark.parametrize("norm", ["none", "pixel"])
+def test_either_backend_trains_alike(folder: Path, tmp_path: Path, norm: str) -> None:
+    """From one seed, with tight solves, the first 20 losses agree to rounding.
+
+    The learning rate keeps the loss from jumping: each jump of an unstable training multiplies the rounding by ten, and
+    how many there are depends on the processor. test_training_alike.py trains to the end.
+    """
     if (missing := dr.backends()["cpu"]) is not None:
         pytest.skip(missing)
     tight = {"inner_iterations": 300, "tolerance_start": 1e-5, "tolerance_end": 1e-5}
@@ -54,12 +57,12 @@ def test_either_backend_trains_alike(folder: Path, tmp_path: Path, norm: str, lr
     losses: dict[str, list[float]] = {}
     for name in ("cpu", "reference"):
         out = tmp_path / name
-        c = small_config(folder, out, steps=20, channels=8, crop=24, norm=norm, lr=lr, **tight)
+        c = small_config(folder, out, steps=20, channels=8, crop=24, norm=norm, lr=5e-4, **tight)
         with dr.use_backend(name):
             dr.BilevelTrainer(c, progress=False).fit()
         losses[name] = [d["mse_loss"] for d in log_lines(out) if "mse_loss" in d]
     assert len(losses["cpu"]) == 20
-    np.testing.assert_allclose(losses["cpu"], losses["reference"], rtol=1e-5)
+    np.testing.assert_allclose(losses["cpu"], losses["reference"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("adjoint", ["cg", "unrolled"])
