@@ -31,16 +31,18 @@ from deepreg_fast.weights.cards import card_of
 OPTIONS = dr.PGDOptions(400, 1e-4, acceleration="fista")
 
 
-def train(problem: str, sigma: float, weights: str, steps: int, data: str) -> tuple[dr.Regularizer, float, float]:
-    """The weights after bi-level training for the problem, their mu, and the CPU seconds."""
+def train(problem: str, sigma: float, arguments: argparse.Namespace) -> tuple[dr.Regularizer, float, float]:
+    """The weights after bi-level training for the problem, their mu, and the CPU seconds of this process."""
+    weights, steps = arguments.weights, arguments.steps
     _, meta = dr.load(weights)
     trained: dict[str, Any] = meta["config"] if "config" in meta else card_of(meta)["settings"][-1]
     keep = ("regularizer", "channels", "depth", "norm", "head", "gain", "filters", "scales", "convex", "kernel_size")
     began = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = arguments.runs or Path(temporary)
         config = dr.BilevelConfig(
-            out=folder,
-            data=data,
+            out=str(runs / f"{problem}-{sigma * 255:g}"),
+            data=arguments.data,
             split="bsd400",
             problem=problem,
             sigma=sigma,
@@ -81,7 +83,7 @@ def case(problem: str, sigma: float, arguments: argparse.Namespace) -> dict[str,
     methods.append(tuning.mu(Method(arguments.weights, loaded, 60.0 * sigma**2, OPTIONS)))
     seconds = 0.0
     if arguments.steps:
-        reg, mu, seconds = train(problem, sigma, arguments.weights, arguments.steps, arguments.data)
+        reg, mu, seconds = train(problem, sigma, arguments)
         tuning = Tuner(measured.x_tuning, measured.y_tuning, measured.A)
         methods.append(tuning.mu(Method("trained for it", reg, mu, OPTIONS)))
     results = evaluate(methods, measured.x, measured.y, measured.A)
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--noise", nargs="+", type=float, default=[2.55, 10.0], help="standard deviations in 1/255")
     parser.add_argument("--weights", default="cs5-ridge-net")
     parser.add_argument("--steps", type=int, default=0, help="of training for the problem; 0 for none")
+    parser.add_argument("--runs", type=Path, help="folder in which trainings keep weights, logs and checkpoints")
     parser.add_argument("--crop", type=int, default=180)
     parser.add_argument("--limit", type=int, default=30, help="test images")
     parser.add_argument("--tuning", type=int, default=6, help="validation images")
