@@ -92,10 +92,12 @@ class Command(Forked):
     def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, site: str = "") -> None:
         self._cwd, self._site = cwd, site
         super().__init__(argv, env=env)
+        # Here and in the child: whoever comes first, the group exists when this returns.
+        os.setpgid(self.pid, self.pid)
 
     def _main(self, argv: Sequence[str], env: Mapping[str, str]) -> int:
         try:
-            os.setsid()
+            os.setpgid(0, 0)
             os.chdir(self._cwd)
             os.environ.clear()
             os.environ.update(env)

@@ -71,7 +71,8 @@ class EnergyRegularizer(Regularizer):
     def describe(self) -> dict[str, Any]:
         """The name of the module's class. `deepreg_fast.load(path, reg)` needs a regularizer that you build."""
         kind = type(self.module)
-        return {"kind": f"{kind.__module__}.{kind.__qualname__}", "models": self.models, "alpha": self.alpha}
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return {"kind": name, "models": self.models, "alpha": self.alpha, "center": self.center}
 
     @full_precision
     def energy(self, x: torch.Tensor) -> torch.Tensor:
