@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from ..bench import Bounds, Ceilings, Result
     from ..bench.runner import Row
+    from ..bench.target import Target
 
 
 def bench(  # noqa: PLR0913 - one argument an option
@@ -49,12 +50,10 @@ def bench(  # noqa: PLR0913 - one argument an option
     import torch
 
     from .. import checks
-    from ..bench import Problem, cases_of, check_learned_regularizers, run
-    from ..bench.runner import to_csv, to_json
+    from ..bench import Problem, check_learned_regularizers, run
+    from ..bench.runner import to_json
     from ..bench.target import TARGETS
-    from ..errors import InputError
-    from ..files import make_folder, write_atomically
-    from ..report import roofline_figure
+    from ..files import make_folder
     from ..terminal import Pulse, width
 
     checks.choice(device, "--device", tuple(TARGETS))
@@ -68,11 +67,7 @@ def bench(  # noqa: PLR0913 - one argument an option
     if checks.integer(threads, "--threads", 0):
         torch.set_num_threads(threads)
     target = TARGETS[device]()
-    table = cases_of(target)
-    names = [n.strip() for n in cases.split(",") if n.strip()] or list(table)
-    for n in names:
-        if n not in table:
-            raise InputError(f"--cases must be among {', '.join(table)}, but has {n!r}.")
+    names = _names(cases, target)
     problem = Problem(batch, size, channels, depth, norm, learned_regularizers=learned_path, target=target)
     if out is not None:
         # Created before anything is timed, so that minutes of work are not lost if the folder cannot be created.
@@ -86,16 +81,36 @@ def bench(  # noqa: PLR0913 - one argument an option
             pulse.done()
     print(_text(results, bounds, width(sys.stdout)))
     if out is not None:
-        report = to_json(results, problem, bounds, machine)
-        write_atomically(out / "results.json", (json.dumps(report, indent=1) + "\n").encode())
-        write_atomically(out / "results.csv", to_csv(results).encode())
-        points = {r.case.name: (r.case.flops, r.case.bytes, 1e-3 * r.rows[0].milliseconds) for r in results if r.rows}
-        points = {n: v for n, v in points.items() if v[0]}
-        if points:
-            figure = roofline_figure(points, bounds.rate, bounds.copy)
-            write_atomically(out / "roofline.svg", figure.encode())
+        _write(out, results, to_json(results, problem, bounds, machine), bounds)
     if any(r.wrong for r in results):
         raise typer.Exit(1)
+
+
+def _names(cases: str, target: Target) -> list[str]:
+    """The cases that `--cases` lists."""
+    from ..bench import cases_of
+    from ..errors import InputError
+
+    table = cases_of(target)
+    names = [n.strip() for n in cases.split(",") if n.strip()] or list(table)
+    for n in names:
+        if n not in table:
+            raise InputError(f"--cases must be among {', '.join(table)}, but has {n!r}.")
+    return names
+
+
+def _write(out: Path, results: list[Result], report: dict[str, Any], bounds: Bounds | Ceilings) -> None:
+    """Write results.json, results.csv and, of kernels, roofline.svg."""
+    from ..bench.runner import to_csv
+    from ..files import write_atomically
+    from ..report import roofline_figure
+
+    write_atomically(out / "results.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomically(out / "results.csv", to_csv(results).encode())
+    points = {r.case.name: (r.case.flops, r.case.bytes, 1e-3 * r.rows[0].milliseconds) for r in results if r.rows}
+    points = {n: v for n, v in points.items() if v[0]}
+    if points:
+        write_atomically(out / "roofline.svg", roofline_figure(points, bounds.rate, bounds.copy).encode())
 
 
 def _text(results: list[Result], bounds: Bounds | Ceilings, columns: int | None) -> str:
