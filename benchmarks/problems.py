@@ -2,7 +2,7 @@
 
     python benchmarks/problems.py --data BSD400 --out problems.json [--problems deblur-gaussian sr2 ...] [--steps 150]
 
-For each problem of `deepreg_fast.inverse.problem.PROBLEMS` and each noise, the methods are: the start of a recovery
+For each problem of `deepreg_fast.problem.PROBLEMS` and each noise, the methods are: the start of a recovery
 (Tikhonov about mid-gray), tuned TV, the shipped compressive-sensing weights with a tuned mu, and with `--steps` the
 same weights trained further, bi-level, for the problem, with a tuned mu. All tuning uses crops of validation images,
 and all results are on test images. A case that is in the output file is not computed again.
@@ -22,10 +22,10 @@ import torch
 import deepreg_fast as dr
 from deepreg_fast.bench.machine import describe
 from deepreg_fast.data import load_folder, load_split
-from deepreg_fast.evaluation.compare import Method, Problem, evaluate, measure
+from deepreg_fast.evaluation.compare import Experiment, Method, evaluate, measure
 from deepreg_fast.evaluation.tuning import Tuner, tuned_tv
 from deepreg_fast.files import write_atomically
-from deepreg_fast.inverse.problem import PROBLEMS
+from deepreg_fast.problem import PROBLEMS
 from deepreg_fast.weights.cards import card_of
 
 OPTIONS = dr.PGDOptions(400, 1e-4, acceleration="fista")
@@ -75,7 +75,9 @@ def train(problem: str, sigma: float, arguments: argparse.Namespace) -> tuple[dr
 def case(problem: str, sigma: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """The results of all methods."""
     crop = arguments.crop // 6 * 6
-    described = Problem(arguments.data, "bsd400", sigma=sigma, test_crop=crop, tuning=arguments.tuning, problem=problem)
+    described = Experiment(
+        problem, sigma=sigma, data=arguments.data, split="bsd400", test_crop=crop, tuning=arguments.tuning
+    )
     measured = measure(described, limit=arguments.limit)
     tuning = Tuner(measured.x_tuning, measured.y_tuning, measured.A)
     methods = [Method("start"), tuned_tv(measured.x_tuning, measured.y_tuning, measured.A)]

@@ -108,6 +108,11 @@ def plain(value: Any) -> Any:
     return value
 
 
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help text for the command line."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 def plain_fields(settings: Any) -> None:
     """Convert scalar fields of a dataclass to Python numbers, which JSON and every kernel accept."""
     for field in dataclasses.fields(settings):

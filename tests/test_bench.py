@@ -17,7 +17,7 @@ from deepreg_fast import bench
 from deepreg_fast.bench import peers, peers_deepinv, peers_learned, timing
 from deepreg_fast.bench import runner as running
 from deepreg_fast.bench.calibrate import loosest
-from deepreg_fast.bench.problem import Case, flat
+from deepreg_fast.bench.workload import Case, flat
 from deepreg_fast.cli import app
 from deepreg_fast.errors import InputError
 from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
@@ -66,7 +66,7 @@ def test_a_wrong_answer_is_never_timed(fault: str, monkeypatch: pytest.MonkeyPat
     }
     case = Case("c", candidates, exact, judge="judge")
     monkeypatch.setattr(running, "CASES", {"c": lambda problem: iter([case])})
-    (result,) = bench.run(bench.Problem(), ["c"], rounds=5)
+    (result,) = bench.run(bench.Workload(), ["c"], rounds=5)
     assert result.wrong is not None and ("peer" if fault == "peer" else "ours") in result.wrong
     assert (result.timing is None) == (fault != "late")
 
@@ -79,7 +79,7 @@ def test_every_case_agrees_with_float64(name: str, norm: str, monkeypatch: pytes
         raise RuntimeError("half a minute is too long for a test")
 
     monkeypatch.setattr(peers, "compiled_grad", no_compiler)
-    for case in bench.CASES[name](bench.Problem(2, 24, 16, 3, norm)):
+    for case in bench.CASES[name](bench.Workload(2, 24, 16, 3, norm)):
         assert "half a minute" in case.missing.get("torch.compile", "") or name != "gradient"
         assert running._judge(case, running._errors(case)) is None
         assert case.candidates.keys() >= {"ours", "torch, reference"}
@@ -116,7 +116,7 @@ def test_a_peer_that_answers_nan_reaches_nothing() -> None:
 @pytest.mark.parametrize("norm", ["none", "pixel"])
 def test_what_is_solved_has_a_solution(norm: str) -> None:
     """A system on which CG stops at negative curvature would be timed for giving up."""
-    p = bench.Problem(2, 48, 16, 3, norm)
+    p = bench.Workload(2, 48, 16, 3, norm)
     xs, A, mu = p.images(1), dr.SRM((1, 48, 48)), torch.full((2,), 0.1)
 
     def status(reg: dr.RED) -> list[int]:
@@ -137,7 +137,7 @@ def test_what_is_solved_has_a_solution(norm: str) -> None:
     ("name", "peer"), [("cg", "deepinv, CG"), ("cg", "deepinv, MINRES"), ("recover", "deepinv, PGD")]
 )
 def test_deepinv_answers_as_well_as_ours(name: str, peer: str) -> None:
-    (case,) = bench.CASES[name](bench.Problem(2, 24))
+    (case,) = bench.CASES[name](bench.Workload(2, 24))
     errors = running._errors(case)
     assert case.tolerance is not None and errors[peer] <= case.tolerance and not case.missing
     assert "tolerance" in case.notes[peer]
@@ -207,7 +207,7 @@ def _checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_checkout_is_called_for_our_gradient(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = sys.modules.setdefault("evaluation", sys)  # a module of the same name stays where it is
     assert peers_learned.check(checkout) == checkout.resolve() and peers_learned.unsupported_reason(checkout) is None
-    p = bench.Problem(2, 16, 4)
+    p = bench.Workload(2, 16, 4)
     (x, *_), A = p.images(5), dr.SRM((1, 16, 16))
     reg = p.solvable([x], 0.9)
     got = peers_learned.Learned(checkout, reg, A, 0.1).step(x, 1e-4, 1e-4)

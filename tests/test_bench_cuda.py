@@ -108,7 +108,7 @@ def test_the_peer_of_the_dct_is_a_dct(h: int, w: int) -> None:
 
 def test_products_for_compilers_are_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda f: f)
-    p = bench.Problem(2, 12)
+    p = bench.Workload(2, 12)
     reg, x, v = p.regularizer(), p.images(1)[0], p.images(2)[0]
     expected = reg.double().linearize(x.double()).hvp(v.double())
     ways = peers_cuda.compiled_products(reg.float(), x)
@@ -138,7 +138,7 @@ def test_every_case_agrees_with_float64(name: str, monkeypatch: pytest.MonkeyPat
         raise RuntimeError("half a minute is too long for a test")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    for case in cuda_cases.CUDA_CASES[name](bench.Problem(2, 24)):
+    for case in cuda_cases.CUDA_CASES[name](bench.Workload(2, 24)):
         assert running._judge(case, running._errors(case)) is None
         if name == "cg iteration":
             continue
@@ -151,7 +151,7 @@ def test_every_case_agrees_with_float64(name: str, monkeypatch: pytest.MonkeyPat
 @needs_kernels
 def test_float64_answers_in_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch, "compile")
-    whole, parts = (bench.Problem(3, 16, target=Target(memory=m)) for m in (0, 1))
+    whole, parts = (bench.Workload(3, 16, target=Target(memory=m)) for m in (0, 1))
     for name in ("gradient", "theta"):
         (a,), (b,) = (bench.CASES[name](p) for p in (whole, parts))
         assert all(relative(y, x) < 1e-12 for x, y in zip(a.exact, b.exact, strict=True))
@@ -172,10 +172,10 @@ def test_a_peer_that_cannot_run_is_named_as_missing() -> None:
 
 
 def test_inputs_exceed_the_cache() -> None:
-    small, large = (bench.Problem(b, 64, target=Target(cache=50 << 20)) for b in (256, 4096))
+    small, large = (bench.Workload(b, 64, target=Target(cache=50 << 20)) for b in (256, 4096))
     assert small.inputs * 4 * small.pixels >= 2 * (50 << 20) and large.inputs == 3
-    assert bench.Problem(1, 8, target=Target(cache=50 << 20)).inputs == 32
-    assert bench.Problem().inputs == 3
+    assert bench.Workload(1, 8, target=Target(cache=50 << 20)).inputs == 32
+    assert bench.Workload().inputs == 3
 
 
 def test_the_roofline_is_the_higher_of_two_floors() -> None:
@@ -204,7 +204,7 @@ def test_switches_come_back() -> None:
 
 
 def test_counts_are_those_of_the_formulas() -> None:
-    p = bench.Problem(2, 8, 4, 3)
+    p = bench.Workload(2, 8, 4, 3)
     assert counts.sweep_flops(p) == 4 * 128 * 9 * (8 + 16)
     assert counts.image_bytes(p, 2) == 8 * 128 and counts.planes_bytes(p, 3) == 12 * 128 * 16
     assert counts.walsh_flops(p, 64) == 6 * 128 and counts.separable_flops(p) == 2 * 128 * 16
@@ -212,7 +212,7 @@ def test_counts_are_those_of_the_formulas() -> None:
     image, plane = 4 * 128, 4 * 128 * 16
     assert [counts.gradient(p).moved, counts.linearize(p).moved] == [41 * image + 4 * plane, 41 * image + 6 * plane]
     assert [counts.hvp(p).moved, counts.theta(p).moved] == [44 * image + 6 * plane, 10 * image + 20 * plane]
-    shallow = bench.Problem(2, 8, 4, 2)
+    shallow = bench.Workload(2, 8, 4, 2)
     assert counts.gradient(shallow).moved == 41 * image and counts.hvp(shallow).moved == 44 * image
     A = dr.SRM((1, 8, 8), 0.25)
     prox, normal = (counts.srm(p, A, name, 2) for name in ("prox", "normal"))
@@ -267,7 +267,7 @@ def test_a_device_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch, "compile")
     monkeypatch.setattr(peers, "why_no_jax", lambda device: "takes too long for a test")
     found = targets.TARGETS["cuda"]()
-    results = bench.run(bench.Problem(8, 64, target=found), ["gradient", "linearize", "dct"], rounds=5)
+    results = bench.run(bench.Workload(8, 64, target=found), ["gradient", "linearize", "dct"], rounds=5)
     assert {r.case.name for r in results} == {"gradient", "linearize", *(f"dct {n}" for n in NAMES)}
     for r in results:
         assert r.wrong is None and {row.name for row in r.rows} >= {"ours", "torch, reference", cuda_cases.GRAPH}
@@ -314,7 +314,7 @@ def _planes(depth: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     monkeypatch.setattr(gpu_sweeps.Sweeps, "_pack", lambda self, i: (torch.zeros(1), torch.zeros(1)))
     monkeypatch.setattr(weight_gradients, "filters", sums(4, (9, 16, 16)))
     monkeypatch.setattr(weight_gradients, "image_filters", sums(2, (9, 16)))
-    reg, x = bench.Problem(2, 8, 16, depth).regularizer(), torch.zeros(2, 1, 8, 8)
+    reg, x = bench.Workload(2, 8, 16, depth).regularizer(), torch.zeros(2, 1, 8, 8)
     sweeps = gpu_sweeps.Sweeps(reg.conv_chain_form(), x)
     found = {}
     for name, f in {
@@ -343,7 +343,7 @@ class _NoTotal:
 
 @pytest.mark.parametrize("depth", [2, 3, 4, 5])
 def test_counted_planes_are_those_of_the_launches(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    p = bench.Problem(2, 8, 16, depth)
+    p = bench.Workload(2, 8, 16, depth)
     images = {"gradient": 41, "linearize": 41, "hvp": 44, "theta": 10}
     found = _planes(depth, monkeypatch)
     for name in images:

@@ -17,7 +17,7 @@ PACKAGE = "deepreg_fast"
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "status", "ambient", "terminal", "_version", "_cpu", "kernels", "cuda"),
     1: ("checks", "files", "machine"),
-    2: ("functional", "data", "report"),
+    2: ("functional", "data", "report", "problem"),
     3: ("backend",),
     4: ("batched",),
     5: ("solvers", "autograd"),

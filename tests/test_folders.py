@@ -14,7 +14,7 @@ from PIL import Image
 import deepreg_fast as dr
 from deepreg_fast import data
 from deepreg_fast.errors import DataError, InputError
-from deepreg_fast.evaluation.compare import Problem, evaluation_images
+from deepreg_fast.evaluation.compare import Experiment, evaluation_images
 from deepreg_fast.training.samples import load_samples
 
 BSD68 = ((32, 48), (48, 32))
@@ -96,14 +96,14 @@ def test_fingerprints_of_mixed_folders_tell_the_shapes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sizes", [BSD68, SET12])
 def test_evaluation_crops_from_images_of_any_size(tmp_path: Path, sizes: tuple[tuple[int, int], ...]) -> None:
     folder = _mixed(tmp_path / "d", sizes)
-    test, tuning = evaluation_images(Problem(str(folder), test_crop=26, tuning=2))
+    test, tuning = evaluation_images(Experiment(data=str(folder), test_crop=26, tuning=2))
     assert test.shape == (1, 26, 26) and tuning.shape == (2, 1, 26, 26) and len(test) == 4
     for name, x in zip(test.names, test.x, strict=True):
         assert torch.equal(x, data.load_image(folder / name, 26))
     with pytest.raises(DataError, match=r"give a --crop"):
-        evaluation_images(Problem(str(folder), tuning=2))
+        evaluation_images(Experiment(data=str(folder), tuning=2))
     with pytest.raises(DataError, match=r"take a smaller --crop .*or leave this image out"):
-        evaluation_images(Problem(str(folder), test_crop=50, tuning=2))
+        evaluation_images(Experiment(data=str(folder), test_crop=50, tuning=2))
 
 
 def test_testing_and_tuning_images_of_two_sizes(tmp_path: Path) -> None:
@@ -112,24 +112,24 @@ def test_testing_and_tuning_images_of_two_sizes(tmp_path: Path) -> None:
     for name in held:
         _picture(folder / name, 30, 24)
     with pytest.raises(DataError, match=r"one shape.*24x24.*30x24.*--crop"):
-        evaluation_images(Problem(str(folder), tuning=2))
+        evaluation_images(Experiment(data=str(folder), tuning=2))
 
 
 def test_a_small_folder_is_tuned_on_another_one(tmp_path: Path) -> None:
     small, other = _mixed(tmp_path / "small", ((24, 24),), 1), _mixed(tmp_path / "other", BSD68, 5)
-    problem = Problem(str(small), tuning=3)
+    problem = Experiment(data=str(small), tuning=3)
     with pytest.raises(InputError, match=r"holds 1; name another folder to tune on \(--tune-on"):
         evaluation_images(problem)
     test, tuning = evaluation_images(problem, str(other))
     assert test.names == ("0.png",) and tuning.shape == (3, 1, 24, 24)
-    assert evaluation_images(Problem(str(small), tuning=9), str(other))[1].shape[0] == 5
+    assert evaluation_images(Experiment(data=str(small), tuning=9), str(other))[1].shape[0] == 5
     assert evaluation_images(problem, "embedded")[1].shape == (3, 1, 24, 24)
     for same in (str(small), f"{small}/", str(small / ".." / "small")):
         with pytest.raises(InputError, match="--tune-on must be another folder"):
             evaluation_images(problem, same)
     with pytest.raises(DataError, match="at least 60x60"):
-        evaluation_images(Problem(str(_mixed(tmp_path / "large", ((60, 60),), 2))), str(other))
-    embedded = evaluation_images(Problem(test_crop=24, tuning=2), str(other))
+        evaluation_images(Experiment(data=str(_mixed(tmp_path / "large", ((60, 60),), 2))), str(other))
+    embedded = evaluation_images(Experiment(test_crop=24, tuning=2), str(other))
     assert embedded[1].shape == (2, 1, 24, 24) and len(embedded[0]) > 2
 
 
@@ -213,4 +213,4 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert len(samples.fingerprint) == 64
     seeds = [data.carve_validation(data.image_names(tmp_path), 2, seed)[1] for seed in range(9)]
     assert any(name in held for held in seeds) and any(name not in held for held in seeds)
-    assert name in evaluation_images(Problem(str(tmp_path), tuning=1))[0].names + (name,)
+    assert name in evaluation_images(Experiment(str(tmp_path), tuning=1))[0].names + (name,)

@@ -20,8 +20,9 @@ import deepreg_fast as dr
 from deepreg_fast.errors import DataError, InputError
 from deepreg_fast.inverse.hypergradient import initial_point
 from deepreg_fast.inverse.measurements import load_measurements, save_measurements
-from deepreg_fast.inverse.problem import PROBLEMS, build_operator, operator_measuring
+from deepreg_fast.inverse.problem import build_operator, operator_measuring
 from deepreg_fast.operators import LinearOperator, from_description, gaussian_kernel, motion_kernel
+from deepreg_fast.problem import PROBLEMS, Problem
 
 from .helpers import images, normal
 
@@ -365,7 +366,7 @@ def test_named_problems(problem: str) -> None:
     if problem in ("inpaint", "fourier"):
         share = A.mask.double().mean()  # type: ignore[union-attr]
         assert float(share) == pytest.approx(0.5 if problem == "inpaint" else 0.25, abs=1e-3)
-        assert A.fingerprint() != build_operator(problem, (1, 36, 42), seed=1).fingerprint()
+        assert A.fingerprint() != build_operator(Problem(problem, operator_seed=1), (1, 36, 42)).fingerprint()
 
 
 def test_problems_from_files(tmp_path: Path) -> None:

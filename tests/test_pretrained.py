@@ -22,6 +22,7 @@ from deepreg_fast.errors import CheckpointError, InputError
 from deepreg_fast.evaluation.compare import Method, run
 from deepreg_fast.evaluation.tuning import tuned_tv
 from deepreg_fast.inverse.data_term import LAM
+from deepreg_fast.problem import Problem
 from deepreg_fast.weights import cards
 
 from .helpers import random_red
@@ -160,9 +161,11 @@ def test_mu_where_the_noise_is_larger() -> None:
     assert default_mu({}, 0.0) == 1e-2
     assert default_mu({"mu": 1e-3, "config": {"sigma": 0.01}}, 0.05) == pytest.approx(0.025)
     # 1843 of 9216 is as near to 0.2 as a number of measurements comes.
-    assert unlike_training(meta, ratio=1843 / 9216, sigma=0.0) == ""
-    assert unlike_training(meta, ratio=0.5, sigma=0.05) == "ratio 0.5 instead of 0.2, sigma 0.05 instead of 0"
-    assert unlike_training({"config": {"sigma": 0.1}}, ratio=0.5, sigma=0.1) == unlike_training({}, sigma=1) == ""
+    assert unlike_training(meta, Problem(ratio=1843 / 9216)) == ""
+    assert unlike_training(meta, Problem(ratio=0.5, sigma=0.05)) == "ratio 0.5 instead of 0.2, sigma 0.05 instead of 0"
+    assert unlike_training({"config": {"sigma": 0.1}}, Problem(ratio=0.5, sigma=0.1)) == ""
+    assert unlike_training({}, Problem(sigma=1.0)) == ""
+    assert unlike_training(meta, Problem("sr2")) == "problem sr2 instead of cs"
 
 
 def test_info_lists_them_and_prints_a_card(run: Run) -> None:

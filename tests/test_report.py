@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from deepreg_fast.cli import main
+from deepreg_fast.experiments import demo as demo_module
 from deepreg_fast.experiments.demo import run_demo
 from deepreg_fast.report.figures import psnr_figure
 from deepreg_fast.report.html import Report
@@ -63,7 +64,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     against = r"\d+\.\d\d dB, ([+-]\d+\.\d\d) dB against tuned TV, .* \d of 6 held-out images"
     assert re.search(rf"trained here in \d+ s reaches {against}", last[0])
     # The shipped weights are 3 dB above TV.
-    shipped = re.search(rf"cs5-ridge-net, reach {against}", last[1])
+    shipped = re.search(rf"cs5-ridge-net reach {against}", last[1])
     assert shipped is not None and float(shipped[1]) > 1.5
     assert last[2] == f"The report is in {(out / 'report.html').resolve()}"
     text = (out / "report.html").read_text(encoding="utf-8")
@@ -91,6 +92,23 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     first = body.partition("All methods</h2>")[0]
     assert first.count("<img") == 8 and "<svg" not in first and len(re.findall(r"\d\d\.\d\d dB", first)) >= 3
     assert not re.search(r"\bnan\b", re.sub(r'"data:[^"]*"', "", body), re.IGNORECASE)
+
+
+@pytest.mark.parametrize("problem", ["inpaint", pytest.param("sr3", marks=pytest.mark.long)])
+def test_demo_of_another_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str) -> None:
+    monkeypatch.setattr(demo_module, "TUNING_LIMIT", 5)
+    monkeypatch.setattr(demo_module, "TUNING", 2)
+    out = tmp_path / "demo"
+    assert _demo(out, monkeypatch, "--steps", "2", "--size", "65", "--problem", problem) == 0
+    check = _Check()
+    check.feed((out / "report.html").read_text(encoding="utf-8"))
+    assert check.open == []
+    # The measurements, too, of each of 6 images; a blank one would be a mistake of the page.
+    assert len(check.images) == 5 * 6 + 4 + 16
+    measured = Image.open(io.BytesIO(base64.b64decode(check.images[1].partition(",")[2])))
+    assert measured.size == ((60, 60) if problem == "inpaint" else (20, 20))
+    assert np.asarray(measured.convert("L")).std() > 10.0
+    assert _demo(out, monkeypatch, "--problem", "deblur") == 2
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from PIL import Image
 
 from deepreg_fast.data import load_folder
 from deepreg_fast.errors import InputError
-from deepreg_fast.evaluation.compare import Problem, evaluation_images
+from deepreg_fast.evaluation.compare import Experiment, evaluation_images
 from deepreg_fast.experiments.report import curves, record, tables
 from deepreg_fast.experiments.report.pictures import pictures
 from deepreg_fast.experiments.report.write import write_report
@@ -50,7 +50,7 @@ def _whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A finished run at ratio 1/5 with one ledger row."""
     folder = tmp_path_factory.mktemp("whole")
     problem = {"data": str(data), "split": str(data / "split.json"), "tuning": 2}
-    test, _ = evaluation_images(Problem(**problem))
+    test, _ = evaluation_images(Experiment(**problem))
     write(folder, test, problem, (0.2,), NAMES)
     return folder
 

@@ -201,6 +201,25 @@ def test_defaults_and_resolution() -> None:
     assert found["beta3-scaled"].problem.ratio == 0.5 and found["beta3"].problem.ratio == 0.2
 
 
+def test_another_problem_for_all_rows(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(to_toml(table(tv={"sigma": 0.02}, beta3={"stages": [{"ratio": 1.0}, {"beta": 3.0}]})))
+    rows = {r.name: r for r in load_settings(path, "sr2", 0.01).rows}
+    # What varies the SRM makes no sense here.
+    assert set(rows) == {r["name"] for r in TINY["row"]} - {"beta3-scaled"}
+    assert {r.problem.problem for r in rows.values()} == {"sr2"}
+    assert {n: r.problem.sigma for n, r in rows.items()} == {n: 0.02 if n == "tv" else 0.01 for n in rows}
+    for row in rows.values():
+        for chain in row.chains:
+            assert [(s.config["problem"], s.config["sigma"]) for s in chain.stages] == [("sr2", 0.01)] * len(
+                chain.stages
+            )
+    assert [r.problem.problem for r in load_settings(path).rows] == ["cs"] * len(TINY["row"])
+    path.write_text(to_toml({**TINY, "problem": {"problem": "sr2", "ratio": 0.3}}))
+    with pytest.raises(InputError, match=r"\[problem\]: ratio must be left out for problem 'sr2'"):
+        load_settings(path)
+
+
 def test_selection_brings_what_a_row_begins_from() -> None:
     found = parse(TINY)
     assert [r.name for r in found.select(("beta3-scaled",)).rows] == ["beta1", "beta3", "beta3-scaled"]
@@ -549,6 +568,17 @@ def test_a_stop_leaves_checkpoints_and_no_process(shell: Shell) -> None:
     assert load_checkpoint(log.with_name("last.safetensors"))[1]["step"] == steps
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_a_reproduction_of_another_problem(shell: Shell) -> None:
+    done = shell.run("--rows", "tv,beta1", "--problem", "inpaint", "--sigma", "0.01", report=True)
+    assert done.returncode == 0, done.stderr
+    results = shell.results()
+    assert set(results) == {"tv", "beta1"} and all(r["problem"]["problem"] == "inpaint" for r in results.values())
+    assert results["beta1"]["ratio"] == 1.0 and results["tv"]["psnr_mean"] > 15.0
+    text = (shell.folder / "out/report.html").read_text(encoding="utf-8")
+    assert "Measurements of" in text and ">Worst: " in text
+    assert shell.run("--rows", "tv", "--problem", "nonsense").returncode == 2
 
 
 def test_two_reproductions_refuse_each_other(shell: Shell) -> None:

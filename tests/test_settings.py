@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import deepreg_fast as dr
 from deepreg_fast.errors import InputError
-from deepreg_fast.evaluation.compare import Problem
+from deepreg_fast.evaluation.compare import Experiment
 from deepreg_fast.experiments import parse
 from deepreg_fast.training import BaselineConfig, BilevelConfig, TrainConfig
 
@@ -24,7 +24,9 @@ from .test_cli import Run, _run
 __all__ = ["_run"]
 
 WRONG = [None, True, "false", "60", 5, 0.5, [], [1], {}, {"a": 1}, math.nan, math.inf, -1, "a\0b"]
-FIELDS = [(c, f.name) for c in (BilevelConfig, BaselineConfig, Problem, dr.PGDOptions) for f in dataclasses.fields(c)]
+FIELDS = [
+    (c, f.name) for c in (BilevelConfig, BaselineConfig, Experiment, dr.PGDOptions) for f in dataclasses.fields(c)
+]
 
 
 @pytest.mark.parametrize(("cls", "name"), FIELDS)

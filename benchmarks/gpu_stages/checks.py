@@ -165,7 +165,7 @@ def precision(stage: Stage) -> None:
 def _errors(stage: Stage, p: Any) -> None:
     from deepreg_fast.bench.ceilings import tf32
     from deepreg_fast.bench.peers import BestTorch
-    from deepreg_fast.bench.problem import double
+    from deepreg_fast.bench.workload import double
 
     reg, x, v = p.regularizer(), p.images(1)[0], p.images(2)[0]
     exact = chain_products(double(reg).linearize(x.double()), v.double())
@@ -190,8 +190,8 @@ def _errors(stage: Stage, p: Any) -> None:
 
 
 def _solved(stage: Stage, p: Any, name: str) -> None:
-    from deepreg_fast.bench.problem import under
     from deepreg_fast.bench.solver_cases import MU, true_residual
+    from deepreg_fast.bench.workload import under
     from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
 
     xs, bs = p.images(1), [0.1 * b for b in p.images(2)]

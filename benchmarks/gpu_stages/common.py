@@ -170,9 +170,9 @@ def _target(mode: str) -> Any:
 
 def problem(stage: Stage, batch: int = 256, side: int = 180, norm: str = "pixel") -> Any:
     """The benchmark's problem on the stage's device."""
-    from deepreg_fast.bench import Problem
+    from deepreg_fast.bench import Workload
 
-    return Problem(stage.batch(batch), stage.side(side), 16, 3, norm, target=target(stage))
+    return Workload(stage.batch(batch), stage.side(side), 16, 3, norm, target=target(stage))
 
 
 class Kernels:
@@ -222,7 +222,7 @@ class Kernels:
         )
 
     def _under(self, f: Callable[[], Any]) -> Any:
-        from deepreg_fast.bench.problem import under
+        from deepreg_fast.bench.workload import under
 
         return under(self.backend, f)
 

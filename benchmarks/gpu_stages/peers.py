@@ -112,9 +112,9 @@ def _launch_ours(stage: Stage, name: str, norm: str) -> None:
 
 def _unchecked(p: Any) -> Any:
     """The problem without its float64 results."""
-    from deepreg_fast.bench import Problem
+    from deepreg_fast.bench import Workload
 
-    class Unchecked(Problem):
+    class Unchecked(Workload):
         """A problem that computes no float64 results."""
 
         def exactly(self, f: Any, *tensors: torch.Tensor) -> torch.Tensor:

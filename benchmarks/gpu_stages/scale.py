@@ -36,7 +36,7 @@ def _freed(stage: Stage) -> None:
 
 def _work(stage: Stage, batch: int, side: int) -> dict[str, Callable[[], torch.Tensor]]:
     """Calls of the kernels on `batch` images, each returning one tensor."""
-    from deepreg_fast.bench.problem import under
+    from deepreg_fast.bench.workload import under
 
     p = problem(stage, batch, side)
     ours, reg, A = p.target.ours, p.regularizer(), p.operator()

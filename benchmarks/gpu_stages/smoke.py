@@ -75,7 +75,7 @@ def _chain(
 ) -> None:
     """Value, gradient, linearization and both products of one network."""
     from deepreg_fast.backend import active_images
-    from deepreg_fast.bench.problem import under
+    from deepreg_fast.bench.workload import under
 
     channels, depth, norm, head = network
     images, rows, columns = size
@@ -134,7 +134,7 @@ def _tv(stage: Stage, name: str, channels: int, active: bool = False) -> None:
     """Value, gradient, linearization and Hessian-vector product of both sizes."""
     import deepreg_fast as dr
     from deepreg_fast.backend import active_images
-    from deepreg_fast.bench.problem import under
+    from deepreg_fast.bench.workload import under
 
     kernels, reg = Kernels(stage), dr.TV(1e-2)
 
@@ -178,7 +178,7 @@ Inputs = Callable[..., torch.Tensor]
 
 def _vectors(stage: Stage, name: str, f: Callable[[Inputs, Inputs], dict[str, Any]]) -> None:
     """Compare `f` of random images and numbers, computed by the kernels, with torch and float64."""
-    from deepreg_fast.bench.problem import under
+    from deepreg_fast.bench.workload import under
 
     images, rows, columns = (3, 9, 11) if stage.mode == "dry" else SIZES[0]
 
@@ -329,7 +329,7 @@ def _operators() -> dict[str, Family]:
 
 def _operator(stage: Stage, name: str, transform: str, shape: tuple[int, int, int]) -> None:
     import deepreg_fast as dr
-    from deepreg_fast.bench.problem import under
+    from deepreg_fast.bench.workload import under
 
     A = dr.SRM(shape, 0.2, transform=transform, randomizer="both").to(stage.device)
     g = torch.Generator().manual_seed(4)
@@ -380,7 +380,7 @@ def _problem(stage: Stage) -> tuple[Any, Any, torch.Tensor]:
 def _solve(stage: Stage, name: str, method: str) -> None:
     """Compare the solution with that of the same solve in float64, within the tolerance."""
     import deepreg_fast as dr
-    from deepreg_fast.bench.problem import under
+    from deepreg_fast.bench.workload import under
     from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
 
     reg, A, x = _problem(stage)
@@ -407,7 +407,7 @@ def _solve(stage: Stage, name: str, method: str) -> None:
 
 def _hypergradient(stage: Stage, name: str) -> None:
     import deepreg_fast as dr
-    from deepreg_fast.bench.problem import under
+    from deepreg_fast.bench.workload import under
 
     reg, A, x = _problem(stage)
     max_iterations = 3 if stage.mode == "stand-in" else 400
@@ -431,7 +431,7 @@ def _hypergradient(stage: Stage, name: str) -> None:
 def _custom_operators(stage: Stage, name: str) -> None:
     """`dr.ops` under autograd."""
     import deepreg_fast as dr
-    from deepreg_fast.bench.problem import under
+    from deepreg_fast.bench.workload import under
 
     reg, A, x = _problem(stage)
 

@@ -142,7 +142,7 @@ def _loops(stage: Stage, images: int) -> None:
     """Time one iteration of CG and one round of PGD, as the difference of two lengths, with and without graphs."""
     import deepreg_fast as dr
     from deepreg_fast.batched import graphs
-    from deepreg_fast.bench.problem import under
+    from deepreg_fast.bench.workload import under
     from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
 
     p = problem(stage, images)

@@ -6,16 +6,16 @@ from .cases import CASES
 from .ceilings import Ceilings
 from .machine import Bounds, bounds, describe
 from .peers_learned import check as check_learned_regularizers
-from .problem import Problem
 from .runner import Result, cases_of, measure, run
 from .target import TARGETS, Target
 from .timing import Ratio, Timing, interleave, ratio
+from .workload import Workload
 
 __all__ = [
     "CASES",
     "Bounds",
     "Ceilings",
-    "Problem",
+    "Workload",
     "TARGETS",
     "Ratio",
     "Result",

@@ -10,9 +10,9 @@ import torch
 from ..operators import SRM
 from ..regularizers import RED
 from . import counts, peers
-from .problem import Case, Problem, double, timed_under, under
 from .solver_cases import cg, recovery, step
 from .timing import Timed
+from .workload import Case, Workload, double, timed_under, under
 
 
 def _jax(reg: RED) -> tuple[peers.Jax | None, dict[str, str]]:
@@ -22,7 +22,7 @@ def _jax(reg: RED) -> tuple[peers.Jax | None, dict[str, str]]:
     return None, {"jax": reason}
 
 
-def gradient(p: Problem) -> Case:
+def gradient(p: Workload) -> Case:
     """`grad r(x)`."""
     reg, xs = p.regularizer(), p.images(1)
     best, func = peers.BestTorch(reg), peers.func_grad(reg)
@@ -52,7 +52,7 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
 
 
-def hvp(p: Problem) -> Case:
+def hvp(p: Workload) -> Case:
     """`hess r(x) v` at a fixed point."""
     reg, x, vs = p.regularizer(), p.images(1)[0], p.images(2)
     ours, reference = (under(b, lambda: reg.linearize(x)) for b in (p.target.ours, "reference"))
@@ -72,7 +72,7 @@ def hvp(p: Problem) -> Case:
     return Case("hvp", candidates, exact, counts.sweep_flops(p), moved, missing=missing)
 
 
-def theta(p: Problem) -> Case:
+def theta(p: Workload) -> Case:
     """`d/dtheta <grad r(x), v>`."""
     reg, x, vs = p.regularizer(), p.images(1)[0], p.images(2)
     ours, reference = (under(b, lambda: reg.linearize(x)) for b in (p.target.ours, "reference"))
@@ -100,7 +100,7 @@ PRODUCTS: dict[str, tuple[Product, int]] = {
 """The timed products of an SRM, and their numbers of transforms."""
 
 
-def srm_case(p: Problem, transform: str, name: str, product: Product) -> Case:
+def srm_case(p: Workload, transform: str, name: str, product: Product) -> Case:
     """One product of an SRM, compared with torch's and with a copy of the image."""
     A, xs = p.operator(transform), p.images(3)
     A64 = copy.deepcopy(A).double()
@@ -116,8 +116,8 @@ def srm_case(p: Problem, transform: str, name: str, product: Product) -> Case:
     return Case(f"{transform} {name}", candidates, exact, 0.0, counts.image_bytes(p, 2), others=others)
 
 
-def _srm(transform: str) -> Callable[[Problem], Iterator[Case]]:
-    def cases(p: Problem) -> Iterator[Case]:
+def _srm(transform: str) -> Callable[[Workload], Iterator[Case]]:
+    def cases(p: Workload) -> Iterator[Case]:
         for name, (product, transforms) in PRODUCTS.items():
             case = srm_case(p, transform, name, product)
             if transform == "dct":
@@ -144,16 +144,16 @@ def _add_scipy(case: Case, xs: list[torch.Tensor], transforms: int) -> None:
     case.candidates[name], case.others[name] = dctn, exact
 
 
-def one(f: Callable[[Problem], Case]) -> Callable[[Problem], Iterator[Case]]:
+def one(f: Callable[[Workload], Case]) -> Callable[[Workload], Iterator[Case]]:
     """A table entry with a single case."""
 
-    def cases(p: Problem) -> Iterator[Case]:
+    def cases(p: Workload) -> Iterator[Case]:
         yield f(p)
 
     return cases
 
 
-CASES: dict[str, Callable[[Problem], Iterator[Case]]] = {
+CASES: dict[str, Callable[[Workload], Iterator[Case]]] = {
     "gradient": one(gradient),
     "hvp": one(hvp),
     "theta": one(theta),

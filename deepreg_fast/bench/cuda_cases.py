@@ -14,22 +14,22 @@ from ..functional.walsh import walsh_blocks
 from ..inverse.hypergradient import AdjointOptions, solve_adjoint
 from . import cases, counts, peers, peers_cuda
 from .ceilings import tf32
-from .problem import Case, Problem, double, timed_under, under
 from .solver_cases import MU, cg, recovery, step, true_residual
 from .timing import Timed
+from .workload import Case, Workload, double, timed_under, under
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 GRAPH, TF32 = "ours, replayed graph", "torch, best in TF32"
 
 
-def gradient(p: Problem) -> Case:
+def gradient(p: Workload) -> Case:
     """`grad r(x)`."""
     case = cases.gradient(p)
     _in_tf32(case)
     return _finished(p, case, counts.gradient(p))
 
 
-def linearize(p: Problem) -> Case:
+def linearize(p: Workload) -> Case:
     """`grad r(x)` and the saved activations for later products."""
     reg, xs = p.regularizer(), p.images(1)
     best, reg64 = peers.BestTorch(reg), double(reg)
@@ -42,7 +42,7 @@ def linearize(p: Problem) -> Case:
     return _finished(p, Case("linearize", candidates, exact), counts.linearize(p))
 
 
-def hvp(p: Problem) -> Case:
+def hvp(p: Workload) -> Case:
     """`hess r(x) v` at a fixed point."""
     case, reg, x, vs = cases.hvp(p), p.regularizer(), p.images(1)[0], p.images(2)
     _in_tf32(case)
@@ -56,18 +56,18 @@ def hvp(p: Problem) -> Case:
     return _finished(p, case, counts.hvp(p))
 
 
-def theta(p: Problem) -> Case:
+def theta(p: Workload) -> Case:
     """`d/dtheta <grad r(x), v>`."""
     return _finished(p, cases.theta(p), counts.theta(p))
 
 
-def _srm(transform: str) -> Callable[[Problem], Iterator[Case]]:
+def _srm(transform: str) -> Callable[[Workload], Iterator[Case]]:
     products: dict[str, tuple[cases.Product, int]] = {
         **cases.PRODUCTS,
         "normal": (lambda op, x, y: op.normal(x), 2),
     }
 
-    def found(p: Problem) -> Iterator[Case]:
+    def found(p: Workload) -> Iterator[Case]:
         A = p.operator(transform)
         for name, (product, transforms) in products.items():
             case = cases.srm_case(p, transform, name, product)
@@ -80,7 +80,7 @@ def _srm(transform: str) -> Callable[[Problem], Iterator[Case]]:
     return found
 
 
-def _fast_walsh(case: Case, p: Problem, block: int, times: int) -> None:
+def _fast_walsh(case: Case, p: Workload, block: int, times: int) -> None:
     name, reason = "fast_hadamard_transform", peers_cuda.why_no_fast_walsh(block)
     if reason is not None:
         case.missing[name] = reason
@@ -92,7 +92,7 @@ def _fast_walsh(case: Case, p: Problem, block: int, times: int) -> None:
     _alone(case, p, name, lambda x: peers_cuda.fast_walsh(x, block), exact, times)
 
 
-def _alone(case: Case, p: Problem, name: str, transform: Transform, exact: Transform, times: int) -> None:
+def _alone(case: Case, p: Workload, name: str, transform: Transform, exact: Transform, times: int) -> None:
     """Add a peer that computes only the product's transform, applied once or twice."""
     xs = p.images(3)
 
@@ -105,7 +105,7 @@ def _alone(case: Case, p: Problem, name: str, transform: Transform, exact: Trans
     case.candidates[name], case.others[name] = p.turns(repeated, xs), [repeated(x.double(), exact) for x in xs]
 
 
-def cg_iteration(p: Problem, steps: int = 16) -> Case:
+def cg_iteration(p: Workload, steps: int = 16) -> Case:
     """CG with a fixed number of iterations, compared with its Hessian and operator products alone, to show the rest.
 
     In float32 no image stagnates within these iterations, so all images are active to the end.
@@ -165,7 +165,7 @@ def _in_tf32(case: Case) -> None:
     case.notes[TF32] = "torch's default for convolutions; the others compute in float32"
 
 
-def _finished(p: Problem, case: Case, count: counts.Count) -> Case:
+def _finished(p: Workload, case: Case, count: counts.Count) -> Case:
     """Add the counts, and our kernel as a replayed graph."""
     case.flops, case.bytes, case.least = count.flops, count.moved, count.least
     try:
@@ -175,7 +175,7 @@ def _finished(p: Problem, case: Case, count: counts.Count) -> Case:
     return case
 
 
-CUDA_CASES: dict[str, Callable[[Problem], Iterator[Case]]] = {
+CUDA_CASES: dict[str, Callable[[Workload], Iterator[Case]]] = {
     "gradient": cases.one(gradient),
     "linearize": cases.one(linearize),
     "hvp": cases.one(hvp),

@@ -13,12 +13,12 @@ from .cases import CASES, told
 from .ceilings import Ceilings
 from .cuda_cases import CUDA_CASES
 from .machine import Bounds
-from .problem import Case, Problem, flat
 from .target import Target
 from .timing import CONTROL, PLANTED, Ratio, Timing, cold, interleave
+from .workload import Case, Workload, flat
 
 EPS = 2.0**-23
-Table = Mapping[str, Callable[[Problem], Iterator[Case]]]
+Table = Mapping[str, Callable[[Workload], Iterator[Case]]]
 
 
 @dataclass
@@ -87,7 +87,7 @@ def cases_of(target: Target) -> Table:
 
 
 def run(
-    problem: Problem,
+    problem: Workload,
     names: Iterable[str] | None = None,
     rounds: int = 21,
     say: Callable[[str], None] = lambda _: None,
@@ -168,7 +168,7 @@ def _blank(*values: float | None) -> list[str]:
 
 
 def to_json(
-    results: Iterable[Result], problem: Problem, bounds: Bounds | Ceilings, machine: dict[str, object]
+    results: Iterable[Result], problem: Workload, bounds: Bounds | Ceilings, machine: dict[str, object]
 ) -> dict[str, object]:
     """All results as JSON values."""
     return {

@@ -18,8 +18,8 @@ from ..regularizers.lipschitz import beta_hat
 from ..solvers import PGDOptions
 from . import peers, peers_deepinv, peers_learned
 from .calibrate import Setting, loosest
-from .problem import Case, Problem, double, flat, timed_under, under
 from .timing import Timed
+from .workload import Case, Workload, double, flat, timed_under, under
 
 MU = 0.1
 # Tolerances of the float64 results, two orders below those of the candidates. Tighter ones take minutes.
@@ -27,7 +27,7 @@ TIGHT = PGDOptions(5000, 1e-6, "anderson")
 TIGHT_ADJOINT = AdjointOptions("cg", 2000, 1e-6)
 
 
-def cg(p: Problem) -> Case:
+def cg(p: Workload) -> Case:
     """The adjoint system to a true residual of 1e-4, which is checked in float64 for every result."""
     xs, bs = p.images(1), [0.1 * b for b in p.images(2)]
     reg, x = p.solvable(xs, 0.9), xs[0]
@@ -57,7 +57,7 @@ def cg(p: Problem) -> Case:
 
 
 def true_residual(
-    p: Problem, reg: RED, A: SRM, x: torch.Tensor, bs: list[torch.Tensor]
+    p: Workload, reg: RED, A: SRM, x: torch.Tensor, bs: list[torch.Tensor]
 ) -> Callable[[torch.Tensor, int], float]:
     """`||b - H gamma|| / ||b||` of the worst image, with products in float64."""
     reg64, A64 = double(reg), copy.deepcopy(A).double()
@@ -69,7 +69,7 @@ def true_residual(
     return lambda answer, k: float(p.exactly(relative, x, answer.reshape(x.shape), bs[k]).max())
 
 
-def recovery(p: Problem) -> Case:
+def recovery(p: Workload) -> Case:
     """`recover` from a cold start by the paper's method, plain proximal gradient descent, to a tolerance of 1e-3."""
     xs = p.images(5)
     reg, A, options = p.solvable(xs, 1.2), p.operator(), PGDOptions(500, 1e-3)
@@ -95,7 +95,7 @@ def recovery(p: Problem) -> Case:
     return case
 
 
-def step(p: Problem) -> Case:
+def step(p: Workload) -> Case:
     """One training step: a recovery from a cold start, gamma, the gradients, the penalty's ascent.
 
     Results are checked against the gradients at the float64 solution. LearnedRegularizers, which has no penalty, is
@@ -141,7 +141,7 @@ def step(p: Problem) -> Case:
     return case
 
 
-def backends(p: Problem) -> tuple[tuple[str, str], ...]:
+def backends(p: Workload) -> tuple[tuple[str, str], ...]:
     """Names of the candidates that are backends of this package, with their backends."""
     return ("ours", p.target.ours), ("torch, reference", "reference")
 
@@ -188,7 +188,7 @@ def _reached(case: Case, name: str, setting: Setting) -> bool:
 
 
 def _add_learned(  # noqa: PLR0913 - the problem in its parts
-    case: Case, p: Problem, reg: RED, A: SRM, xs: list[torch.Tensor], exact: list[torch.Tensor], target: float
+    case: Case, p: Workload, reg: RED, A: SRM, xs: list[torch.Tensor], exact: list[torch.Tensor], target: float
 ) -> None:
     """Add LearnedRegularizers with the loosest tolerances that reach `target`: first the recovery's, then MINRES'."""
     name, path = peers_learned.NAME, p.learned_regularizers

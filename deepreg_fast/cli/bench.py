@@ -50,7 +50,7 @@ def bench(  # noqa: PLR0913 - one argument an option
     import torch
 
     from .. import checks
-    from ..bench import Problem, check_learned_regularizers, run
+    from ..bench import Workload, check_learned_regularizers, run
     from ..bench.runner import to_json
     from ..bench.target import TARGETS
     from ..files import make_folder
@@ -68,7 +68,7 @@ def bench(  # noqa: PLR0913 - one argument an option
         torch.set_num_threads(threads)
     target = TARGETS[device]()
     names = _names(cases, target)
-    problem = Problem(batch, size, channels, depth, norm, learned_regularizers=learned_path, target=target)
+    problem = Workload(batch, size, channels, depth, norm, learned_regularizers=learned_path, target=target)
     if out is not None:
         # Created before anything is timed, so that minutes of work are not lost if the folder cannot be created.
         make_folder(out)

@@ -8,31 +8,50 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DeviceOption, use_device
+from .options import DeviceOption, ProblemOption, use_device
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the run.")] = Path("demo-report"),
     steps: Annotated[int, typer.Option(help="Training steps.")] = 250,
     size: Annotated[int, typer.Option(help="Side of the held-out images.")] = 128,
+    problem: ProblemOption = "cs",
+    sigma: Annotated[
+        float | None,
+        typer.Option(
+            help="Standard deviation of the measurement noise [default: 0 for cs, else 2.55/255].", show_default=False
+        ),
+    ] = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Train a small regularizer on photographs, recover held-out ones, compare with TV and with shipped weights, and
-    write an HTML report."""
+    write an HTML report.
+
+    Examples:
+
+    deepreg-fast demo
+
+    deepreg-fast demo --problem deblur-gaussian --out deblurring
+    """
     from .. import checks
-    from ..experiments.demo import BEST, TRAINED, run_demo
+    from ..experiments.demo import NOISE, TRAINED, run_demo
+    from ..problem import Problem
     from ..terminal import table, width
 
     checks.integer(steps, "--steps", 1)
     checks.integer(size, "--size", 64, 300)
-    outcome = run_demo(out, steps, size, device=str(use_device(device)))
+    noise = (0.0 if problem == "cs" else NOISE) if sigma is None else sigma
+    described = Problem(problem, sigma=noise)
+    outcome = run_demo(out, steps, size, device=str(use_device(device)), problem=described)
     rows = [
         (name, f"{f['psnr_mean']:.2f} dB", f"{f['psnr_median']:.2f} dB", f"{f['ssim_mean']:.3f}")
         for name, f in outcome.results.items()
     ]
     print(table(("method", "PSNR mean", "median", "SSIM"), rows, columns=width(sys.stdout)))
     print(f"The regularizer trained here in {outcome.seconds:.0f} s reaches {_against(outcome.results[TRAINED])}.")
-    print(f"The best shipped weights, {BEST.removeprefix('shipped ')}, reach {_against(outcome.results[BEST])}.")
+    print(
+        f"The shipped weights {outcome.best.removeprefix('shipped ')} reach {_against(outcome.results[outcome.best])}."
+    )
     print(f"The report is in {outcome.report.resolve()}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..evaluation.compare import Method
+    from ..evaluation.compare import Experiment, Method
 
 
 def evaluate(  # noqa: PLR0913 - one argument for each option of the command line
@@ -90,54 +91,67 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
 
     deepreg-fast evaluate --weights cs5-ridge-net --problem deblur-gaussian --sigma 0.01 --tune-mu
     """
+    from ..evaluation.compare import Experiment
+
     checks.integer(limit, "--limit", 0)
     checks.integer(crop, "--crop", 0)
     checks.integer(validation, "--validation", 1)
     split = _split(data, split)
     if out is not None:
         _check_out(out, data, split, weights or [])
-    settings = {k: v for k, v in locals().items() if k not in ("weights", "out", "as_json")}
+    experiment = Experiment(
+        problem, ratio, transform, randomizer, keep_dc, operator_seed, sigma, data, split, crop, validation
+    )
+    recovery = {"acceleration": acceleration, "tolerance": tolerance, "max_iterations": max_iterations}
+    chosen = {"limit": limit, "tune_on": tune_on, "tune": tune, "tune_mu": tune_mu, "device": str(use_device(device))}
+    text = json.dumps(_compare(experiment, weights or [], recovery, chosen))
+    if out is not None:
+        write_atomically(out, text.encode())
+    print(text) if as_json else _table(json.loads(text))
 
-    from ..evaluation.compare import Method, Problem, measure
+
+def _compare(
+    experiment: Experiment, weights: list[str], recovery: dict[str, Any], chosen: dict[str, Any]
+) -> dict[str, Any]:
+    """Results by method, and the settings under "settings"."""
+    from ..evaluation.compare import Method, measure
     from ..evaluation.compare import evaluate as compare
     from ..evaluation.tuning import tune_mu as tuned
     from ..evaluation.tuning import tuned_tv
     from ..weights.io import load
 
-    torch_device = use_device(device)
-    settings["device"] = str(torch_device)
-    measured_by = Problem(
-        data, split, transform, randomizer, operator_seed, sigma, ratio, crop, validation, keep_dc, problem
-    )
-    measured = measure(measured_by, torch_device, limit, tune_on)
+    device = chosen["device"]
+    measured = measure(experiment, device, chosen["limit"], chosen["tune_on"])
     tuning = measured.x_tuning, measured.y_tuning, measured.A
-    loaded = [(source, *load(source)) for source in weights or []]
+    loaded = [(source, *load(source)) for source in weights]
     methods = [Method("adjoint"), Method("minimum_norm")]
     # Each method is tuned, then run.
     with Pulse("evaluate", 2 * (3 + len(loaded)), "parts") as pulse:
         pulse.done(2, "tuning tv")
         methods.append(tuned_tv(*tuning))
         for source, reg, meta in loaded:
-            options = pgd_options(meta, acceleration, max_iterations=max_iterations, tolerance=tolerance)
-            method = Method(_name(source, meta, methods), reg.to(torch_device), default_mu(meta, sigma), options)
+            options = pgd_options(meta, **recovery)
+            mu = default_mu(meta, experiment.sigma)
+            method = Method(_name(source, meta, methods), reg.to(device), mu, options)
             pulse.done(text=f"tuning {method.name}")
             # Only bi-level training learns mu.
             bilevel = meta.get("method") == "bilevel"
-            if tune_mu or (tune and not bilevel):
+            if chosen["tune_mu"] or (chosen["tune"] and not bilevel):
                 method = tuned(method, *tuning)
             elif bilevel:
-                _tell(method, unlike_training(meta, problem, ratio=ratio, sigma=sigma))
+                _tell(method, unlike_training(meta, experiment))
             methods.append(method)
         pulse.done()
         result: dict[str, Any] = dict(compare(methods, measured.x, measured.y, measured.A, pulse.done))
-    # Record the options that came from the weight files.
-    for option in ("acceleration", "max_iterations"):
-        settings[option] = {m.name: getattr(m.options, option) for m in methods if m.reg is not None}
-    result["settings"] = {**settings, "images": list(measured.names)}
-    text = json.dumps(result)
-    if out is not None:
-        write_atomically(out, text.encode())
-    print(text) if as_json else _table(result)
+    # The options of the recoveries come from the command line or from the weight files.
+    solved = {
+        option: {m.name: getattr(m.options, option) for m in methods if m.reg is not None}
+        for option in ("acceleration", "max_iterations")
+    }
+    described = asdict(experiment)
+    described["crop"], described["validation"] = described.pop("test_crop"), described.pop("tuning")
+    result["settings"] = {**described, **chosen, **recovery, **solved, "images": list(measured.names)}
+    return result
 
 
 def _split(data: str, split: str) -> str:

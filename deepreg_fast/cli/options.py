@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from .. import checks
+from ..problem import FIELDS, PROBLEM_HELP, Problem
 from ..weights.cards import card_of
 
 if TYPE_CHECKING:
@@ -28,13 +29,7 @@ AccelerationOption = Annotated[
     ),
 ]
 
-ProblemOption = Annotated[
-    str,
-    typer.Option(
-        help="cs (an SRM), denoise, deblur-gaussian, deblur-motion, sr2, sr3, inpaint, fourier, the picture of a blur "
-        "kernel, or a JSON file with an operator's description."
-    ),
-]
+ProblemOption = Annotated[str, typer.Option(help=PROBLEM_HELP)]
 KeepDcOption = Annotated[
     bool | None,
     typer.Option(
@@ -80,19 +75,17 @@ def pgd_options(meta: dict[str, Any], acceleration: str, max_iterations: int, **
     return PGDOptions(max_iterations=max_iterations or recovery.get("max_iterations", LIMIT), **others)
 
 
-def unlike_training(meta: dict[str, Any], problem_name: str = "cs", **problem: float) -> str:
-    """Text that lists the values of `problem`, such as `ratio` and `sigma`, that differ by more than 1 % from those of
-    the training. Empty if none differs or the file does not contain them."""
+def unlike_training(meta: dict[str, Any], problem: Problem) -> str:
+    """Text that lists what of a problem differs from the training's: its name, or the ratio of cs and sigma by more
+    than 1 %. Empty if nothing differs or the file does not contain it."""
     trained = _trained(meta)
-    trained_name = trained.get("problem", "cs")
-    if problem_name != trained_name:
-        return f"problem {problem_name} instead of {trained_name}"
-    if problem_name != "cs":
-        problem.pop("ratio", None)
+    name = trained.get("problem", "cs")
+    if problem.problem != name:
+        return f"problem {problem.problem} instead of {name}"
     differences = [
-        (k, trained[k], v)
-        for k, v in problem.items()
-        if isinstance(trained.get(k), (int, float)) and not math.isclose(v, trained[k], rel_tol=0.01)
+        (k, trained[k], getattr(problem, k))
+        for k in (("ratio", "sigma") if name == "cs" else ("sigma",))
+        if isinstance(trained.get(k), (int, float)) and not math.isclose(getattr(problem, k), trained[k], rel_tol=0.01)
     ]
     return ", ".join(f"{k} {value:g} instead of {trained_value:g}" for k, trained_value, value in differences)
 
@@ -115,6 +108,9 @@ def command_from(config: type, body: Callable[..., None], extra: list[inspect.Pa
     It calls `body(fields, **extras)` with the fields that the user set.
     """
     hints = get_type_hints(config)
+    # The folders first, then the problem, then the rest as declared.
+    first = ("out", "data", "split", *FIELDS)
+    ordered = sorted(dataclasses.fields(config), key=lambda f: first.index(f.name) if f.name in first else len(first))
     parameters = [
         inspect.Parameter(
             f.name,
@@ -125,7 +121,7 @@ def command_from(config: type, body: Callable[..., None], extra: list[inspect.Pa
                 typer.Option(help=f"{f.metadata.get('help', '')} [default: {_shown(f.default)}]", show_default=False),
             ],
         )
-        for f in dataclasses.fields(config)
+        for f in ordered
     ]
 
     def command(**values: Any) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..operators import LinearOperator
+    from ..problem import Problem
     from ..regularizers.base import Regularizer
     from ..solvers import Solution
 
@@ -74,8 +75,10 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     from ..inverse.measurements import load_measurements
     from ..inverse.problem import build_operator, operator_measuring
     from ..inverse.recovery import recover as solve
+    from ..problem import Problem
     from ..weights.io import load, locate
 
+    described = Problem(problem, ratio, transform, randomizer, keep_dc, operator_seed, sigma)
     torch_device = use_device(device)
     way_out = "name another --out or rename the source"
     # Checked before anything is computed, so that minutes of work are not lost.
@@ -88,17 +91,15 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     A: LinearOperator
     if source.suffix.lower() in (".npz", ".safetensors"):
         y, A, noise = load_measurements(source)
-        kind = A.describe()["kind"]
-        problem = "cs" if kind == "srm" else kind
+        described = _described(A, noise)
     else:
         picture, noise = load_image(source)[None], sigma
         shape = (1, picture.shape[-2], picture.shape[-1])
-        options = {"ratio": ratio, "transform": transform, "randomizer": randomizer, "keep_dc": keep_dc}
         if measured:
-            A = operator_measuring(problem, shape, seed=operator_seed, **options)
+            A = operator_measuring(described, shape)
             y = picture
         else:
-            A = build_operator(problem, shape, seed=operator_seed, **options)
+            A = build_operator(described, shape)
             y, truth = add_noise(A.A(picture), sigma, seed=1), picture
     names = [source.stem] if len(y) == 1 else [f"{source.stem}_{i:03d}" for i in range(len(y))]
     check_outputs([out / f"{n}{s}" for n in names for s in (".npy", ".png")] + summary_files, [source], way_out)
@@ -107,7 +108,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     y, truth = _as_weights(reg, y, truth)
     if lam is None and mu is None:
         mu = default_mu(meta, noise)
-        if differs := unlike_training(meta, problem, ratio=A.measurements / math.prod(A.image_shape), sigma=noise):
+        if differs := unlike_training(meta, described):
             typer.echo(f"The weights were trained for another problem (here {differs}); mu is {mu:.2g}.", err=True)
     if lam is not None and not noise > 0:
         raise InputError("--lam needs noisy measurements (mu = lam sigma^2), but sigma is 0; give --mu instead.")
@@ -126,6 +127,16 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
         quality = f", {row['psnr']:.2f} dB" if "psnr" in row else ""
         typer.echo(f"image {i}: {row['status']} after {row['iterations']} iterations{quality}. {row['advice']}")
     typer.echo(f"Written to {out}; mu was {weight:.2g}.")
+
+
+def _described(A: LinearOperator, sigma: float) -> Problem:
+    """The problem of a measurement file."""
+    from ..problem import Problem
+
+    kind = A.describe()["kind"]
+    if kind == "srm":
+        return Problem(ratio=A.measurements / math.prod(A.image_shape), sigma=sigma)
+    return Problem(kind, sigma=sigma)
 
 
 def _as_weights(

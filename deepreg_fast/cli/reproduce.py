@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..problem import PROBLEM_HELP
 from .options import DeviceOption
 
 
@@ -17,6 +18,13 @@ def reproduce(  # noqa: PLR0913 - one argument for each option of the command li
     out: Annotated[Path, typer.Option(help="Folder of the reproduction.")] = Path("reproduction"),
     settings: Annotated[str, typer.Option(help="bsd400, quick, ledger, or a TOML file.")] = "bsd400",
     quick: Annotated[bool, typer.Option("--quick", help="The settings 'quick': minutes, on embedded images.")] = False,
+    problem: Annotated[
+        str, typer.Option(help=f"{PROBLEM_HELP} Default: what the settings name.", show_default=False)
+    ] = "",
+    sigma: Annotated[
+        float | None,
+        typer.Option(help="Standard deviation of the noise; default: what the settings name.", show_default=False),
+    ] = None,
     rows: Annotated[str, typer.Option(help="Only these rows, separated by commas, and those they begin from.")] = "",
     group: Annotated[str, typer.Option(help="Only the rows of this group: paper, beyond or ledger.")] = "",
     workers: Annotated[int, typer.Option(help="Processes at a time; 0: one a core, or one on a GPU.")] = 0,
@@ -25,7 +33,11 @@ def reproduce(  # noqa: PLR0913 - one argument for each option of the command li
 ) -> None:
     """Train and evaluate every row of a table, and write the table and a report. Run the same command again to resume.
 
-    Example: deepreg-fast reproduce --data BSD400 --out reproduction
+    Examples:
+
+    deepreg-fast reproduce --data BSD400 --out reproduction
+
+    deepreg-fast reproduce --quick --problem inpaint --sigma 0.01 --out inpainting
     """
     from .. import checks
     from ..errors import InputError
@@ -38,7 +50,7 @@ def reproduce(  # noqa: PLR0913 - one argument for each option of the command li
     checks.integer(workers, "--workers", 0)
     if data and data != "embedded" and same_file(out, Path(data)):
         raise InputError(f"--out must be another folder than --data, but both are {data}; name another one.")
-    parsed = load_settings("quick" if quick else settings)
+    parsed = load_settings("quick" if quick else settings, problem, sigma)
     outcome = run(
         parsed.with_data(data) if data else parsed,
         out,

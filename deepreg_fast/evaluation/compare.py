@@ -21,7 +21,7 @@ from ..inverse.hypergradient import initial_point
 from ..inverse.problem import build_operator
 from ..inverse.recovery import recover
 from ..operators import LinearOperator
-from ..operators.srm import RANDOMIZERS, TRANSFORMS
+from ..problem import Problem
 from ..regularizers import TV
 from ..regularizers.base import Regularizer
 from ..solvers import PGDOptions, Solution
@@ -31,54 +31,42 @@ from .metrics import psnr, ssim
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A measurement problem: images, operator and noise.
+class Experiment(Problem):
+    """A measurement problem and the images that it measures.
 
-    Attributes
+    Parameters
     ----------
+    problem, ratio, transform, randomizer, keep_dc, operator_seed, sigma
+        As in `Problem`.
     data : str
         Folder of images, or "embedded".
     split : str
         JSON split file or "bsd400", whose test part is evaluated. If empty, all images except the tuning images are.
-    transform, randomizer, operator_seed, ratio, keep_dc
-        Options of the SRM.
-    sigma : float
-        Standard deviation of the measurement noise.
     test_crop : int
         Side of the center crop of all images; 0 for no crop.
     tuning : int
         Number of training images on which mu is tuned.
-    problem : str
-        A name or a file, as for `build_operator`; "cs" takes the options of the SRM.
+
+    Raises
+    ------
+    InputError
+        If a value is invalid.
     """
 
     data: str = "embedded"
     split: str = ""
-    transform: str = "dct"
-    randomizer: str = "sign"
-    operator_seed: int = 0
-    sigma: float = 0.0
-    ratio: float = 0.2
     test_crop: int = 0
     tuning: int = 6
-    keep_dc: bool | None = None
-    problem: str = "cs"
 
     def __post_init__(self) -> None:
-        checks.plain_fields(self)
-        checks.fields_typed(self)
-        checks.choice(self.transform, "transform", TRANSFORMS)
-        checks.choice(self.randomizer, "randomizer", RANDOMIZERS)
-        checks.integer(self.operator_seed, "operator_seed", 0)
-        checks.number(self.sigma, "sigma", 0.0)
-        checks.number(self.ratio, "ratio", 0.0, 1.0, open_low=True)
+        super().__post_init__()
         checks.integer(self.test_crop, "test_crop", 0)
         checks.integer(self.tuning, "tuning", 1)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A problem's operator, its test images `x` `[N, 1, H, W]` with their `names` and measurements `y`, one per
+    """An experiment's operator, its test images `x` `[N, 1, H, W]` with their `names` and measurements `y`, one per
     row, and the tuning images with their measurements."""
 
     A: LinearOperator
@@ -89,25 +77,17 @@ class Measured:
     y_tuning: torch.Tensor
 
 
-def measure(problem: Problem, device: torch.device | str = "cpu", limit: int = 0, tune_on: str = "") -> Measured:
+def measure(experiment: Experiment, device: torch.device | str = "cpu", limit: int = 0, tune_on: str = "") -> Measured:
     """Load the images and measure them on the CPU, so that the numbers do not depend on the device.
 
     `limit` is the number of test images; 0 for all. For `tune_on`, see `evaluation_images`.
     """
-    test, tuning = evaluation_images(problem, tune_on)
+    test, tuning = evaluation_images(experiment, tune_on)
     if checks.integer(limit, "limit", 0):
         test = ImageSet(test.names[:limit], test.x[:limit])
-    A = build_operator(
-        problem.problem,
-        test.shape,
-        ratio=problem.ratio,
-        transform=problem.transform,
-        randomizer=problem.randomizer,
-        seed=problem.operator_seed,
-        keep_dc=problem.keep_dc,
-    )
-    y = add_noise(A.A(test.x), problem.sigma, seed=1)
-    y_tuning = add_noise(A.A(tuning), problem.sigma, seed=2)
+    A = build_operator(experiment, test.shape)
+    y = add_noise(A.A(test.x), experiment.sigma, seed=1)
+    y_tuning = add_noise(A.A(tuning), experiment.sigma, seed=2)
     x, y, tuning, y_tuning = (t.to(device) for t in (test.x, y, tuning, y_tuning))
     return Measured(A.to(device), test.names, x, y, tuning, y_tuning)
 
@@ -116,7 +96,7 @@ def measure(problem: Problem, device: torch.device | str = "cpu", limit: int = 0
 _CROP = "--crop (test_crop)"
 
 
-def evaluation_images(problem: Problem, tune_on: str = "") -> tuple[ImageSet, torch.Tensor]:
+def evaluation_images(experiment: Experiment, tune_on: str = "") -> tuple[ImageSet, torch.Tensor]:
     """Test images and tuning images `[M, 1, H, W]`, which are disjoint. Tuning images come from the training part, or
     from the folder `tune_on` ("embedded" for scikit-image's photographs), cropped to the size of the test images.
 
@@ -127,7 +107,7 @@ def evaluation_images(problem: Problem, tune_on: str = "") -> tuple[ImageSet, to
     InputError
         If a folder without split leaves no test image, or `tune_on` is the data folder.
     """
-    data, crop, count = problem.data, problem.test_crop, problem.tuning
+    data, crop, count = experiment.data, experiment.test_crop, experiment.tuning
     if data == "embedded":
         train, test = embedded_images(crop or 96)
         tuning = train.x[:: max(1, len(train.x) // count)][:count]
@@ -135,8 +115,8 @@ def evaluation_images(problem: Problem, tune_on: str = "") -> tuple[ImageSet, to
     if tune_on and same_file(Path(tune_on), Path(data)):
         raise InputError(f"--tune-on must be another folder than --data, but both are {data}; name another one.")
     size = crop or None
-    if problem.split:
-        names = load_split(problem.split)
+    if experiment.split:
+        names = load_split(experiment.split)
         test = load_folder(data, size, names.test, _CROP)
         pool = names.train
     else:

@@ -14,18 +14,31 @@ from typing import Any
 
 from .. import checks
 from ..errors import InputError
-from ..evaluation.compare import Problem
+from ..evaluation.compare import Experiment
+from ..problem import FIELDS, SRM_OPTIONS
 from ..solvers import PGDOptions
 from .settings import GROUPS, METHODS, OF_MACHINE, TEXTS, TRAINED, Chain, Row, Settings, Stage, in_order
 
 SHIPPED = ("bsd400", "quick", "ledger")
-# Keys of a row that describe its problem, and keys that describe its training.
-_OF_PROBLEM = ("ratio", "transform", "randomizer", "operator_seed", "sigma", "keep_dc")
+# Keys of a row that describe its training; those of its problem are `FIELDS`.
 _TRAINING_KEYS = ("train", "stages", "init", "weights", "choose")
 
 
-def load_settings(name: str | Path) -> Settings:
+def load_settings(name: str | Path, problem: str = "", sigma: float | None = None) -> Settings:
     """Settings of a TOML file, or shipped ones by name: "bsd400", "quick", "ledger".
+
+    Parameters
+    ----------
+    name : str or Path
+    problem : str
+        Replaces the problem of all rows. For a problem other than "cs", rows that vary the SRM are left out, with the
+        rows that start from them, and so are the SRM's options elsewhere.
+    sigma : float, optional
+        Replaces the noise of [problem]. Rows that set their own keep it.
+
+    Returns
+    -------
+    Settings
 
     Raises
     ------
@@ -43,15 +56,45 @@ def load_settings(name: str | Path) -> Settings:
                 f"({error})."
             ) from error
     try:
-        return parse(tomllib.loads(text))
+        return parse(_with_problem(tomllib.loads(text), problem, sigma))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError(f"{name} must be a TOML file, but is not one: {error}.") from error
+
+
+def _with_problem(tables: dict[str, Any], problem: str, sigma: float | None) -> dict[str, Any]:
+    """The tables with another problem (see `load_settings`). What is not a table is left to `parse`."""
+    general, rows = tables.get("problem", {}), tables.get("row", [])
+    if not isinstance(general, dict) or not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+        return tables
+    general = dict(general)
+    if problem:
+        general["problem"] = problem
+        rows = [{k: v for k, v in r.items() if k != "problem"} for r in rows]
+    if sigma is not None:
+        general["sigma"] = sigma
+    if problem not in ("", "cs"):
+        general = {k: v for k, v in general.items() if k not in SRM_OPTIONS}
+        dropped = {r.get("name") for r in rows if any(k in r for k in SRM_OPTIONS)}
+        while more := {r.get("name") for r in rows if {r.get("init"), r.get("weights")} & dropped} - dropped:
+            dropped |= more
+        rows = [_without_srm(r, dropped) for r in rows if r.get("name") not in dropped]
+    return {**tables, "problem": general, "row": rows}
+
+
+def _without_srm(row: dict[str, Any], dropped: set[Any]) -> dict[str, Any]:
+    """The row without options of the SRM in its stages, and without a comparison to a row that was left out."""
+    row = {k: v for k, v in row.items() if k != "compare" or v not in dropped}
+    if isinstance(row.get("stages"), list):
+        row["stages"] = [
+            {k: v for k, v in s.items() if k not in SRM_OPTIONS} if isinstance(s, dict) else s for s in row["stages"]
+        ]
+    return row
 
 
 def parse(found: Mapping[str, Any]) -> Settings:
     """Settings from the tables `problem`, `defaults` and `row` of a TOML file, with every configuration checked."""
     _only(found, ("problem", "defaults", "row"), "The settings")
-    problem = _made(Problem, _table(found.get("problem", {}), "[problem]"), "[problem]")
+    problem = _made(Experiment, _table(found.get("problem", {}), "[problem]"), "[problem]")
     defaults = _table(found.get("defaults", {}), "[defaults]")
     _only(defaults, tuple(TRAINED), "[defaults]")
     for method, values in defaults.items():
@@ -92,32 +135,32 @@ def _made(cls: Any, values: dict[str, Any], where: str) -> Any:
         raise InputError(f"{where} must hold numbers and texts of the right kind, but: {error}.") from error
 
 
-def _config(method: str, problem: Problem, values: dict[str, Any], where: str) -> dict[str, Any]:
+def _config(method: str, problem: Experiment, values: dict[str, Any], where: str) -> dict[str, Any]:
     """All settings of a training except those of the machine, checked."""
     for key in values:
-        if key in OF_MACHINE or key in (*_OF_PROBLEM, "split"):
+        if key in OF_MACHINE or key in (*FIELDS, "split"):
             raise InputError(
                 f"{where} must not set {key!r}: the problem's settings stand in [problem], in the row or in a stage "
                 "before its last, those of the machine on the command line."
             )
     cls = TRAINED[method][1]
-    merged = {k: getattr(problem, k) for k in (*_OF_PROBLEM, "split")} | {"validation": problem.tuning} | values
+    merged = {k: getattr(problem, k) for k in (*FIELDS, "split")} | {"validation": problem.tuning} | values
     config = dataclasses.asdict(_made(cls, merged, where))
     return {k: v for k, v in config.items() if k not in OF_MACHINE}
 
 
-def _row(given: dict[str, Any], problem: Problem, defaults: dict[str, Any]) -> Row:
+def _row(given: dict[str, Any], problem: Experiment, defaults: dict[str, Any]) -> Row:
     """Parse one row."""
     name = given.get("name")
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise InputError(f"A [[row]] must have a name of a-z, 0-9 and hyphens, but has {name!r}.")
     where = f"Row {name!r}"
-    _only(given, ("name", "method", "poster", "tune", "recovery", *TEXTS, *_OF_PROBLEM, *_TRAINING_KEYS), where)
+    _only(given, ("name", "method", "poster", "tune", "recovery", *TEXTS, *FIELDS, *_TRAINING_KEYS), where)
     method = given.get("method")
     if method not in METHODS:
         raise InputError(f"{where}: method must be one of {', '.join(METHODS)}, but is {method!r}.")
     row_problem = _made(
-        Problem, {**dataclasses.asdict(problem), **{k: given[k] for k in _OF_PROBLEM if k in given}}, where
+        Experiment, {**dataclasses.asdict(problem), **{k: given[k] for k in FIELDS if k in given}}, where
     )
     chains = _chains(given, method, row_problem, dict(defaults.get(method, {})), where)
     texts: dict[str, Any] = {k: given[k] for k in TEXTS if k in given}
@@ -141,7 +184,7 @@ def _row(given: dict[str, Any], problem: Problem, defaults: dict[str, Any]) -> R
 
 
 def _chains(
-    given: dict[str, Any], method: str, problem: Problem, base: dict[str, Any], where: str
+    given: dict[str, Any], method: str, problem: Experiment, base: dict[str, Any], where: str
 ) -> tuple[Chain, ...]:
     """The trainings of a row."""
     keys = [k for k in _TRAINING_KEYS if k in given]
@@ -173,8 +216,8 @@ def _chains(
             stage_name = f"{where}, stage {i + 1}" if part else where
             stage_values = dict(_table(stage, stage_name))
             # The last stage trains for the row's problem; earlier stages may use easier ones.
-            problem_values = {k: stage_values.pop(k) for k in _OF_PROBLEM if k in stage_values and i + 1 < len(stages)}
-            stage_problem = _made(Problem, {**dataclasses.asdict(problem), **problem_values}, stage_name)
+            problem_values = {k: stage_values.pop(k) for k in FIELDS if k in stage_values and i + 1 < len(stages)}
+            stage_problem = _made(Experiment, {**dataclasses.asdict(problem), **problem_values}, stage_name)
             config = _config(method, stage_problem, {**train, **stage_values, **values}, stage_name)
             parsed_stages.append(Stage("/".join(p for p in (folder, part) if p), config))
         chains.append(Chain(values, tuple(parsed_stages)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ _GRADIENTS = 2 * ITERATIONS + 20
 _PIECE = {"cpu": 5, "cuda": 64}
 
 
-class _Kept(dict[str, float]):
+class _SavedScores(dict[str, float]):
     """Scores that are saved to a file as they are computed."""
 
     def __init__(self, path: Path) -> None:
@@ -63,6 +64,14 @@ class Scorer:
         self.problem: Measured = measure(row.problem, device)
         self.kept = folder.row(row) / f"parts-{self._fingerprint()}"
 
+    @property
+    def ratio(self) -> float:
+        """Measurements per pixel."""
+        if self.row.problem.problem == "cs":
+            return self.row.problem.ratio
+        A = self.problem.A
+        return A.measurements / math.prod(A.image_shape)
+
     def _sources(self) -> list[tuple[Chain | None, Path]]:
         """Candidate weight files with their chains."""
         if self.row.weights:
@@ -72,7 +81,7 @@ class Scorer:
 
     def _fingerprint(self) -> str:
         """Hash of everything that the pieces depend on, so that no stale piece is used."""
-        digest = hashlib.sha256(repr((self.row.problem, self.row.tune, self.row.recovery)).encode())
+        digest = hashlib.sha256(repr((replace(self.row.problem, data=""), self.row.tune, self.row.recovery)).encode())
         for _, path in self._sources():
             digest.update(path.read_bytes())
         digest.update(self.problem.x.cpu().numpy().tobytes())
@@ -120,7 +129,7 @@ class Scorer:
             return _Candidate(Method(row.method), -np.inf, None, {})
         tuning = problem.x_tuning, problem.y_tuning, problem.A
         if row.method == "tv":
-            scores = _Kept(self.kept / "scores.json")
+            scores = _SavedScores(self.kept / "scores.json")
             method = tuned_tv(*tuning, scores=scores)
             method = replace(method, options=replace(method.options, **row.recovery))
             return _Candidate(method, max(scores.values()), None, {})
@@ -128,7 +137,7 @@ class Scorer:
         for i, (chain, path) in enumerate(self._sources()):
             reg, meta = load(path)
             method = Method(row.method, reg.to(self.device), float(meta["mu"]), PGDOptions(**row.recovery))
-            tuner = Tuner(*tuning, scores=_Kept(self.kept / f"scores-{i}.json"))
+            tuner = Tuner(*tuning, scores=_SavedScores(self.kept / f"scores-{i}.json"))
             for setting in (*row.tune, *(["mu"] if "scale" in row.tune and "mu" in row.tune else [])):
                 method = tuner.mu(method) if setting == "mu" else tuner.scale(method)
             candidates.append(_Candidate(method, tuner.score(method), chain, meta))

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import checks
 from ..errors import InputError
-from ..evaluation.compare import Problem
+from ..evaluation.compare import Experiment
 from ..training import (
     AdversarialTrainer,
     BaselineConfig,
@@ -75,7 +75,7 @@ class Row:
 
     name: str
     method: str
-    problem: Problem
+    problem: Experiment
     label: str = ""
     group: str = "paper"
     poster: dict[str, float] | None = None
@@ -177,11 +177,11 @@ def changes(old: Row, new: Row) -> list[str]:
         # Settings that the older file does not contain take their default values.
         before, after = (d.get(key, _default(new, key)) for d in (a, b))
         if before != after:
-            differences.append(f"{_told(new, key)}: {before!r} -> {after!r}")
+            differences.append(f"{_place(new, key)}: {before!r} -> {after!r}")
     return differences
 
 
-def _told(row: Row, key: str) -> str:
+def _place(row: Row, key: str) -> str:
     """A key as in the settings file: without chain and stage if there is only one."""
     match = re.fullmatch(r"chains\.(\d+)\.stages\.(\d+)\.config\.(\w+)", key)
     if match is None:
@@ -231,12 +231,14 @@ def in_order(rows: tuple[Row, ...]) -> list[Row]:
     return list(done.values())
 
 
-def _row_from(found: dict[str, Any]) -> Row:
+def _row_from(stored: dict[str, Any]) -> Row:
     """A row from its JSON object."""
     chains = tuple(
-        Chain(c["values"], tuple(Stage(s["folder"], s["config"]) for s in c["stages"])) for c in found["chains"]
+        Chain(c["values"], tuple(Stage(s["folder"], s["config"]) for s in c["stages"])) for c in stored["chains"]
     )
-    return Row(**{**found, "problem": Problem(**found["problem"]), "chains": chains, "tune": tuple(found["tune"])})
+    return Row(
+        **{**stored, "problem": Experiment(**stored["problem"]), "chains": chains, "tune": tuple(stored["tune"])}
+    )
 
 
 def _with_data(row: Row, data: str) -> Row:

@@ -106,7 +106,7 @@ def score(folder: Folder, settings: Settings, row: Row, job: Job) -> None:
         results = scorer.result()
     head = {
         **{k: getattr(row, k) for k in ("name", "label", "group", "method", "poster", "init", "weights", "recovery")},
-        "ratio": row.problem.ratio,
+        "ratio": scorer.ratio,
         "problem": dataclasses.asdict(row.problem),
         **{k: getattr(row, k) or None for k in ("compare", "setting", "unstated")},
         "value": row.value if row.compare else None,

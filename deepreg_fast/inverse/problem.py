@@ -23,46 +23,26 @@ from ..operators import (
     gaussian_kernel,
     motion_kernel,
 )
+from ..problem import PROBLEMS, Problem
 
 Shape = tuple[int, int, int]
 
-PROBLEMS: dict[str, str] = {
-    "cs": "compressive sensing by a structurally random matrix",
-    "denoise": "white noise alone",
-    "deblur-gaussian": "blur by a Gaussian of 25 x 25 pixels, standard deviation 1.6, circular",
-    "deblur-motion": "blur by a line of 30 pixels at 45 degrees, circular",
-    "sr2": "Gaussian blur as in deblur-gaussian, then every second pixel",
-    "sr3": "the same with every third pixel",
-    "inpaint": "a random half of the pixels",
-    "fourier": "a quarter of the frequencies, more of the low ones",
-}
-"""The named problems, each with a description."""
 
-
-def build_operator(  # noqa: PLR0913 - the settings of an SRM
-    problem: str,
-    image_shape: Shape,
-    *,
-    ratio: float = 0.2,
-    transform: str = "dct",
-    randomizer: str = "sign",
-    seed: int = 0,
-    keep_dc: bool | None = None,
-) -> LinearOperator:
+def build_operator(problem: Problem | str, image_shape: Shape) -> LinearOperator:
     """The operator of a problem for images of a shape.
 
     Parameters
     ----------
-    problem : str
-        A name of `PROBLEMS`; an image file (.png, .tif, ...), taken as the kernel of a circular blur after division by
-        its sum; or a .json file with the description of an operator without `image_shape`, such as `{"kind": "blur",
-        "kernel": [[0.25, 0.5, 0.25]], "boundary": "reflect"}`. There a kernel or mask may be a list of rows, or the
-        name of an image file next to the .json file.
+    problem : Problem or str
+        Or the name of a problem with default options. A name is one of `PROBLEMS`; an image file (.png, .tif, ...),
+        taken as the kernel of a circular blur after division by its sum; or a .json file with the description of an
+        operator without `image_shape`, such as `{"kind": "blur", "kernel": [[0.25, 0.5, 0.25]], "boundary":
+        "reflect"}`. There a kernel or mask may be a list of rows, or the name of an image file next to the .json file.
     image_shape : (C, H, W)
-    ratio, transform, randomizer, keep_dc
-        Of the SRM of "cs"; other problems do not use them.
-    seed : int
-        Of the SRM and of the random masks.
+
+    Returns
+    -------
+    LinearOperator
 
     Raises
     ------
@@ -71,22 +51,24 @@ def build_operator(  # noqa: PLR0913 - the settings of an SRM
     DataError
         If the file cannot be read.
     """
-    if problem == "cs":
-        return SRM(image_shape, ratio, transform=transform, randomizer=randomizer, seed=seed, keep_dc=keep_dc)
-    if problem in PROBLEMS:
-        return _NAMED[problem](image_shape, seed)
-    path = Path(problem)
+    p = Problem(problem) if isinstance(problem, str) else problem
+    if p.problem == "cs":
+        options = {"transform": p.transform, "randomizer": p.randomizer, "keep_dc": p.keep_dc}
+        return SRM(image_shape, p.ratio, seed=p.operator_seed, **options)
+    if p.problem in PROBLEMS:
+        return _NAMED[p.problem](image_shape, p.operator_seed)
+    path = Path(p.problem)
     if not path.is_file():
         raise InputError(
-            f"problem must be one of {', '.join(PROBLEMS)}, or a .json or image file, but is {problem!r}, and there is "
-            "no such file."
+            f"problem must be one of {', '.join(PROBLEMS)}, or a .json or image file, but is {p.problem!r}, and there "
+            "is no such file."
         )
     if path.suffix.lower() != ".json":
         return Blur(image_shape, _kernel(path))
     return _described(path, image_shape)
 
 
-def operator_measuring(problem: str, measurement_shape: Shape, **options: Any) -> LinearOperator:
+def operator_measuring(problem: Problem | str, measurement_shape: Shape) -> LinearOperator:
     """The operator of a problem whose measurements are pictures of this shape, such as a blurred photograph.
 
     A picture of a kernel means a blur with "valid" boundaries here: the recovered image is larger than the measurements
@@ -98,15 +80,16 @@ def operator_measuring(problem: str, measurement_shape: Shape, **options: Any) -
         If the problem has no measurements of that shape.
     """
     c, h, w = measurement_shape
-    path = Path(problem)
-    if problem not in PROBLEMS and path.suffix.lower() != ".json" and path.is_file():
+    name = problem if isinstance(problem, str) else problem.problem
+    path = Path(name)
+    if name not in PROBLEMS and path.suffix.lower() != ".json" and path.is_file():
         # Beyond the edge of a photograph there is more of the world, and not its other side.
         kernel = _kernel(path)
         return Blur((c, h + kernel.shape[0] - 1, w + kernel.shape[1] - 1), kernel, "valid")
     shapes = [(c, h, w), *((c, s * h, s * w) for s in (2, 3, 4, 6, 8))]
     for shape in shapes:
         try:
-            A = build_operator(problem, shape, **options)
+            A = build_operator(problem, shape)
         except InputError:
             if shape == shapes[-1]:
                 raise
@@ -116,11 +99,11 @@ def operator_measuring(problem: str, measurement_shape: Shape, **options: Any) -
         if len(A.measurement_shape) == 3 and shape == shapes[0]:
             # Valid boundaries: the image is larger than its measurements by a constant.
             grown = (c, 2 * h - A.measurement_shape[1], 2 * w - A.measurement_shape[2])
-            B = build_operator(problem, grown, **options) if min(grown) > 0 else A
+            B = build_operator(problem, grown) if min(grown) > 0 else A
             if B.measurement_shape == measurement_shape:
                 return B
     raise InputError(
-        f"The measurements of problem {problem!r} must be a picture of {h} x {w} pixels, but no image size gives that; "
+        f"The measurements of problem {name!r} must be a picture of {h} x {w} pixels, but no image size gives that; "
         "save the measurements with save_measurements instead."
     )
 

@@ -15,10 +15,8 @@ from ..backend.reference import srm_key
 from ..errors import InputError, OperatorMismatch
 from ..functional import hadamard, walsh
 from ..functional import srm as definition
+from ..problem import RANDOMIZERS, TRANSFORMS
 from .base import Gamma, LinearOperator, register
-
-TRANSFORMS = ("dct", "hadamard", "walsh")
-RANDOMIZERS = ("sign", "permutation", "both")
 
 
 class SRM(LinearOperator):

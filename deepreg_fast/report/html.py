@@ -37,6 +37,7 @@ figcaption { font-size: .9rem; margin-top: .3rem; max-width: 50rem; }
 .grid figcaption { font-size: .82rem; line-height: 1.35; }
 .grid figcaption b { display: block; color: var(--ink); font-weight: 600; }
 .four { grid-template-columns: repeat(4, 1fr); max-width: 62rem; }
+.five { grid-template-columns: repeat(5, 1fr); max-width: 70rem; }
 .small { grid-template-columns: repeat(auto-fill, minmax(3.6rem, 1fr)); max-width: 40rem; }
 .sharp img { image-rendering: pixelated; }
 .bar { max-width: 20rem; } .bar img { height: .8rem; }
@@ -58,7 +59,7 @@ summary { cursor: pointer; color: var(--accent); }
 pre { overflow-x: auto; font-size: .85rem; }
 @media (max-width: 40rem) {
   body { padding: 1rem 1rem 3rem; } h1 { font-size: 1.4rem; }
-  .four { grid-template-columns: repeat(2, 1fr); }
+  .four, .five { grid-template-columns: repeat(2, 1fr); }
   td:first-child { min-width: 6.5rem; max-width: 8.5rem; } }
 """
 _NUMBER = re.compile(r"–?|[+−-]?\d[^a-z]*( (of \d+|s|min|h|×|dB))?")
@@ -123,8 +124,8 @@ class Report:
         self._parts.append(f'<div class="panels">{body}</div>' if panels else "")
 
     def pictures(self, pictures: Sequence[Picture], kind: str = "", sharp: bool = False) -> None:
-        """Add images in a grid. `kind` "four" makes four columns (two on a phone), "small" many. `sharp` disables
-        interpolation."""
+        """Add images in a grid. `kind` "four" or "five" makes so many columns (two on a phone), "small" many. `sharp`
+        disables interpolation."""
         cells = []
         for p in pictures:
             images = _image(p.uri, p.alt) + (_image(*p.beside) if p.beside[0] else "")

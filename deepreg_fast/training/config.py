@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .. import checks
+from ..checks import option
 from ..errors import InputError
+from ..problem import Problem
 
 REGULARIZERS = ("red", "ridge", "ridge+red")
 
@@ -19,14 +21,9 @@ UNSUPERVISED = ("sure", "noise2noise")
 DELTA_BALLS = ("sphere", "free")
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with its help text for the command line."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings shared by all trainings."""
+class TrainConfig(Problem):
+    """Settings shared by all trainings; the problem is what the images are recovered from."""
 
     out: str = option("runs/train", "Folder of the run: checkpoints, logs, weights.")
     data: str = option("embedded", "Folder of images, or 'embedded' for the ones that scikit-image carries.")
@@ -36,17 +33,6 @@ class TrainConfig:
     validation: int = option(10, "Images carved out of the training part for validation.")
     validation_crop: int = option(96, "Side of the centre crop of the validation images; 0 takes whole images.")
     validate_every: int = option(200, "Steps between two validations; 0 for none.")
-    problem: str = option(
-        "cs",
-        "Inverse problem: cs (an SRM), denoise, deblur-gaussian, deblur-motion, sr2, sr3, inpaint, fourier, or a file: "
-        "an image of a blur kernel, or an operator's description in JSON.",
-    )
-    ratio: float = option(0.2, "Measurements per pixel of the SRM.")
-    transform: str = option("dct", "Transform of the SRM: dct, hadamard or walsh.")
-    randomizer: str = option("sign", "Randomizer of the SRM: sign, permutation or both.")
-    keep_dc: bool | None = option(None, "Keep the SRM's coefficients of the means; none: for a permutation only.")
-    operator_seed: int = option(0, "Seed of the SRM.")
-    sigma: float = option(0.0, "Standard deviation of the measurement noise.")
     regularizer: str = option("red", "What is trained: red (the network), ridge (filters and profiles) or ridge+red.")
     channels: int = option(16, "Width of the network.")
     depth: int = option(3, "Number of convolutions.")
@@ -80,7 +66,7 @@ class TrainConfig:
         checks.plain_fields(self)
         # Checked first, because its error message lists the devices.
         checks.device_name(self.device)
-        checks.fields_typed(self)
+        super().__post_init__()
         for name in (
             "crop",
             "validation",
@@ -89,7 +75,6 @@ class TrainConfig:
             "warmup",
             "seed",
             "threads",
-            "operator_seed",
         ):
             checks.integer(getattr(self, name), name, 0)
         checks.choice(self.regularizer, "regularizer", REGULARIZERS)
@@ -107,10 +92,8 @@ class TrainConfig:
             checks.integer(getattr(self, name), name, low)
         checks.number(self.lr, "lr", 0.0, open_low=True)
         checks.number(self.final_lr, "final_lr", 0.0, 1.0)
-        checks.number(self.sigma, "sigma", 0.0)
         checks.number(self.clip, "clip", 0.0)
         checks.number(self.mu0, "mu0", 0.0, open_low=True)
-        checks.number(self.ratio, "ratio", 0.0, 1.0, open_low=True)
         checks.number(self.checkpoint_seconds, "checkpoint_seconds", 0.0)
 
     def chain(self) -> dict[str, Any]:

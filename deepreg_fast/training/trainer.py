@@ -303,9 +303,7 @@ class Trainer:
         }
 
     def _operator(self, size: tuple[int, int]) -> LinearOperator:
-        c = self.config
-        options = {"transform": c.transform, "randomizer": c.randomizer, "seed": c.operator_seed, "keep_dc": c.keep_dc}
-        return build_operator(c.problem, (1, *size), ratio=c.ratio, **options).to(self.device)
+        return build_operator(self.config, (1, *size)).to(self.device)
 
     # -- state ---------------------------------------------------------------------------------------------------
 

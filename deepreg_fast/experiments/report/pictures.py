@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ...errors import DeepRegError
-from ...evaluation.compare import Measured, Problem, measure
+from ...evaluation.compare import Experiment, Measured, measure
 from ...evaluation.metrics import psnr
 from ...inverse.hypergradient import initial_point
 from ...operators import SRM
@@ -115,11 +115,11 @@ def _scene(record: Record, best: Row) -> _Scene | str:
     return _Scene(test, recovered, scale)
 
 
-def _problem(record: Record, row: Row) -> Problem:
+def _problem(record: Record, row: Row) -> Experiment:
     """The problem of a row: from its settings if recorded, otherwise the problem shared by all rows."""
     row_problem = record.declared.get(row.name, {}).get("problem")
-    values = {**record.problem, "ratio": row.ratio, **(row_problem if isinstance(row_problem, dict) else {})}
-    return Problem(**{f.name: values[f.name] for f in fields(Problem) if f.name in values})
+    values = {**record.problem, **(row_problem if isinstance(row_problem, dict) else {"ratio": row.ratio})}
+    return Experiment(**{f.name: values[f.name] for f in fields(Experiment) if f.name in values})
 
 
 def _images(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -23,7 +23,7 @@ INPUTS = 3
 
 
 @dataclass(frozen=True)
-class Problem:
+class Workload:
     """Sizes: `batch` gray images of `size` x `size`; a conv chain of `depth` layers and `channels` channels."""
 
     batch: int = 8
