@@ -179,10 +179,10 @@ def chain_alteration(net: object) -> str | None:
             widths[i + 1],
         ):
             return "a convolution of another shape"
-    return _why_altered_norms(net, norms, widths[1])
+    return _norms_alteration(net, norms, widths[1])
 
 
-def _why_altered_norms(net: ConvChain, norms: list[nn.Module], channels: int) -> str | None:
+def _norms_alteration(net: ConvChain, norms: list[nn.Module], channels: int) -> str | None:
     dims = (1,) if net.norm == "pixel" else (1, 2, 3)
     for m in norms:
         if net.norm == "none":
