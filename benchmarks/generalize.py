@@ -27,7 +27,7 @@ import torch
 import deepreg_fast as dr
 from deepreg_fast.bench.machine import describe
 from deepreg_fast.cli.options import default_mu
-from deepreg_fast.data import carve_validation, centre_crop, load_folder, load_image, load_split
+from deepreg_fast.data import carve_validation, center_crop, load_folder, load_image, load_split
 from deepreg_fast.evaluation.compare import Method, evaluate
 from deepreg_fast.evaluation.tuning import tune_mu, tuned_tv
 from deepreg_fast.files import write_atomically
@@ -88,7 +88,7 @@ def photographs(size: tuple[int, int], count: int) -> torch.Tensor:
         image = load_image(Path(str(files("skimage"))) / "data" / name)
         if image.shape[-2] // 2 >= size[0] and image.shape[-1] // 2 >= size[1]:
             image = torch.nn.functional.avg_pool2d(image[None], 2)[0]
-        crops.append(centre_crop(image, size))
+        crops.append(center_crop(image, size))
     return torch.stack(crops)
 
 
@@ -100,7 +100,7 @@ class Images:
         self.count = count
         self.test = load_folder(folder, names=split.test[:: -(-len(split.test) // count)]).x
         validation = carve_validation(split.train, VALIDATION, 0)[1][:: -(-VALIDATION // tune_on)]
-        self.validation = centre_crop(load_folder(folder, names=validation).x, 96)
+        self.validation = center_crop(load_folder(folder, names=validation).x, 96)
 
     def of(self, case: Case) -> torch.Tensor:
         """The case's images `[N, 1, H, W]`."""

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from deepreg_fast.bench.machine import describe
-from deepreg_fast.data import ImageSet, carve_validation, centre_crop, load_folder, load_split
+from deepreg_fast.data import ImageSet, carve_validation, center_crop, load_folder, load_split
 from deepreg_fast.evaluation.compare import Method, evaluate, paired, run
 from deepreg_fast.evaluation.metrics import psnr
 from deepreg_fast.evaluation.tuning import tuned_tv
@@ -154,7 +154,7 @@ def images(options: argparse.Namespace) -> tuple[ImageSet, torch.Tensor]:
     split = load_split("bsd400")
     validation = carve_validation(split.train, VALIDATION, 0)[1][: options.tune_on]
     order = [name for k in range(5) for name in split.test[k::5]][: options.limit]
-    return load_folder(options.data, names=order), centre_crop(load_folder(options.data, names=validation).x, 96)
+    return load_folder(options.data, names=order), center_crop(load_folder(options.data, names=validation).x, 96)
 
 
 def timed(method: Method, x: torch.Tensor, A: SRM) -> dict[str, Any]:

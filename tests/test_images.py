@@ -173,7 +173,7 @@ def test_decompression_bomb_is_refused_from_its_header(tmp_path: Path, side: int
         data.load_image(path)
 
 
-def test_centre_crop(tmp_path: Path):
+def test_center_crop(tmp_path: Path):
     path = gray8(tmp_path / "a.png")
     x = data.load_image(path)
     assert torch.equal(data.load_image(path, 10), x[:, 5:15, 10:20])

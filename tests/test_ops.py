@@ -37,7 +37,7 @@ def _small(**options: Any) -> dr.RED:
 def _arguments(reg: dr.RED) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
     form = reg.conv_chain_form()
     assert form is not None
-    return [p.detach().clone().requires_grad_() for p in chain.parameters(form)], astuple(chain.spec_of(form))
+    return [p.detach().clone().requires_grad_() for p in form.parameters()], astuple(form.spec)
 
 
 def _close(ours: Any, theirs: Any, exact: Any) -> None:

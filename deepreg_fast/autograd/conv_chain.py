@@ -19,20 +19,20 @@ A call took 0.4 ms more than `reg.value_and_grad`, and 0.5 ms more with autograd
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, fields
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.function import Function
 
 from .. import backend
-from ..ambient import full_precision, outside_inference
+from ..ambient import full_precision
 from ..batched.linalg import expand
 from ..errors import InputError
-from ..functional.conv_chain import ConvChain, ConvChainForm, conv_chain, head_energy, per_image
+from ..functional.conv_chain import ConvChainForm, ConvChainSpec, per_image
+from .chain_energy import energy_of, pull_back, tangent_in_params, value_in_params
+from .chain_energy import linearize as _linearize
 from .library import (
     below_autograd,
     define,
@@ -40,106 +40,27 @@ from .library import (
     fold_vmap_dim,
     loop_vmap,
     reenable_autograd,
-    single_level,
     unfold_vmap_dim,
 )
+from .third_derivative import THIRD_DERIVATIVE, no_third_derivative_of
 
-_TAIL = "str head, str norm, float alpha, float center, float gain, float eps"
-_ENERGIES: OrderedDict[Any, ChainEnergy] = OrderedDict()
-_KEPT = 8
+# The operators take the fields of a `ConvChainSpec` as their last arguments.
+_SPEC_SCHEMA = ", ".join(f"{field.type} {field.name}" for field in fields(ConvChainSpec))
+
 Tensors = Sequence[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class ConvChainSpec:
-    """The settings of the energy, apart from its parameters."""
-
-    head: str
-    norm: str
-    alpha: float
-    center: float
-    gain: float
-    eps: float
-
-    def energy(self, x: torch.Tensor, params: Tensors) -> torch.Tensor:
-        """`r(x_b)` by the PyTorch definition, as a function of x and of the parameters."""
-        u = x - self.center
-        h = conv_chain(u, params, self.norm, self.gain, self.eps)
-        return 0.5 * self.alpha * per_image(u.square()) + head_energy(self.head, u, h)
-
-
-def parameters(form: ConvChainForm) -> list[torch.Tensor]:
-    """The network's tensors in the operators' order: weight and bias of each convolution, then of each LayerNorm."""
-    norms = [] if form.net.norm == "none" else list(form.net.norms)
-    return [t for m in (*form.net.convs, *norms) for t in (m.weight, m.bias)]  # type: ignore[misc]
-
-
-def spec_of(form: ConvChainForm) -> ConvChainSpec:
-    """The settings of the form."""
-    norm: Any = form.net.norms[0]
-    eps = 0.0 if form.net.norm == "none" else norm.eps
-    return ConvChainSpec(form.head, form.net.norm, form.alpha, form.center, form.net.gain, eps)
 
 
 def value_and_grad(form: ConvChainForm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`r(x_b)` `[B]` and `grad r(x_b)`, differentiable."""
-    spec = spec_of(form)
-    return _value_grad(x, parameters(form), spec.head, spec.norm, spec.alpha, spec.center, spec.gain, spec.eps)
-
-
-def _names(net: ConvChain) -> list[str]:
-    kinds = ("convs",) if net.norm == "none" else ("convs", "norms")
-    return [f"{k}.{i}.{n}" for k in kinds for i in range(len(getattr(net, k))) for n in ("weight", "bias")]
-
-
-class ChainEnergy(nn.Module):
-    """The energy defined by an operator's arguments, for the backends."""
-
-    def __init__(self, spec: ConvChainSpec, params: Tensors) -> None:
-        super().__init__()
-        depth = len(params) // 2 if spec.norm == "none" else (len(params) + 2) // 4
-        channels, image_channels, size = params[0].shape[:3]
-        self.net = ConvChain(channels, depth, spec.norm, size, spec.gain, spec.eps, image_channels)
-        self._form = ConvChainForm(self.net, spec.head, spec.alpha, spec.center)
-        self.names = [f"net.{n}" for n in _names(self.net)]
-        for name, p in zip(_names(self.net), params, strict=True):
-            kind, i, leaf = name.split(".")
-            setattr(getattr(self.net, kind)[int(i)], leaf, nn.Parameter(p.detach()))
-
-    def energy(self, x: torch.Tensor) -> torch.Tensor:
-        """`r(x_b)`, `[B]`."""
-        return self._form.energy(x)
-
-    def conv_chain_form(self) -> ConvChainForm:
-        """The form that kernels need."""
-        return self._form
-
-
-@outside_inference
-def _energy(spec: ConvChainSpec, params: Tensors) -> ChainEnergy:
-    """The energy of these arguments. The last few are cached with their parameters, so addresses are not reused."""
-    key = (spec, *((p.data_ptr(), p.shape, p.stride(), p.dtype, p.device) for p in params))
-    energy = _ENERGIES.pop(key, None)
-    if energy is None:
-        energy = ChainEnergy(spec, params)
-    _ENERGIES[key] = energy
-    while len(_ENERGIES) > _KEPT:
-        _ENERGIES.popitem(last=False)
-    return energy
-
-
-@outside_inference
-@full_precision
-def _linearize(spec: ConvChainSpec, x: torch.Tensor, params: Tensors) -> tuple[backend.Linearization, list[str]]:
-    energy = _energy(spec, params)
-    return backend.select(energy, x).linearize(energy, x.detach()), energy.names
+    spec = form.spec
+    return _value_grad(x, form.parameters(), spec.head, spec.norm, spec.alpha, spec.center, spec.gain, spec.eps)
 
 
 @full_precision
 def _compute_value_grad(x: torch.Tensor, params: list[torch.Tensor], *tail: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if x.shape[0] == 0:
         return _fake_value_grad(x)
-    energy, x = _energy(ConvChainSpec(*tail), params), x.detach()
+    energy, x = energy_of(ConvChainSpec(*tail), params), x.detach()
     with reenable_autograd():
         value, grad = backend.select(energy, x).value_and_grad(energy, x)
     return value, grad.contiguous()
@@ -168,13 +89,8 @@ def _compute_vjp(
         return [torch.zeros_like(t) for t in _fake_vjp(x, v, params, in_x, in_params)]
     with reenable_autograd():
         lin, names = _linearize(ConvChainSpec(*tail), x, params)
-        parts = _pull_back(lin, names, v.detach(), in_x, in_params)
+        parts = pull_back(lin, names, v.detach(), in_x, in_params)
     return [t.contiguous() for t in parts]
-
-
-def _pull_back(lin: Any, names: list[str], v: torch.Tensor, in_x: bool, in_params: bool) -> list[torch.Tensor]:
-    by_name = lin.param_vjp(v) if in_params else {}
-    return ([lin.hvp(v)] if in_x else []) + [by_name[n] for n in names if in_params]
 
 
 def _fake_vjp(
@@ -190,39 +106,6 @@ def _vmap_vjp(  # noqa: PLR0913 - the operation's arguments
         return loop_vmap(_vjp, info.batch_size, in_dims, (x, v, params, in_x, in_params, *tail))
     folded = [fold_vmap_dim(t, d, info.batch_size) for t, d in zip((x, v), in_dims[:2], strict=True)]
     return [unfold_vmap_dim(t, info.batch_size) for t in _vjp(*folded, params, in_x, in_params, *tail)], [0] * int(in_x)
-
-
-@full_precision
-def _value_in_params(
-    spec: ConvChainSpec, x: torch.Tensor, w: torch.Tensor, params: Tensors, of: list[int]
-) -> list[Any]:
-    """`sum_b w_b dr_b/dtheta` for the parameters `of`, None for the others, from the PyTorch definition."""
-
-    def total(*some: torch.Tensor) -> torch.Tensor:
-        all_params = list(params)
-        for i, p in zip(of, some, strict=True):
-            all_params[i] = p
-        return (w * spec.energy(x, all_params)).sum()
-
-    by_param: list[Any] = [None] * len(params)
-    some = torch.func.grad(total, argnums=tuple(range(len(of))))(*(params[i] for i in of))
-    for i, g in zip(of, some, strict=True):
-        by_param[i] = g
-    return by_param
-
-
-def _tangent_in_params(
-    spec: ConvChainSpec, x: torch.Tensor, params: Tensors, tangents: Tensors
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dr_b/dtheta t` and `dg/dtheta t` from the PyTorch definition: the derivatives in w and x of
-    `sum_i <d/dtheta_i sum_b w_b r_b(x), t_i>` at w = 1."""
-
-    def along(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        parts = _value_in_params(spec, x, w, params, list(range(len(params))))
-        return torch.stack([(p * t).sum() for p, t in zip(parts, tangents, strict=True)]).sum()
-
-    of_x, of_w = torch.func.grad(along, argnums=(0, 1))(x, x.new_ones(x.shape[0]))
-    return of_w, of_x
 
 
 def _flat_value_grad(x: torch.Tensor, params: list[torch.Tensor], *tail: Any) -> tuple[Any, ...]:
@@ -253,7 +136,7 @@ class _ValueGrad(Function):
         indices = [i for i, needed in enumerate(needs_params) if needed]
         terms: list[list[Any]] = []
         if w is not None:
-            by_params = _value_in_params(ctx.spec, x, w, params, indices) if indices else [None] * len(params)
+            by_params = value_in_params(ctx.spec, x, w, params, indices) if indices else [None] * len(params)
             terms.append([expand(w, grad) * grad if in_x else None, *by_params])
         if v is not None:
             parts = _products(ctx, x, v, params, bool(indices))
@@ -289,7 +172,7 @@ def _products(ctx: Any, x: torch.Tensor, v: torch.Tensor, params: Tensors, in_pa
         if ctx.linearized is None:
             ctx.linearized = _linearize(ctx.spec, x, params)
         lin, names = ctx.linearized
-        parts = _pull_back(lin, names, v, in_x, in_params)
+        parts = pull_back(lin, names, v, in_x, in_params)
     return ([] if in_x else [None]) + list(parts)
 
 
@@ -302,49 +185,10 @@ def _sum(terms: Sequence[Any]) -> Any:
     return sum(present[1:], start=present[0]) if present else None
 
 
-_THIRD_DERIVATIVE = (
-    "The kernels have the first and second derivatives of the regularizer, but this asks for one more (of a "
-    "Hessian-vector or parameter product in x or the parameters); detach x and the parameters where it is not wanted, "
-    "or differentiate reg.energy(x), torch's definition."
-)
-
-
-def _compute_undefined(like: torch.Tensor) -> torch.Tensor:
-    raise InputError(_THIRD_DERIVATIVE)
-
-
-def _vmap_undefined(info: Any, in_dims: tuple[Any, ...], like: torch.Tensor) -> Any:
-    return _compute_undefined(like)
-
-
-class _NoThirdDerivative(Function):
-    """The identity. It raises an error only when reverse mode differentiates through it."""
-
-    @staticmethod
-    def forward(t: torch.Tensor) -> torch.Tensor:
-        with below_autograd():
-            return t.view_as(t)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        return _no_third_derivative(ctx.saved_tensors[0])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return tangents[0].view_as(tangents[0])
-
-
-_no_third_derivative_of = single_level(_NoThirdDerivative)
-
-
 def _flat_vjp(
     x: torch.Tensor, v: torch.Tensor, params: list[torch.Tensor], in_x: bool, in_params: bool, *tail: Any
 ) -> tuple[Any, ...]:
-    return ConvChainSpec(*tail), in_x, in_params, _no_third_derivative_of(x), v, *map(_no_third_derivative_of, params)
+    return ConvChainSpec(*tail), in_x, in_params, no_third_derivative_of(x), v, *map(no_third_derivative_of, params)
 
 
 class _Vjp(Function):
@@ -378,7 +222,7 @@ class _Vjp(Function):
     def jvp(ctx: Any, _o: Any, _x: Any, _p: Any, tx: Any, tv: Any, *tangents: Any) -> Any:
         x, *params = ctx.saved_tensors
         if tx is not None or any(t is not None for t in tangents):
-            raise InputError(_THIRD_DERIVATIVE)
+            raise InputError(THIRD_DERIVATIVE)
         return tuple(_vjp(x, tv, params, ctx.in_x, ctx.in_params, *astuple(ctx.spec)))
 
 
@@ -386,7 +230,7 @@ class _Vjp(Function):
 def _compute_tangent(x: torch.Tensor, params: list[torch.Tensor], tangents: list[torch.Tensor], *tail: Any) -> Any:
     with reenable_autograd():
         detached = [[t.detach() for t in group] for group in (params, tangents)]
-        value, grad = _tangent_in_params(ConvChainSpec(*tail), x.detach(), *detached)
+        value, grad = tangent_in_params(ConvChainSpec(*tail), x.detach(), *detached)
     return value.contiguous(), grad.contiguous()
 
 
@@ -395,7 +239,7 @@ def _vmap_tangent(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
 
 
 def _flat_tangent(x: torch.Tensor, params: list[torch.Tensor], tangents: list[torch.Tensor], *tail: Any) -> Any:
-    return ConvChainSpec(*tail), _no_third_derivative_of(x), *map(_no_third_derivative_of, params), *tangents
+    return ConvChainSpec(*tail), no_third_derivative_of(x), *map(no_third_derivative_of, params), *tangents
 
 
 class _Tangent(Function):
@@ -419,7 +263,7 @@ class _Tangent(Function):
         w, v = cotangents
         terms = []
         if w is not None:
-            terms.append(_value_in_params(ctx.spec, x, w, params, list(range(len(params)))))
+            terms.append(value_in_params(ctx.spec, x, w, params, list(range(len(params)))))
         if v is not None:
             terms.append(_vjp(x, v, params, False, True, *astuple(ctx.spec)))
         total = [_sum(parts) for parts in zip(*terms, strict=True)]
@@ -429,28 +273,24 @@ class _Tangent(Function):
     def jvp(ctx: Any, _: Any, tx: Any, *rest: Any) -> Any:
         x, *params = ctx.saved_tensors
         if tx is not None or any(t is not None for t in rest[: len(params)]):
-            raise InputError(_THIRD_DERIVATIVE)
+            raise InputError(THIRD_DERIVATIVE)
         return _tangent(x, params, _filled(rest[len(params) :], params), *astuple(ctx.spec))
 
 
-# This is an operator because torch.compile traces every derivative in advance: it must fail only when it is run.
-_no_third_derivative = define(
-    "undefined(Tensor like) -> Tensor", _compute_undefined, lambda like: like.new_empty(like.shape), _vmap_undefined
-)
 _value_grad = define(
-    f"chain_value_grad(Tensor x, Tensor[] params, {_TAIL}) -> (Tensor, Tensor)",
+    f"chain_value_grad(Tensor x, Tensor[] params, {_SPEC_SCHEMA}) -> (Tensor, Tensor)",
     _compute_value_grad,
     _fake_value_grad,
     _vmap_value_grad,
 )
 _vjp = define(
-    f"chain_vjp(Tensor x, Tensor v, Tensor[] params, bool in_x, bool in_params, {_TAIL}) -> Tensor[]",
+    f"chain_vjp(Tensor x, Tensor v, Tensor[] params, bool in_x, bool in_params, {_SPEC_SCHEMA}) -> Tensor[]",
     _compute_vjp,
     _fake_vjp,
     _vmap_vjp,
 )
 _tangent = define(
-    f"chain_tangent(Tensor x, Tensor[] params, Tensor[] tangents, {_TAIL}) -> (Tensor, Tensor)",
+    f"chain_tangent(Tensor x, Tensor[] params, Tensor[] tangents, {_SPEC_SCHEMA}) -> (Tensor, Tensor)",
     _compute_tangent,
     _fake_value_grad,
     _vmap_tangent,

@@ -14,7 +14,7 @@ from .folder import (
     load_split,
     split_sha256,
 )
-from .images import MAX_PIXELS, centre_crop, load_image, png, save_image
+from .images import MAX_PIXELS, center_crop, load_image, png, save_image
 
 __all__ = [
     "AUGMENTATIONS",
@@ -27,7 +27,7 @@ __all__ = [
     "bsd400_registry",
     "bsd400_split",
     "carve_validation",
-    "centre_crop",
+    "center_crop",
     "download_bsd400",
     "embedded_images",
     "image_names",

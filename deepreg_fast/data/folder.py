@@ -77,7 +77,7 @@ def load_folder(
     path
         The folder. Hidden files and files without an image suffix are ignored.
     size
-        Take the center crop of this size from every image (`centre_crop`); None if all have the same shape.
+        Take the center crop of this size from every image (`center_crop`); None if all have the same shape.
     names
         Read only these files, in this order.
     option
@@ -96,7 +96,7 @@ def load_folder(
             first, other = (f"{t.shape[1]}x{t.shape[2]}" for t in (images[0], image))
             raise DataError(
                 f"Expected images of one shape in {folder}, but {chosen[0]} has {first} pixels and {name} has {other}; "
-                f"give a {option} to take the centre crop of each."
+                f"give a {option} to take the center crop of each."
             )
     return ImageSet(chosen, torch.stack(images))
 

@@ -41,7 +41,7 @@ def load_image(path: str | os.PathLike[str], size: Size = None, option: str = "s
     path
         A PNG, JPEG, TIFF, BMP, PGM, PPM or WebP file, recognized by its content, not its suffix.
     size
-        None for the whole image, an integer `n` for `n x n`, or `(height, width)`: see `centre_crop`.
+        None for the whole image, an integer `n` for `n x n`, or `(height, width)`: see `center_crop`.
     option
         Name of the option that sets the size, for the error message of an image that is too small.
 
@@ -60,10 +60,10 @@ def load_image(path: str | os.PathLike[str], size: Size = None, option: str = "s
         raise DataError(f"There is no image file {path}; check the name and the folder.") from None
     except PermissionError as error:
         raise DataError(f"The image file {path} cannot be read ({error.strerror}); check its permissions.") from error
-    return centre_crop(torch.from_numpy(gray)[None], size, str(path), option)
+    return center_crop(torch.from_numpy(gray)[None], size, str(path), option)
 
 
-def centre_crop(image: torch.Tensor, size: Size, name: str = "the image", option: str = "size") -> torch.Tensor:
+def center_crop(image: torch.Tensor, size: Size, name: str = "the image", option: str = "size") -> torch.Tensor:
     """The center `height x width` pixels of an image `[..., H, W]`, from row `(H - height) // 2` and column
     `(W - width) // 2`. Images are never scaled or padded.
 

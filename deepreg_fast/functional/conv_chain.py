@@ -7,8 +7,9 @@ SiLU. Zero padding preserves the size of images.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .unaltered import alteration, plain_numbers
 NORMS = ("none", "pixel", "image")
 NORM_PLACES = ("before", "after")
 HEADS = ("red", "residual", "norm")
+Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ChannelNorm(nn.Module):
@@ -120,10 +122,17 @@ class ConvChain(nn.Module):
                 f"Images must be at least {self.kernel_size} x {self.kernel_size} pixels, the reach of one "
                 f"convolution, but are {u.shape[-2]} x {u.shape[-1]}; use larger images or smaller filters."
             )
-        a = self.gain * u
-        for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
-            a = norm(F.silu(conv(a))) if self.norm_place == "after" else F.silu(norm(conv(a)))
-        return self.convs[-1](a) / self.gain
+        return _apply_layers(u, list(self.convs), list(self.norms), self.gain, self.norm_place)
+
+
+def _apply_layers(
+    u: torch.Tensor, convs: Sequence[Layer], norms: Sequence[Layer], gain: float, norm_place: str = "before"
+) -> torch.Tensor:
+    """`h(u)` from the functions of its layers."""
+    a = gain * u
+    for conv, norm in zip(convs[:-1], norms, strict=True):
+        a = norm(F.silu(conv(a))) if norm_place == "after" else F.silu(norm(conv(a)))
+    return convs[-1](a) / gain
 
 
 def check_channels(u: torch.Tensor, first: nn.Module) -> None:
@@ -170,10 +179,10 @@ def chain_alteration(net: object) -> str | None:
             widths[i + 1],
         ):
             return "a convolution of another shape"
-    return _why_altered_norms(net, norms, widths[1])
+    return _norms_alteration(net, norms, widths[1])
 
 
-def _why_altered_norms(net: ConvChain, norms: list[nn.Module], channels: int) -> str | None:
+def _norms_alteration(net: ConvChain, norms: list[nn.Module], channels: int) -> str | None:
     dims = (1,) if net.norm == "pixel" else (1, 2, 3)
     for m in norms:
         if net.norm == "none":
@@ -197,12 +206,32 @@ def conv_chain(u: torch.Tensor, params: Sequence[torch.Tensor], norm: str, gain:
     layers = list(zip(params[::2], params[1::2], strict=True))
     depth = len(layers) if norm == "none" else (len(layers) + 1) // 2
     dims = (1,) if norm == "pixel" else (1, 2, 3)
-    a = gain * u
-    for k, (weight, bias) in enumerate(layers[:depth]):
-        if k > 0:
-            a = F.silu(a if norm == "none" else channel_norm(a, *layers[depth + k - 1], dims, eps))
-        a = F.conv2d(a, weight, bias, padding=weight.shape[-1] // 2)
-    return a / gain
+    convs = [partial(F.conv2d, weight=w, bias=b, padding=w.shape[-1] // 2) for w, b in layers[:depth]]
+    norms = [partial(channel_norm, weight=w, bias=b, dims=dims, eps=eps) for w, b in layers[depth:]]
+    return _apply_layers(u, convs, norms or [_identity] * (depth - 1), gain)
+
+
+def _identity(u: torch.Tensor) -> torch.Tensor:
+    return u
+
+
+@dataclass(frozen=True)
+class ConvChainSpec:
+    """The settings of `r(x) = alpha/2 ||u||^2 + phi(u, h(u))`, `u = x - center`, apart from its parameters.
+
+    `phi` is as in `head_energy`. The tensors' shapes determine the depth, the widths and the kernel size.
+    """
+
+    head: str
+    norm: str
+    alpha: float
+    center: float
+    gain: float
+    eps: float
+
+    def energy(self, x: torch.Tensor, params: Sequence[torch.Tensor]) -> torch.Tensor:
+        """`r(x_b)`, `[B]`, as a function of x and of the parameters."""
+        return _energy(x, lambda u: conv_chain(u, params, self.norm, self.gain, self.eps), self)
 
 
 @dataclass(frozen=True)
@@ -216,8 +245,24 @@ class ConvChainForm:
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`r(x_b)`, `[B]`."""
-        u = x - self.center
-        return 0.5 * self.alpha * per_image(u.square()) + head_energy(self.head, u, self.net(u))
+        return _energy(x, self.net, self)
+
+    @property
+    def spec(self) -> ConvChainSpec:
+        """The settings of the form."""
+        norm: Any = self.net.norms[0]
+        eps = 0.0 if self.net.norm == "none" else norm.eps
+        return ConvChainSpec(self.head, self.net.norm, self.alpha, self.center, self.net.gain, eps)
+
+    def parameters(self) -> list[torch.Tensor]:
+        """The network's tensors in the order of `conv_chain`."""
+        norms = [] if self.net.norm == "none" else list(self.net.norms)
+        return [t for m in (*self.net.convs, *norms) for t in (m.weight, m.bias)]  # type: ignore[misc]
+
+
+def _energy(x: torch.Tensor, h: Layer, settings: ConvChainSpec | ConvChainForm) -> torch.Tensor:
+    u = x - settings.center
+    return 0.5 * settings.alpha * per_image(u.square()) + head_energy(settings.head, u, h(u))
 
 
 def per_image(e: torch.Tensor) -> torch.Tensor:

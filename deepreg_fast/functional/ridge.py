@@ -94,7 +94,7 @@ class RidgeNet(nn.Module):
         return w, a * (q * a.new_tensor(self.scales))
 
 
-def why_altered_ridge(net: object) -> str | None:
+def ridge_alteration(net: object) -> str | None:
     """None if `net` is an unaltered `RidgeNet` (its values may differ), otherwise the difference."""
     if (reason := alteration(net, RidgeNet, ("filters", "raw"))) is not None:
         return reason

@@ -8,7 +8,7 @@ import torch
 
 from .. import checks
 from ..ambient import full_precision
-from ..functional.ridge import RidgeForm, RidgeNet, why_altered_ridge
+from ..functional.ridge import RidgeForm, RidgeNet, ridge_alteration
 from ..functional.unaltered import hook_on, plain_numbers
 from .base import Regularizer, register
 
@@ -97,7 +97,7 @@ class Ridge(Regularizer):
         """How this energy differs from `Ridge` (a subclass, or changes to the network); None if it does not."""
         if type(self).energy is not Ridge.energy or "energy" in vars(self):
             return "an energy of its own"
-        return why_altered_ridge(self.net) if plain_numbers(self.center) else "a center that is no number"
+        return ridge_alteration(self.net) if plain_numbers(self.center) else "a center that is no number"
 
     def weak_convexity(self) -> torch.Tensor:
         """Bounds `rho_i`, `[F]`, with `psi_i'' >= -rho_i`: the sum of `|c_ik|`, `c_ik < 0`; zeros if r is convex."""

@@ -19,7 +19,7 @@ from ..data import (
     ImageSet,
     augment,
     carve_validation,
-    centre_crop,
+    center_crop,
     embedded_images,
     load_images,
     load_split,
@@ -177,7 +177,7 @@ def _validation(images: list[torch.Tensor], names: list[str], config: TrainConfi
         return torch.zeros(0, 1, 1, 1, dtype=torch.float32, device="cpu")
     if config.validation_crop:
         side = min(config.validation_crop, *(min(x.shape[-2:]) for x in images))
-        images = [centre_crop(x, side) for x in images]
+        images = [center_crop(x, side) for x in images]
     for name, x in zip(names, images, strict=True):
         if x.shape != images[0].shape:
             first, other = (f"{t.shape[-2]} x {t.shape[-1]}" for t in (images[0], x))

@@ -43,12 +43,12 @@ def maxnreg(cp: int, sums: bool) -> int | None:
 @triton.jit
 def pack(  # noqa: PLR0913 - a kernel's launch
     w, bias, gamma, beta, filters, vectors, gain, C: tl.constexpr, CP: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr, CENTRED: tl.constexpr,
+    LAST: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
     """Pack the parameters of one convolution and the LayerNorm after it for the other kernels; grid: 16 taps.
 
     `filters` `[9, CP, CP]` (tap, in, out), or `[16, CP]` for FIRST and LAST, including the gain; `vectors` `[3, CP]`:
-    bias, gamma, beta. CENTRED: filters and bias are centered over the outputs, in float64.
+    bias, gamma, beta. CENTERED: filters and bias are centered over the outputs, in float64.
     """
     t = tl.program_id(0)
     c = tl.arange(0, CP)
@@ -60,13 +60,13 @@ def pack(  # noqa: PLR0913 - a kernel's launch
             v = v / gain
         else:
             v = v * gain
-            if CENTRED:
+            if CENTERED:
                 v = tl.where(real, v - tl.sum(v, 0) / C, 0.0)
         tl.store(filters + t * CP + c, v.to(tl.float32))
     else:
         real_pair = real[:, None] & real[None, :]
         v = tl.load(w + (c[None, :] * C + c[:, None]) * 9 + t, mask=real_pair, other=0.0).to(tl.float64)
-        if CENTRED:
+        if CENTERED:
             v = tl.where(real_pair, v - (tl.sum(v, 1) / C)[:, None], 0.0)
         offset = t * CP * CP + c[:, None] * CP + c[None, :]
         tl.store(filters + offset, v.to(tl.float32), mask=(c < tl.where(t < 9, CP, 0))[:, None])
@@ -75,7 +75,7 @@ def pack(  # noqa: PLR0913 - a kernel's launch
         b = tl.load(bias + c, mask=outputs, other=0.0).to(tl.float64)
         if LAST:
             b = b / gain
-        if CENTRED:
+        if CENTERED:
             b = tl.where(outputs, b - tl.sum(b, 0) / C, 0.0)
         tl.store(vectors + c, b.to(tl.float32))
         if gamma is not None:
@@ -351,7 +351,7 @@ def variants() -> list[Variant]:
     for cp, (th, tw, warps) in TILES.items():
         size = {"TH": th, "TW": tw}
         for first, last in ((True, False), (False, False), (False, True)):
-            position = {"FIRST": first, "LAST": last, "CENTRED": not last}
+            position = {"FIRST": first, "LAST": last, "CENTERED": not last}
             absent = {"gamma": None, "beta": None} if last else {}
             shipped.append(_variant(pack, {"C": cp, "CP": cp, **position, **absent}, 4))
         for kernel, cases in ((primal, _PRIMAL), (tangent, _TANGENT)):

@@ -200,7 +200,7 @@ class Sweeps:
         parameters = [None if p is None else p.detach().contiguous() for p in (conv.weight, conv.bias, *norm)]
         self._kernels.pack[16,](
             *parameters, filters, vectors, float(self._form.net.gain), C=self._C, CP=self._CP, FIRST=i == 0,
-            LAST=i == self._K, CENTRED=self._norm and hidden,
+            LAST=i == self._K, CENTERED=self._norm and hidden,
         )  # fmt: skip
         return filters, vectors
 
