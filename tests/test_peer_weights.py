@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import deepreg_fast as dr
+from deepreg_fast.cli import main
+from deepreg_fast.data import png
 from deepreg_fast.errors import BackendUnavailable, InputError
 from deepreg_fast.functional.tdv import extend, fold
 from deepreg_fast.regularizers import TDV, MultiConvRidge
@@ -162,6 +165,19 @@ def test_recover_and_hypergradient(tmp_path: Path) -> None:
     measured = (loss(1e-4) - loss(-1e-4)) / 2e-4
     assert float(hyper.log_mu) == pytest.approx(measured, rel=1e-4)
     assert hyper.theta.keys() == dict(reg.named_parameters()).keys()
+
+
+def test_recover_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, picture = hertrich_ridge(tmp_path / "CRR.pt"), tmp_path / "picture.png"
+    picture.write_bytes(png(torch.rand(1, 12, 12, generator=torch.Generator().manual_seed(0))))
+    arguments = [str(picture), "--weights", str(weights), "--problem", "denoise", "--sigma", "0.1"]
+    monkeypatch.setattr(sys, "argv", ["deepreg-fast", "recover", *arguments, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code, capsys.readouterr()
+    assert json.loads((tmp_path / "out/results.json").read_text())["images"][0]["psnr"] > 5.0
 
 
 def test_the_reason_for_the_reference_backend() -> None:
