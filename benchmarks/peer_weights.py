@@ -10,20 +10,18 @@ of its energy. Its weight mu is tuned on validation images, like TV's. `--scales
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import sys
 import time
-import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+import deepreg_fast as dr
 from deepreg_fast.bench.machine import describe
 from deepreg_fast.data import ImageSet, carve_validation, center_crop, load_folder, load_split
 from deepreg_fast.evaluation.compare import Method, evaluate, paired, run
@@ -31,7 +29,7 @@ from deepreg_fast.evaluation.metrics import psnr
 from deepreg_fast.evaluation.tuning import tuned_tv
 from deepreg_fast.files import write_atomically
 from deepreg_fast.operators import SRM
-from deepreg_fast.regularizers import Regularizer
+from deepreg_fast.regularizers import Regularizer, Scaled
 from deepreg_fast.solvers import ACCELERATIONS, PGDOptions
 
 WEIGHTS = "weights/bilevel_Denoising/{}_bilevel_{}_for_Denoising.pt"
@@ -41,74 +39,17 @@ VALIDATION = 12
 """Number of validation images, the same images as in the trainings of benchmarks/results/bsd400_cs5."""
 
 
-class Foreign(Regularizer):
-    """`r(x) = prior.g(s x) / s^2` for one of their priors, with the prior's own gradient."""
-
-    def __init__(self, prior: nn.Module, scale: float = 1.0) -> None:
-        super().__init__()
-        self.prior = prior.requires_grad_(False).eval()
-        self.scale = scale
-
-    def energy(self, x: torch.Tensor) -> torch.Tensor:
-        """`r(x_b)`, `[B]`."""
-        return self.prior.g(self.scale * x) / self.scale**2  # type: ignore[operator]
-
-    @torch.no_grad()
-    def value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`r(x_b)` `[B]` and `grad r(x_b)` `[B, 1, H, W]`, both from one call of their `grad`."""
-        value, grad = self.prior.grad(self.scale * x, get_energy=True)  # type: ignore[operator]
-        return value / self.scale**2, grad / self.scale
+def load_prior(checkout: Path, name: str) -> Regularizer:
+    """The prior with their weights, in float32."""
+    weights = checkout / WEIGHTS.format(name, TRAINED[name])
+    if not weights.is_file():
+        sys.exit(f"--checkout must be a clone of LearnedRegularizers, but has no {weights.relative_to(checkout)}.")
+    return dr.load_peer(weights, name)[0].requires_grad_(False)
 
 
-def load_prior(checkout: Path, name: str) -> nn.Module:
-    """Their prior with their weights, in float32. Its modules are loaded directly, without their packages."""
-    source, weights = checkout / "priors", checkout / WEIGHTS.format(name, TRAINED[name])
-    file = source / ("tdv/__init__.py" if name == "TDV" else "wcrr.py")
-    for required in (file, source / "parameter_learning_wrapper.py", weights):
-        if not required.is_file():
-            sys.exit(f"--checkout must be a clone of LearnedRegularizers, but has no {required.relative_to(checkout)}.")
-    _base_class()
-    module = _module(file)
-    if name == "TDV":
-        prior = module.TDV(in_channels=1, num_features=32, multiplier=1, num_mb=3, num_scales=3, zero_mean=True)
-    else:
-        prior = module.WCRR(sigma=0.1, weak_convexity=1.0 if name == "WCRR" else 0.0, device="cpu")
-    wrapped = _module(source / "parameter_learning_wrapper.py").ParameterLearningWrapper(prior, device="cpu")
-    wrapped.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return wrapped
-
-
-def _base_class() -> None:
-    """Provide a plain module as deepinv's `Prior` if deepinv is not installed. Their priors inherit from it, but use
-    nothing of it."""
-    if "deepinv" not in sys.modules and importlib.util.find_spec("deepinv") is None:
-        optim = types.ModuleType("deepinv.optim")
-        optim.Prior = nn.Module  # type: ignore[attr-defined]
-        sys.modules["deepinv"], sys.modules["deepinv.optim"] = types.ModuleType("deepinv"), optim
-
-
-def _module(file: Path) -> Any:
-    name = "learned_regularizers_" + (file.parent.name if file.name == "__init__.py" else file.stem)
-    folders = [str(file.parent)] if file.name == "__init__.py" else None
-    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=folders)
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def keep_normalization(prior: nn.Module) -> None:
-    """Compute the filters' norm of CRR and WCRR once instead of in every call; the weights do not change."""
-    ridge: Any = prior.regularizer
-    if hasattr(ridge, "get_conv_lip"):
-        norm = ridge.get_conv_lip().detach()
-        ridge.get_conv_lip = lambda: norm
-
-
-def gradient_error(prior: nn.Module, x: torch.Tensor) -> float:
+def gradient_error(reg: Regularizer, x: torch.Tensor) -> float:
     """Largest relative difference between `<grad r(x), v>` and central differences of r, in float64, over three v: two
     random directions and the gradient's."""
-    reg = Foreign(prior)
     g = reg.value_and_grad(x)[1]
     generator = torch.Generator().manual_seed(0)
     directions = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2)] + [g]
@@ -121,26 +62,24 @@ def gradient_error(prior: nn.Module, x: torch.Tensor) -> float:
     return worst
 
 
-def checked_prior(checkout: Path, name: str, x: torch.Tensor) -> tuple[nn.Module, float]:
+def checked_prior(checkout: Path, name: str, x: torch.Tensor) -> tuple[Regularizer, float]:
     """The prior and the error of its gradient at an image `x`. Exits if the error exceeds 1e-4."""
     prior = load_prior(checkout, name).double()
     noisy = x.double() + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     error = gradient_error(prior, noisy)
     if not error < 1e-4:
         sys.exit(f"The gradient of {name} must be that of its energy, but differs from differences by {error:.1e}.")
-    prior = prior.float()
-    keep_normalization(prior)
-    return prior, error
+    return prior.float(), error
 
 
-def tuned(name: str, prior: nn.Module, options: argparse.Namespace, x: torch.Tensor) -> tuple[Method, float]:
+def tuned(name: str, prior: Regularizer, options: argparse.Namespace, x: torch.Tensor) -> tuple[Method, float]:
     """The method with the mu and s that give the best mean PSNR on the images `x`, and that PSNR."""
     A = SRM((1, *x.shape[-2:]), 0.2)
     y = A.A(x)
     solver = PGDOptions(options.max_iterations, 1e-4, options.acceleration)
     scored: list[tuple[float, Method]] = []
     for scale, mu in itertools.product(options.scales, options.mus):
-        method = Method(name.lower(), Foreign(prior, scale), mu, solver)
+        method = Method(name.lower(), prior.rescaled(scale), mu, solver)
         score = float(psnr(run(method, y, A).x, x).mean())  # type: ignore[union-attr]
         print(f"{name}: s = {scale:g}, mu = {mu:g}: {score:.3f} dB on the validation images", flush=True)
         scored.append((score, method))
@@ -211,11 +150,10 @@ def main() -> None:
     test, tuning = images(options)
     prior, error = checked_prior(options.checkout, options.prior, tuning[:1, :, :48, :48])
     method, score = tuned(options.prior, prior, options, tuning)
-    assert isinstance(method.reg, Foreign)
     A_tuning, A = SRM((1, *tuning.shape[-2:]), 0.2), SRM((1, *test.x.shape[-2:]), 0.2)
     tv = tuned_tv(tuning, A_tuning.A(tuning), A_tuning)
     details = {
-        "scale": method.reg.scale,
+        "scale": method.reg.scale if isinstance(method.reg, Scaled) else 1.0,
         "validation_psnr": score,
         "gradient_error": error,
         "parameters": sum(p.numel() for p in prior.parameters()),

@@ -62,6 +62,7 @@ _HOME = {
     "to_deepinv": "adapters.deepinv",
     "DeepInvPrior": "adapters.deepinv",
     "RecoverModel": "adapters.deepinv",
+    "load_peer": "adapters.peers",
 }
 
 __all__ = ["__version__", "ops", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -69,6 +70,7 @@ __all__ = ["__version__", "ops", *_HOME]  # pyright: ignore[reportUnsupportedDun
 if TYPE_CHECKING:
     from . import ops
     from .adapters.deepinv import DeepInvPrior, RecoverModel, from_deepinv, to_deepinv
+    from .adapters.peers import load_peer
     from .backend import backends, gpu_options, release_graphs, use_backend
     from .evaluation.metrics import psnr, ssim
     from .inverse.data_term import add_noise, mu_with_noise

@@ -40,7 +40,9 @@ MU = (
 
 def recover(  # noqa: PLR0913 - one argument for each option of the command line
     source: Annotated[Path, typer.Argument(help="An image (measured here), or measurements (.npz, .safetensors).")],
-    weights: Annotated[str, typer.Option(help="Weight file, or the name of a shipped one such as cs5-beta10.")],
+    weights: Annotated[
+        str, typer.Option(help="Weight file (others' are .pt, .pth), or a shipped name, as cs5-beta10.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for images, figure and results.json.")] = Path("recovered"),
     mu: Annotated[float | None, typer.Option(help=MU)] = None,
     lam: Annotated[float | None, typer.Option(help="With --sigma: mu = lam sigma^2.")] = None,
@@ -70,6 +72,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
 
     deepreg-fast recover measured.npz --weights runs/beta10/weights.safetensors --mu 1e-3 --out recovered
     """
+    from ..adapters.peers import load_peer
     from ..data import load_image, png
     from ..inverse.data_term import add_noise
     from ..inverse.measurements import load_measurements
@@ -86,7 +89,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     check_outputs(
         [out / f"{source.stem}.png", out / f"{source.stem}.npy", *summary_files], [source, locate(weights)], way_out
     )
-    reg, meta = load(weights)
+    reg, meta = load_peer(weights) if Path(weights).suffix.lower() in (".pt", ".pth") else load(weights)
     truth: torch.Tensor | None = None
     A: LinearOperator
     if source.suffix.lower() in (".npz", ".safetensors"):

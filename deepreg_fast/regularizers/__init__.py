@@ -1,7 +1,8 @@
 """Regularizers: an energy with its three derivatives.
 
 `RED` (the conv chain with the heads of the literature), `ICNN` (input-convex), `Ridge` (filters and profiles),
-`TV` (smoothed), `Sum` of several, and `EnergyRegularizer` for any `nn.Module` that maps images to one energy each.
+`TV` (smoothed), `MultiConvRidge` and `TDV` (the priors of others), `Sum` of several, and `EnergyRegularizer` for any
+`nn.Module` that maps images to one energy each.
 """
 
 from __future__ import annotations
@@ -10,18 +11,22 @@ from .base import Regularizer, as_regularizer, from_description, register
 from .denoiser import DenoiserField
 from .energy import EnergyRegularizer
 from .icnn import ICNN
+from .multi_conv import MultiConvRidge
 from .red import RED
 from .ridge import Ridge
 from .scaled import Scaled
 from .sum import Sum
+from .tdv import TDV
 from .tv import TV
 
 __all__ = [
     "ICNN",
     "RED",
+    "TDV",
     "TV",
     "DenoiserField",
     "EnergyRegularizer",
+    "MultiConvRidge",
     "Regularizer",
     "Ridge",
     "Scaled",

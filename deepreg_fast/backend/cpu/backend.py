@@ -203,7 +203,9 @@ class CpuBackend:
         ridge = cpu_ridge.form_of(energy)
         tv = eps_of(energy)
         if form is None and ridge is None and tv is None:
-            return f"it has kernels for the conv chain (RED), Ridge and TV only, not for {describe_energy(energy)}."
+            reason = getattr(energy, "no_kernels", None)
+            name = describe_energy(energy) + (f" ({reason})" if isinstance(reason, str) else "")
+            return f"it has kernels for the conv chain (RED), Ridge and TV only, not for {name}."
         if x.device.type != "cpu" or x.dtype != torch.float32:
             return f"it takes float32 tensors on the CPU, not {x.dtype} on {x.device}."
         if tv is not None:
