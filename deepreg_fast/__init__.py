@@ -33,7 +33,9 @@ _HOME = {
     "Solution": "solvers",
     "recover": "inverse.recovery",
     "hypergradient": "inverse.hypergradient",
-    "AdjointOptions": "inverse.hypergradient",
+    "ImplicitAdjoint": "inverse.adjoint",
+    "JacobianFree": "inverse.adjoint",
+    "Unrolled": "inverse.adjoint",
     "Hypergradient": "inverse.hypergradient",
     "beta_hat": "regularizers.lipschitz",
     "spectrum": "regularizers.lipschitz",
@@ -73,8 +75,9 @@ if TYPE_CHECKING:
     from .adapters.peers import load_peer
     from .backend import backends, gpu_options, release_graphs, use_backend
     from .evaluation.metrics import psnr, ssim
+    from .inverse.adjoint import ImplicitAdjoint, JacobianFree, Unrolled
     from .inverse.data_term import add_noise, mu_with_noise
-    from .inverse.hypergradient import AdjointOptions, Hypergradient, hypergradient
+    from .inverse.hypergradient import Hypergradient, hypergradient
     from .inverse.recovery import recover
     from .operators import (
         SRM,

@@ -20,7 +20,6 @@ import deepreg_fast as dr
 from deepreg_fast.backend.cpu.extension import extension, instruction_set
 from deepreg_fast.batched import fused, linalg
 from deepreg_fast.evaluation.metrics import psnr
-from deepreg_fast.inverse.data_term import objective
 from deepreg_fast.regularizers.lipschitz import beta_hat, curvature
 from deepreg_fast.solvers import CGOptions, LinearSolution, MinresOptions, cg, extreme_eigenvalues, minres
 from deepreg_fast.solvers.acceleration import make
@@ -155,7 +154,6 @@ def long_vectors() -> Iterator[Case]:
         yield f"add {dtype}", linalg.add, (a, normal(2), b, torch.tensor([True, False]))
         every = lambda a, b: fused.judge(a, b, b, a, torch.ones(len(a), dtype=torch.bool))  # noqa: E731
         yield f"judge {dtype}", every, (a, b)
-        yield f"objective {dtype}", objective, (a, b, normal(2, dtype=dtype), normal(2, dtype=dtype))
         yield f"psnr {dtype}", psnr, (a.reshape(2, 1, 1, -1), b.reshape(2, 1, 1, -1))
         for name, memory in (("fista", 1), ("anderson", 1), ("anderson", 3))[dtype == torch.float64 :]:
 

@@ -19,6 +19,7 @@ import deepreg_fast as dr
 from deepreg_fast.backend.cpu.extension import extension
 from deepreg_fast.errors import InputError
 from deepreg_fast.evaluation.compare import Method, evaluate
+from deepreg_fast.inverse.adjoint import adjoint_named
 from deepreg_fast.regularizers.base import Regularizer
 
 from .helpers import images, random_red
@@ -182,7 +183,7 @@ def solves() -> dict[str, torch.Tensor]:
         found |= {f"{acceleration} {k}": getattr(sol, k) for k in ("x", "status", "residual", "tau")}
     found["dense"] = dr.recover(DENSE.A(X), DENSE, MODULE, 1e-2, options=dr.PGDOptions(3)).x
     for method in ("cg", "minres", "jfb", "unrolled"):
-        options = dr.AdjointOptions(method, max_iterations=3, unrolled_steps=3)
+        options = adjoint_named(method, max_iterations=3, steps=3)
         h = dr.hypergradient(X, y, A, reg, mu=1e-2, options=dr.PGDOptions(5), adjoint=options)
         found |= {f"{method} {k}": g for k, g in h.theta.items()} | {f"{method} mu": h.log_mu, f"{method} loss": h.loss}
     for solve in (dr.cg, dr.minres):
@@ -304,7 +305,7 @@ def test_results_have_no_graph() -> None:
             assert [k for k, t in vars(sol).items() if isinstance(t, torch.Tensor) and t.requires_grad] == []
             assert not sol.history["residual"].requires_grad
     for method in ("cg", "unrolled"):
-        adjoint = dr.AdjointOptions(method, max_iterations=2, unrolled_steps=2)
+        adjoint = adjoint_named(method, max_iterations=2, steps=2)
         h = dr.hypergradient(x, y, A, reg, mu, options=options, adjoint=adjoint)
         assert not any(t.requires_grad for t in (*h.theta.values(), h.log_mu, h.loss, h.solution.x))
     point = dr.beta_hat(reg, x, (0.1 * V).requires_grad_())

@@ -20,7 +20,7 @@ from deepreg_fast.bench.calibrate import loosest
 from deepreg_fast.bench.workload import Case, flat
 from deepreg_fast.cli import app
 from deepreg_fast.errors import InputError
-from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
+from deepreg_fast.inverse.adjoint import adjoint_named, solve_adjoint
 
 needs_kernels = pytest.mark.skipif(dr.backends()["cpu"] is not None, reason="the C++ extension is not built")
 
@@ -121,7 +121,7 @@ def test_what_is_solved_has_a_solution(norm: str) -> None:
 
     def status(reg: dr.RED) -> list[int]:
         return solve_adjoint(
-            reg.linearize(xs[0]), A, mu, p.images(2)[0], AdjointOptions("cg", 200, 1e-4)
+            reg.linearize(xs[0]), A, mu, p.images(2)[0], adjoint_named("cg", 200, 1e-4)
         ).status.tolist()
 
     assert status(p.solvable(xs, 0.9)) == [int(dr.Status.CONVERGED)] * 2

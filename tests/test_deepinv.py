@@ -430,7 +430,7 @@ def test_the_model_and_its_gradients() -> None:
     reg = random_red(0, alpha=1.0)
     options, adjoint = (
         dr.PGDOptions(4000, 1e-12, acceleration="anderson"),
-        dr.AdjointOptions(max_iterations=400, tolerance=1e-11),
+        dr.ImplicitAdjoint(dr.CGOptions(400, 1e-11)),
     )
     model = dr.RecoverModel(reg, 0.1, options, adjoint).double()
     y = physics(x).requires_grad_()

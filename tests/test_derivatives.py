@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepreg_fast as dr
+from deepreg_fast.inverse.adjoint import adjoint_named
 from deepreg_fast.regularizers import Scaled
 
 from .helpers import central, images, moved, normal, random_red, relative
@@ -91,9 +92,11 @@ def test_hessian_is_symmetric(seed: int, norm: str, n: int) -> None:
     assert abs(float(a - b)) <= 1e-12 * float(lin.hvp(v).norm() * w.norm())
 
 
-def _hypergradient(reg: dr.RED, A: dr.SRM, x: torch.Tensor, mu: float, **adjoint: object) -> dr.Hypergradient:
+def _hypergradient(
+    reg: dr.RED, A: dr.SRM, x: torch.Tensor, mu: float, method: str = "cg", steps: int = 100
+) -> dr.Hypergradient:
     options = dr.PGDOptions(2000, 1e-12, acceleration="anderson")
-    chosen = dr.AdjointOptions(**{"max_iterations": 1000, "tolerance": 1e-12, **adjoint})  # type: ignore[arg-type]
+    chosen = adjoint_named(method, 1000, 1e-12, steps)
     return dr.hypergradient(x, A.A(x), A, reg, mu, options=options, adjoint=chosen)
 
 
@@ -126,7 +129,7 @@ def test_implicit_against_unrolled_and_minres() -> None:
     reg, A, x = random_red(scale=0.08), dr.SRM((1, 6, 7), 0.4), images(2, 1, 6, 7)
     implicit = _hypergradient(reg, A, x, 0.1)
     for other in (
-        _hypergradient(reg, A, x, 0.1, method="unrolled", unrolled_steps=400),
+        _hypergradient(reg, A, x, 0.1, method="unrolled", steps=400),
         _hypergradient(reg, A, x, 0.1, method="minres"),
     ):
         for k, g in implicit.theta.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_operators(transform: str) -> None:
 def test_recovery_and_hypergradient(acceleration: str) -> None:
     reg, A, x = random_red(scale=0.05, alpha=0.5), dr.SRM((1, 16, 16), 0.3), images(3, 1, 16, 16)
     options = dr.PGDOptions(2000, 1e-11, acceleration)
-    adjoint = dr.AdjointOptions(tolerance=1e-10, max_iterations=500)
+    adjoint = dr.ImplicitAdjoint(dr.CGOptions(500, 1e-10))
     here = dr.hypergradient(x, A.A(x), A, reg, 0.1, options=options, adjoint=adjoint)
     reg, A, x = reg.cuda(), A.cuda(), x.cuda()
     there = dr.hypergradient(x, A.A(x), A, reg, 0.1, options=options, adjoint=adjoint)
@@ -124,15 +125,15 @@ def test_recovery_and_hypergradient(acceleration: str) -> None:
         assert relative(there.theta[k].cpu(), g) <= 1e-6
 
 
-@pytest.mark.parametrize("method", ["cg", "minres"])
+@pytest.mark.parametrize("solver", [dr.CGOptions, dr.MinresOptions])
 @pytest.mark.parametrize("acceleration", ["none", "fista", "anderson"])
-def test_recovery_and_hypergradient_by_the_kernels(acceleration: str, method: str) -> None:
+def test_recovery_and_hypergradient_by_the_kernels(acceleration: str, solver: Any) -> None:
     """In float32, at 33 x 47: both solve the same problem, so that they differ by what the tolerances allow."""
     reg = random_red(scale=0.05, alpha=0.5, channels=16, norm="pixel")
     A, x = dr.SRM((1, 33, 47), 0.4), images(5, 1, 33, 47)
     options = dr.PGDOptions(3000, 1e-5, acceleration)
-    adjoint = dr.AdjointOptions(method, tolerance=1e-5, max_iterations=500)
-    tight = {"options": dr.PGDOptions(5000, 1e-10, "anderson"), "adjoint": dr.AdjointOptions(method, 500, 1e-10)}
+    adjoint = dr.ImplicitAdjoint(solver(500, 1e-5))
+    tight = {"options": dr.PGDOptions(5000, 1e-10, "anderson"), "adjoint": dr.ImplicitAdjoint(solver(500, 1e-10))}
     exact = dr.hypergradient(x, A.A(x), A, reg, 0.1, **tight)  # type: ignore[arg-type]
     here = dr.hypergradient(x.float(), A.A(x.float()), A, reg.float(), 0.1, options=options, adjoint=adjoint)
     reg, A, x = reg.cuda(), A.cuda(), x.float().cuda()

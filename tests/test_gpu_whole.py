@@ -81,7 +81,7 @@ def test_a_hypergradient_is_that_of_the_reference(
     # So many rounds and products and no more: float32 and float64 then take the same steps.
     options = {
         "options": dr.PGDOptions(rounds, 1e-12),
-        "adjoint": dr.AdjointOptions(max_iterations=rounds // 2, tolerance=1e-12),
+        "adjoint": dr.ImplicitAdjoint(dr.CGOptions(rounds // 2, 1e-12)),
     }
     reg = random_red(scale=0.05, double=False, channels=4, depth=depth, norm=norm, alpha=0.5)
     A, x = dr.SRM((1, *size), 0.4), images(2, 1, *size, dtype=torch.float32)

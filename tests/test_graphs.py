@@ -27,7 +27,8 @@ from deepreg_fast.backend.gpu import packed
 from deepreg_fast.backend.gpu.graphs import KEPT, Loop, Signature, places_of
 from deepreg_fast.batched import graphs
 from deepreg_fast.batched import loop as progress
-from deepreg_fast.inverse import hypergradient
+from deepreg_fast.inverse import adjoint as adjoint_module
+from deepreg_fast.inverse.adjoint import adjoint_named, solve_adjoint
 from deepreg_fast.operators.base import LinearOperator
 from deepreg_fast.regularizers.base import Regularizer
 from deepreg_fast.solvers import acceleration, linear_system, pgd
@@ -222,7 +223,7 @@ def captured() -> Iterator[None]:
         patch.setattr(backend.cpu.CpuBackend, "vectors", lambda *_: None)
         patch.setattr(graphs, "_record", record)
         patch.setattr(graphs, "_NO_GRAPH", set())
-        for module in (import_module("deepreg_fast.solvers.pgd"), linear_system, hypergradient):
+        for module in (import_module("deepreg_fast.solvers.pgd"), linear_system, adjoint_module):
             patch.setattr(module, "records", lambda t: True)
         KEPT.clear()
         CALLS.clear()
@@ -258,8 +259,8 @@ class Problem:
 
     def adjoint(self) -> Any:
         lin = self.reg.linearize(self.x)
-        options = hypergradient.AdjointOptions(self.method, self.rounds, 1e-14)
-        return hypergradient.solve_adjoint(lin, self.A, self.mu, torch.sin(9 * self.x), options, None, self.curvature)
+        options = adjoint_named(self.method, self.rounds, 1e-14)
+        return solve_adjoint(lin, self.A, self.mu, torch.sin(9 * self.x), options, None, self.curvature)
 
 
 SOLVES = {"recovery": SOLUTION, "adjoint": LINEAR}
@@ -442,7 +443,7 @@ def test_a_training_step_replays_its_adjoint_solve() -> None:
     def step(q: Problem, adam: torch.optim.Adam, seed: int) -> None:
         q.x = Problem(seed).x
         options = dr.PGDOptions(8, 1e-12, "anderson", memory=2)
-        adjoint = hypergradient.AdjointOptions("cg", 8, 1e-14)
+        adjoint = adjoint_named("cg", 8, 1e-14)
         found = dr.hypergradient(q.x, q.y, q.A, q.reg, 0.3, options=options, adjoint=adjoint)
         for name, parameter in q.reg.named_parameters():
             parameter.grad = found.theta[name]
@@ -691,9 +692,7 @@ def test_solves_on_the_gpu_backend_have_the_bits_of_solves_without_graphs(
     def solves(x: torch.Tensor) -> tuple[Any, Any]:
         recovery = pgd(A.A(x), A, reg, mu, dr.PGDOptions(3, 1e-12, "anderson", memory=2), 0.5 * x)
         lin = reg.linearize(x)
-        return recovery, hypergradient.solve_adjoint(
-            lin, A, mu, x - recovery.x, hypergradient.AdjointOptions("cg", 3, 1e-12)
-        )
+        return recovery, solve_adjoint(lin, A, mu, x - recovery.x, adjoint_named("cg", 3, 1e-12))
 
     for seed in range(2):
         with torch.no_grad():

@@ -18,7 +18,7 @@ from PIL import Image
 
 import deepreg_fast as dr
 from deepreg_fast.errors import DataError, InputError
-from deepreg_fast.inverse.hypergradient import initial_point
+from deepreg_fast.inverse.data_term import initial_point
 from deepreg_fast.inverse.measurements import load_measurements, save_measurements
 from deepreg_fast.inverse.problem import build_operator, operator_measuring
 from deepreg_fast.operators import LinearOperator, from_description, gaussian_kernel, motion_kernel
@@ -284,7 +284,7 @@ def test_parameters_of_other_images_are_refused() -> None:
 # -- the layer ---------------------------------------------------------------------------------------------------------
 
 SOLVE = dr.PGDOptions(2000, 1e-10, acceleration="anderson")
-ADJOINT = dr.AdjointOptions(max_iterations=400, tolerance=1e-10, bound=1e9)
+ADJOINT = dr.ImplicitAdjoint(dr.CGOptions(400, 1e-10), bound=1e9)
 
 LAYERS: dict[str, Callable[[], LinearOperator]] = {
     "srm": lambda: dr.SRM((1, 4, 4), 0.5),

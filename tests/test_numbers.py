@@ -46,7 +46,8 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     assert torch.equal(lam.x, dr.recover(y, A, regs[0], 0.5, options=options).x)
     dr.CGOptions(n, np.float32(0.5), np.True_)
     dr.MinresOptions(n)
-    dr.AdjointOptions(max_iterations=n)
+    dr.Unrolled(n)
+    dr.ImplicitAdjoint(bound=np.float32(2.0))
     config = dr.BilevelConfig(steps=np.int64(5), lr=np.float32(0.25))
     assert json.loads(config.to_json())["steps"] == 5
     assert torch.equal(dr.add_noise(y, np.float32(0.25), np.int64(3)), dr.add_noise(y, 0.25, 3))

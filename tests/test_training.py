@@ -82,7 +82,7 @@ def test_psnr_loss_weighs_each_images_hypergradient(folder: Path, tmp_path: Path
     theta = {k: torch.zeros_like(p) for k, p in reg.named_parameters()}
     log_mu, losses = 0.0, []
     for image in x.split(1):
-        options = dr.PGDOptions(5000, 1e-9, "anderson"), dr.AdjointOptions(tolerance=1e-9, max_iterations=1000)
+        options = dr.PGDOptions(5000, 1e-9, "anderson"), dr.ImplicitAdjoint(dr.CGOptions(1000, 1e-9))
         g = dr.hypergradient(image, A.A(image), A, reg, trainer.mu, options=options[0], adjoint=options[1])
         error = float(g.loss) + 1e-5 * d
         weight = 10.0 / np.log(10.0) / 3 / error

@@ -17,6 +17,7 @@ import deepreg_fast as dr
 from deepreg_fast.backend import select
 from deepreg_fast.errors import InputError
 from deepreg_fast.functional.conv_chain import ChannelNorm, ConvChain
+from deepreg_fast.inverse.adjoint import adjoint_named
 from deepreg_fast.regularizers.base import Regularizer
 
 from .helpers import images, random_red, relative
@@ -321,7 +322,7 @@ def test_shared_parts_have_summed_gradients() -> None:
 def test_hypergradients_of_changed_networks(mutation: str, method: str) -> None:
     reg, A = random_red(double=False, alpha=1.0, depth=4), dr.SRM((1, 9, 8), 0.5)
     MUTATIONS[mutation](reg)
-    adjoint = dr.AdjointOptions(method, unrolled_steps=3)
+    adjoint = adjoint_named(method, steps=3)
     found, wanted = [], []
     for backend, to in (("auto", found), ("reference", wanted)):
         with dr.use_backend(backend):
@@ -334,7 +335,7 @@ def test_hypergradients_of_changed_networks(mutation: str, method: str) -> None:
 
 def test_hypergradient_without_parameters() -> None:
     A = dr.SRM((1, 9, 8), 0.5)
-    found = dr.hypergradient(X, A.A(X), A, dr.TV(), mu=1e-2, adjoint=dr.AdjointOptions("unrolled", unrolled_steps=2))
+    found = dr.hypergradient(X, A.A(X), A, dr.TV(), mu=1e-2, adjoint=dr.Unrolled(2))
     assert found.theta == {} and bool(torch.isfinite(found.log_mu))
 
 
@@ -357,7 +358,7 @@ def test_a_compiled_module_is_differentiated_twice(method: str) -> None:
             return nn.functional.softplus(self.conv(x)).square().flatten(1).sum(1)
 
     module, A = Energy(), dr.SRM((1, 9, 8), 0.5)
-    adjoint = dr.AdjointOptions(method, unrolled_steps=2)
+    adjoint = adjoint_named(method, steps=2)
     options = dr.PGDOptions(3)
     wanted = dr.hypergradient(X, A.A(X), A, module, mu=1e-2, options=options, adjoint=adjoint).theta
     module.conv = torch.compile(module.conv, backend="aot_eager")  # type: ignore[assignment]

@@ -192,7 +192,7 @@ def _errors(stage: Stage, p: Any) -> None:
 def _solved(stage: Stage, p: Any, name: str) -> None:
     from deepreg_fast.bench.solver_cases import MU, true_residual
     from deepreg_fast.bench.workload import under
-    from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
+    from deepreg_fast.inverse.adjoint import adjoint_named, solve_adjoint
 
     xs, bs = p.images(1), [0.1 * b for b in p.images(2)]
     if stage.mode == "stand-in":
@@ -204,7 +204,7 @@ def _solved(stage: Stage, p: Any, name: str) -> None:
     lin = Kernels(stage, precision=name).linearize(reg, xs[0])
     mu = xs[0].new_full((p.batch,), MU)
     for tolerance in (1e-2,) if stage.mode == "dry" else (1e-2, 1e-4, 1e-5):
-        options = AdjointOptions("cg", 100, tolerance)
+        options = adjoint_named("cg", 100, tolerance)
         sol = under(p.target.ours, lambda o=options: solve_adjoint(lin, A, mu, bs[0], o))
         record = {
             "iterations": float(sol.iterations.double().mean()),

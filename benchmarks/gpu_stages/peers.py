@@ -102,7 +102,7 @@ def _launch_ours(stage: Stage, name: str, norm: str) -> None:
     if name in ("cg", "cg iteration", "step", "recover"):
         import deepreg_fast as dr
 
-        options, adjoint = dr.PGDOptions(2, 1e-3), dr.AdjointOptions("cg", 2, 1e-4)
+        options, adjoint = dr.PGDOptions(2, 1e-3), dr.ImplicitAdjoint(dr.CGOptions(2, 1e-4))
         for acceleration in ("none", "anderson"):
             options = dr.PGDOptions(2, 1e-3, acceleration)
             dr.hypergradient(x, A.A(x), A, reg, 0.1, options=options, adjoint=adjoint)

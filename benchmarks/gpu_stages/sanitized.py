@@ -75,8 +75,8 @@ def _solvers(device: str) -> None:
     x = torch.rand(3, 1, 17, 35, device=device)
     for acceleration in ("none", "fista", "anderson"):
         options = dr.PGDOptions(4, 1e-6, acceleration)
-        for method in ("cg", "minres"):
-            dr.hypergradient(x, A.A(x), A, reg, 0.1, options=options, adjoint=dr.AdjointOptions(method, 4, 1e-6))
+        for solver in (dr.CGOptions(4, 1e-6), dr.MinresOptions(4, 1e-6)):
+            dr.hypergradient(x, A.A(x), A, reg, 0.1, options=options, adjoint=dr.ImplicitAdjoint(solver))
 
 
 if __name__ == "__main__":

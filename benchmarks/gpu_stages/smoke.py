@@ -381,14 +381,14 @@ def _solve(stage: Stage, name: str, method: str) -> None:
     """Compare the solution with that of the same solve in float64, within the tolerance."""
     import deepreg_fast as dr
     from deepreg_fast.bench.workload import under
-    from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
+    from deepreg_fast.inverse.adjoint import adjoint_named, solve_adjoint
 
     reg, A, x = _problem(stage)
     max_iterations = 3 if stage.mode == "stand-in" else 400
 
     def run(reg: Any, A: Any, x: torch.Tensor, tolerance: float) -> Any:
         if method in ("cg", "minres"):
-            options = AdjointOptions(method, max_iterations, tolerance)
+            options = adjoint_named(method, max_iterations, tolerance)
             return solve_adjoint(reg.linearize(x), A, x.new_full((len(x),), 0.1), torch.sin(9 * x), options)
         acceleration = method.split()[1]
         return dr.recover(A.A(x), A, reg, 0.1, options=dr.PGDOptions(max_iterations, tolerance, acceleration))
@@ -414,7 +414,7 @@ def _hypergradient(stage: Stage, name: str) -> None:
 
     def run(reg: Any, A: Any, x: torch.Tensor, tolerance: float) -> torch.Tensor:
         options = dr.PGDOptions(max_iterations, tolerance, "anderson")
-        adjoint = dr.AdjointOptions("cg", max_iterations, tolerance)
+        adjoint = dr.ImplicitAdjoint(dr.CGOptions(max_iterations, tolerance))
         gradients = dr.hypergradient(x, A.A(x), A, reg, 0.1, options=options, adjoint=adjoint).theta.values()
         return torch.cat([t.flatten().double() for t in gradients])
 

@@ -143,7 +143,7 @@ def _loops(stage: Stage, images: int) -> None:
     import deepreg_fast as dr
     from deepreg_fast.batched import graphs
     from deepreg_fast.bench.workload import under
-    from deepreg_fast.inverse.hypergradient import AdjointOptions, solve_adjoint
+    from deepreg_fast.inverse.adjoint import adjoint_named, solve_adjoint
 
     p = problem(stage, images)
     reg, x, A = p.regularizer(), p.images(5)[0], p.operator()
@@ -153,7 +153,7 @@ def _loops(stage: Stage, images: int) -> None:
     lin, y, mu, b = under(p.target.ours, lambda: reg.linearize(x)), A.A(x), x.new_full((len(x),), 0.1), torch.sin(9 * x)
 
     def cg(steps: int) -> object:
-        return under(p.target.ours, lambda: solve_adjoint(lin, A, mu, b, AdjointOptions("cg", steps, 0.0)))
+        return under(p.target.ours, lambda: solve_adjoint(lin, A, mu, b, adjoint_named("cg", steps, 0.0)))
 
     def pgd(rounds: int) -> object:
         options = dr.PGDOptions(rounds, 0.0, "anderson")

@@ -18,7 +18,7 @@ from ..ambient import outside_inference
 from ..autograd import energy, grad
 from ..errors import InputError
 from ..functional import srm as definition
-from ..inverse.hypergradient import AdjointOptions
+from ..inverse.adjoint import ImplicitAdjoint, JacobianFree
 from ..inverse.layer import recover
 from ..operators import SRM, Inpainting, LinearOperator
 from ..regularizers.base import as_regularizer
@@ -385,8 +385,8 @@ class RecoverModel(_Reconstructor):  # pyright: ignore[reportGeneralTypeIssues]
     mu : float, > 0
     options : PGDOptions, optional
         Of the recovery.
-    adjoint : AdjointOptions, optional
-        Of the linear solve of the backward pass.
+    adjoint : ImplicitAdjoint or JacobianFree, optional
+        How the gradient passes through the recovery.
     trainable_mu : bool
         Whether `log_mu` is a parameter; otherwise it is a buffer.
 
@@ -411,7 +411,7 @@ class RecoverModel(_Reconstructor):  # pyright: ignore[reportGeneralTypeIssues]
         reg: nn.Module,
         mu: float,
         options: PGDOptions | None = None,
-        adjoint: AdjointOptions | None = None,
+        adjoint: ImplicitAdjoint | JacobianFree | None = None,
         trainable_mu: bool = True,
     ) -> None:
         super().__init__()

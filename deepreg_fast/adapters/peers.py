@@ -128,12 +128,22 @@ def _chain(state: dict[str, torch.Tensor], first: str, other: str) -> dict[str, 
     return filters
 
 
+_UNSCALED = dict.fromkeys(("log_weight", "log_contrast"), torch.zeros((), dtype=torch.float32, device="cpu"))
+"""The scaling `exp(a) r(exp(s) x)` of a file that has none."""
+
+
 def _ridge(tensors: dict[str, torch.Tensor], **options: Any) -> MultiConvRidge:
     """The ridge regularizer with these tensors; channels and sizes are those of the filters."""
     filters = [v for k, v in tensors.items() if k.startswith("filters.")]
     channels = (filters[0].shape[1], *(w.shape[0] for w in filters))
     reg = MultiConvRidge(channels, tuple(w.shape[-1] for w in filters), **options)
-    reg.load_state_dict({"log_weight": torch.zeros(()), "log_contrast": torch.zeros(())} | tensors)
+    reg.load_state_dict(
+        {
+            "log_weight": torch.zeros((), dtype=torch.float32, device="cpu"),
+            "log_contrast": torch.zeros((), dtype=torch.float32, device="cpu"),
+        }
+        | tensors
+    )
     return reg.eval()
 
 
@@ -162,7 +172,13 @@ def _tdv(variant: str, tensors: dict[str, torch.Tensor]) -> TDV:
     multiplier = tensors[steps[0]].shape[0] // first.shape[0] if steps else 1
     sizes = {"multiplier": multiplier, "blocks": blocks, "scales": len(steps) + 1}
     reg = TDV(variant, first.shape[1], first.shape[0], **sizes)
-    reg.load_state_dict({"log_weight": torch.zeros(()), "log_contrast": torch.zeros(())} | tensors)
+    reg.load_state_dict(
+        {
+            "log_weight": torch.zeros((), dtype=torch.float32, device="cpu"),
+            "log_contrast": torch.zeros((), dtype=torch.float32, device="cpu"),
+        }
+        | tensors
+    )
     return reg.eval()
 
 

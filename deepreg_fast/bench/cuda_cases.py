@@ -11,7 +11,8 @@ import torch
 from ..batched.linalg import expand
 from ..functional.dct import dct2
 from ..functional.walsh import walsh_blocks
-from ..inverse.hypergradient import AdjointOptions, solve_adjoint
+from ..inverse.adjoint import ImplicitAdjoint, solve_adjoint
+from ..solvers import CGOptions
 from . import cases, counts, peers, peers_cuda
 from .ceilings import tf32
 from .solver_cases import MU, cg, recovery, step, true_residual
@@ -112,7 +113,7 @@ def cg_iteration(p: Workload, steps: int = 16) -> Case:
     """
     xs, bs = p.images(1), [0.1 * b for b in p.images(2)]
     reg, x, A = p.solvable(xs, 0.9), xs[0], p.operator()
-    mu, options = x.new_full((p.batch,), MU), AdjointOptions("cg", steps, 0.0)
+    mu, options = x.new_full((p.batch,), MU), ImplicitAdjoint(CGOptions(steps, 0.0))
     lin = under(p.target.ours, lambda: reg.linearize(x))
     count: Any = _Counted(lin)
     with_counts = timed_under(p.target.ours, lambda k: solve_adjoint(count, A, mu, bs[0], options))

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from ..backend import use_backend
-from ..inverse.hypergradient import AdjointOptions, hypergradient, solve_adjoint
+from ..inverse.adjoint import ImplicitAdjoint, solve_adjoint
+from ..inverse.hypergradient import hypergradient
 from ..inverse.recovery import recover
 from ..operators import SRM
 from ..regularizers import RED
 from ..regularizers.base import Regularizer, as_regularizer
 from ..regularizers.lipschitz import beta_hat
-from ..solvers import PGDOptions
+from ..solvers import CGOptions, PGDOptions
 from . import peers, peers_deepinv, peers_learned
 from .calibrate import Setting, loosest
 from .timing import Timed
@@ -24,14 +25,14 @@ from .workload import Case, Workload, double, flat, timed_under, under
 MU = 0.1
 # Tolerances of the float64 results, two orders below those of the candidates. Tighter ones take minutes.
 TIGHT = PGDOptions(5000, 1e-6, "anderson")
-TIGHT_ADJOINT = AdjointOptions("cg", 2000, 1e-6)
+TIGHT_ADJOINT = ImplicitAdjoint(CGOptions(2000, 1e-6))
 
 
 def cg(p: Workload) -> Case:
     """The adjoint system to a true residual of 1e-4, which is checked in float64 for every result."""
     xs, bs = p.images(1), [0.1 * b for b in p.images(2)]
     reg, x = p.solvable(xs, 0.9), xs[0]
-    A, mu, options = p.operator(), xs[0].new_full((p.batch,), MU), AdjointOptions("cg", 200, 1e-4)
+    A, mu, options = p.operator(), xs[0].new_full((p.batch,), MU), ImplicitAdjoint(CGOptions(200, 1e-4))
     best = peers.BestTorch(reg)
     hvps: dict[str, Any] = {n: under(b, lambda: reg.linearize(x)) for n, b in backends(p)}
 
@@ -103,7 +104,7 @@ def step(p: Workload) -> Case:
     """
     xs = p.images(5)
     reg, A = p.solvable(xs, 1.2), p.operator()
-    pgd, adjoint = PGDOptions(100, 1e-3, "anderson"), AdjointOptions("cg", 30, 1e-2)
+    pgd, adjoint = PGDOptions(100, 1e-3, "anderson"), ImplicitAdjoint(CGOptions(30, 1e-2))
     cpu_float = {"dtype": torch.float32, "device": "cpu"}
     deltas = [0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(6), **cpu_float).to(x) for x in xs]
 

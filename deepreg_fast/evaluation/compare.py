@@ -16,8 +16,7 @@ from ..ambient import full_precision
 from ..data import ImageSet, carve_validation, embedded_images, image_names, load_folder, load_split
 from ..errors import DataError, InputError
 from ..files import same_file
-from ..inverse.data_term import add_noise
-from ..inverse.hypergradient import initial_point
+from ..inverse.data_term import add_noise, initial_point
 from ..inverse.problem import build_operator
 from ..inverse.recovery import recover
 from ..operators import LinearOperator

@@ -12,7 +12,7 @@ from torch import nn
 
 def symmetric(size: int, pad: int, device: torch.device) -> torch.Tensor:
     """Indices that extend an axis by `pad` on both sides by reflection about the edges, the edge pixels repeated."""
-    i = torch.arange(-pad, size + pad, device=device) % (2 * size)
+    i = torch.arange(-pad, size + pad, dtype=torch.int64, device=device) % (2 * size)
     return torch.where(i < size, i, 2 * size - 1 - i)
 
 

@@ -1,4 +1,4 @@
-"""The data term: the weight mu = lam sigma^2, the noise, the objective (docs/math.md, M1)."""
+"""The data term: the weight mu = lam sigma^2, the noise, and the start of a recovery (docs/math.md, M1)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from .. import checks
-from ..batched.linalg import dot
 from ..errors import InputError
+from ..operators.base import LinearOperator
+from ..regularizers.base import Regularizer
 
 LAM = 60.0
 """Default `mu / sigma^2` of `mu_with_noise` for a regularizer whose own value is unknown. It gave the best mean PSNR
@@ -135,7 +136,13 @@ def add_noise(y: torch.Tensor, sigma: float, seed: int) -> torch.Tensor:
     return y + sigma * standard_normal(y.numel(), seed).reshape(y.shape).to(y)
 
 
-def objective(y: torch.Tensor, Ax: torch.Tensor, value: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
-    """`1/2 ||y_b - (A x)_b||^2 + mu_b r_b`, `[B]`, in float64; `value` is `r(x_b)`."""
-    misfit = y - Ax
-    return 0.5 * dot(misfit, misfit) + mu.double() * value.double()
+def initial_point(y: torch.Tensor, A: LinearOperator, reg: Regularizer) -> torch.Tensor:
+    """The start of a recovery: `prox_l2(c, y, 1/mu0)` at the regularizer's center c, with `mu0 = 1e-3 ||A||^2`.
+
+    If `A A^T = g I`, it is the limit for `mu0 = 0`, the point closest to c that matches the measurements, `c + A^+ (y -
+    A c)`. For other operators, such as a blur, that point would be made of amplified noise.
+    """
+    c = y.new_full((y.shape[0], *A.image_shape), reg.center)
+    if A.gram_scale is not None:
+        return c + A.A_dagger(y - A.A(c))
+    return A.prox_l2(c, y, 1e3 / A.sqnorms(y.dtype))

@@ -7,7 +7,6 @@ gives, for `L = sum_b ||xhat_b - x_b||^2` and `H = A^T A + mu hess r(xhat)`:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,62 +15,14 @@ from torch import nn
 from .. import checks
 from ..ambient import detached, eager, full_precision, outside_inference
 from ..backend import Linearization
-from ..batched.graphs import Reuse, records, reuse_of
-from ..batched.linalg import dot, expand, norm
+from ..batched.linalg import dot, expand
 from ..batched.loop import attach_partial_result
 from ..errors import InputError
 from ..operators.base import LinearOperator
 from ..regularizers.base import Regularizer, as_regularizer
-from ..solvers import CGOptions, LinearSolution, MinresOptions, PGDOptions, Solution, cg, minres, pgd
-from ..status import Status
-from .data_term import resolve_mu
-
-METHODS = ("cg", "minres", "jfb", "unrolled")
-
-
-@dataclass(frozen=True)
-class AdjointOptions:
-    """Options of the adjoint solve `H gamma = x - xhat` (docs/math.md, M7).
-
-    Parameters
-    ----------
-    method : "cg", "minres", "jfb" or "unrolled"
-        Preconditioned CG; preconditioned MINRES (for indefinite H: beta > 1 + alpha); Jacobian-free backpropagation
-        (Fung et al. 2022: the preconditioner alone, no Hessian product); or backpropagation through `unrolled_steps`
-        plain PGD steps.
-    max_iterations : int
-    tolerance : float
-        Relative residual of CG and MINRES. float32 reaches 1e-4 for mu down to about 1e-3; use float64 for less.
-    bound : float
-        `||gamma|| <= bound ||x - xhat|| / mu`; longer solutions (H nearly singular) are scaled to this norm.
-    unrolled_steps : int
-        Steps that "unrolled" differentiates; memory grows with them.
-
-    Raises
-    ------
-    InputError
-        If an option is out of range.
-
-    Examples
-    --------
-    >>> import deepreg_fast as dr
-    >>> dr.AdjointOptions(method="minres").max_iterations
-    100
-    """
-
-    method: str = "cg"
-    max_iterations: int = 100
-    tolerance: float = 1e-4
-    bound: float = 10.0
-    unrolled_steps: int = 100
-
-    def __post_init__(self) -> None:
-        checks.plain_fields(self)
-        checks.choice(self.method, "method", METHODS)
-        checks.integer(self.max_iterations, "max_iterations", 1)
-        checks.number(self.tolerance, "tolerance", 0.0)
-        checks.number(self.bound, "bound", 0.0, open_low=True)
-        checks.integer(self.unrolled_steps, "unrolled_steps", 1)
+from ..solvers import LinearSolution, PGDOptions, Solution, pgd
+from .adjoint import Adjoint, ImplicitAdjoint, Unrolled, solve_adjoint
+from .data_term import initial_point, resolve_mu
 
 
 @dataclass
@@ -89,7 +40,7 @@ class Hypergradient:
     solution : Solution
         The recovery.
     adjoint : LinearSolution or None
-        gamma with its status; None for "unrolled".
+        gamma with its status; None for `Unrolled`.
 
     Examples
     --------
@@ -106,76 +57,6 @@ class Hypergradient:
     adjoint: LinearSolution | None
 
 
-def solve_adjoint(  # noqa: PLR0913 - the system is five things
-    lin: Linearization,
-    A: LinearOperator,
-    mu: torch.Tensor,
-    b: torch.Tensor,
-    options: AdjointOptions,
-    gamma0: torch.Tensor | None = None,
-    curvature: float = 1.0,
-) -> LinearSolution:
-    """Solve `(A^T A + mu hess r) gamma = b` for each image, preconditioned by `(A^T A + mu c I)^{-1}`.
-
-    If CG finds negative curvature, the truncated iterate is returned (Steihaug 1983) with status NEGATIVE_CURVATURE.
-    """
-    adjoint = _Adjoint(lin, A, mu, curvature)
-    matvec, preconditioner = adjoint.matvec, adjoint.precondition if A.preconditioned else None
-    capturable = records(b) and A.capturable(b) and getattr(lin, "capturable", False)
-    reuse = adjoint.reuse(b) if capturable else None
-    if options.method == "unrolled":
-        raise InputError("method must be 'cg', 'minres' or 'jfb' for an adjoint solve, but is 'unrolled'.")
-    if options.method == "jfb":
-        x = preconditioner(b) if preconditioner else b / expand(mu * curvature, b)
-        zero = torch.zeros(len(b), dtype=torch.int64, device=b.device)
-        residual = norm(b - matvec(x)) / norm(b).clamp_min(1e-300)
-        sol = LinearSolution(x, torch.full_like(zero, int(Status.MAX_ITERATIONS)), zero, residual)
-    elif options.method == "minres":
-        sol = minres(
-            matvec,
-            b,
-            MinresOptions(options.max_iterations, options.tolerance),
-            x0=gamma0,
-            preconditioner=preconditioner,
-            capturable=capturable,
-            reuse=reuse,
-        )
-    else:
-        cg_options = CGOptions(options.max_iterations, options.tolerance, truncated_fallback=True)
-        sol = cg(matvec, b, cg_options, x0=gamma0, preconditioner=preconditioner, capturable=capturable, reuse=reuse)
-    length = norm(sol.x)
-    max_norm = options.bound * norm(b) / mu.double()
-    factor = torch.where(length > max_norm, max_norm / length.clamp_min(1e-300), 1.0)
-    sol.x = torch.where(expand(length > max_norm, sol.x), expand(factor, sol.x) * sol.x, sol.x)
-    shortened = (length > max_norm) & (sol.status == int(Status.CONVERGED))
-    sol.status = torch.where(shortened, int(Status.STAGNATED), sol.status)
-    return sol
-
-
-class _Adjoint:
-    """The operator `A^T A + mu hess r` at a point, and its preconditioner."""
-
-    def __init__(self, lin: Linearization, A: LinearOperator, mu: torch.Tensor, curvature: float) -> None:
-        self.lin, self.A, self.mu, self.curvature = lin, A, mu.detach(), curvature
-
-    def matvec(self, v: torch.Tensor) -> torch.Tensor:
-        """`(A^T A + mu hess r) v`."""
-        return self.A.normal(v) + expand(self.mu, v) * self.lin.hvp(v)
-
-    def precondition(self, v: torch.Tensor) -> torch.Tensor:
-        """`(A^T A + mu c I)^{-1} v`."""
-        return self.A.precondition(v, self.mu * self.curvature)
-
-    def reuse(self, b: torch.Tensor) -> Reuse | None:
-        """Key for reusing a graph of products in later solves, at other points and with other parameter values."""
-        signature = getattr(self.lin, "signature", lambda: None)()
-        return reuse_of(("adjoint", float(self.curvature)), self, signature, self.A.signature(b))
-
-    def place(self, put: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace the input tensors; see `graphs.Inputs`."""
-        self.mu, self.lin = put(self.mu), self.lin.moved(put)  # type: ignore[attr-defined]
-
-
 @full_precision
 @torch.no_grad()
 def hypergradient(  # noqa: PLR0913 - the problem, then the options
@@ -188,7 +69,7 @@ def hypergradient(  # noqa: PLR0913 - the problem, then the options
     lam: float | None = None,
     sigma: float | None = None,
     options: PGDOptions | None = None,
-    adjoint: AdjointOptions | None = None,
+    adjoint: Adjoint | None = None,
 ) -> Hypergradient:
     """Gradient of `sum_b ||xhat_b - x_b||^2` in theta and log mu, where `xhat` is the recovery from y.
 
@@ -206,8 +87,8 @@ def hypergradient(  # noqa: PLR0913 - the problem, then the options
         Weight of the regularizer. Alternatively give `lam` and `sigma`, with `mu = lam sigma^2`.
     options : PGDOptions, optional
         Of the recovery; default: tolerance 1e-6, Anderson acceleration.
-    adjoint : AdjointOptions, optional
-        Of the linear solve.
+    adjoint : ImplicitAdjoint, JacobianFree or Unrolled, optional
+        How the gradient passes through the recovery; default `ImplicitAdjoint()`.
 
     Returns
     -------
@@ -232,32 +113,24 @@ def hypergradient(  # noqa: PLR0913 - the problem, then the options
     x_true = checks.finite(checks.images(x_true, "x_true", A.image_shape), "x_true").detach()
     y = checks.finite(checks.measured(y, A.measurement_shape), "y").detach()
     options = options or PGDOptions(max_iterations=1000, tolerance=1e-6, acceleration="anderson")
-    adjoint = adjoint or AdjointOptions()
+    adjoint = adjoint or ImplicitAdjoint()
+    if not isinstance(adjoint, Adjoint):
+        raise InputError(
+            f"adjoint must be an ImplicitAdjoint, JacobianFree or Unrolled, but is {checks.describe(adjoint)}."
+        )
     mu_b = resolve_mu(mu, lam, sigma, like=y)
     x0 = initial_point(y, A, reg)
     sol = pgd(y, A, reg, mu_b, options, x0)
     loss = dot(sol.x - x_true, sol.x - x_true)
-    if adjoint.method == "unrolled":
+    if isinstance(adjoint, Unrolled):
         with attach_partial_result(lambda: sol):
-            theta, log_mu = unrolled_gradients(x_true, y, A, reg, mu_b, x0, sol.tau, adjoint.unrolled_steps)
+            theta, log_mu = unrolled_gradients(x_true, y, A, reg, mu_b, x0, sol.tau, adjoint.steps)
         return Hypergradient(theta, log_mu, loss, sol, None)
     with attach_partial_result(lambda: sol):
         lin = reg.linearize(sol.x)
         gamma = solve_adjoint(lin, A, mu_b, x_true - sol.x, adjoint, curvature=1.0 + reg.alpha)
         theta, log_mu = parameter_gradients(lin, mu_b, gamma.x)
     return Hypergradient(theta, log_mu, loss, sol, gamma)
-
-
-def initial_point(y: torch.Tensor, A: LinearOperator, reg: Regularizer) -> torch.Tensor:
-    """The start of a recovery: `prox_l2(c, y, 1/mu0)` at the regularizer's center c, with `mu0 = 1e-3 ||A||^2`.
-
-    If `A A^T = g I`, it is the limit for `mu0 = 0`, the point closest to c that matches the measurements, `c + A^+ (y -
-    A c)`. For other operators, such as a blur, that point would be made of amplified noise.
-    """
-    c = y.new_full((y.shape[0], *A.image_shape), reg.center)
-    if A.gram_scale is not None:
-        return c + A.A_dagger(y - A.A(c))
-    return A.prox_l2(c, y, 1e3 / A.sqnorms(y.dtype))
 
 
 def parameter_gradients(

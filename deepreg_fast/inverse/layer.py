@@ -17,8 +17,8 @@ from ..operators.base import LinearOperator
 from ..regularizers.base import Regularizer, as_regularizer
 from ..solvers import PGDOptions, Solution
 from ..status import Status
+from .adjoint import ImplicitAdjoint, JacobianFree, solve_adjoint
 from .data_term import resolve_mu
-from .hypergradient import AdjointOptions, solve_adjoint
 from .recovery import recover as solve
 
 
@@ -30,7 +30,7 @@ def recover(  # noqa: PLR0913 - the problem, then what is optional
     mu: float | torch.Tensor,
     *,
     options: PGDOptions | None = None,
-    adjoint: AdjointOptions | None = None,
+    adjoint: ImplicitAdjoint | JacobianFree | None = None,
     x0: torch.Tensor | None = None,
     return_solution: bool = False,
 ) -> Any:
@@ -50,8 +50,8 @@ def recover(  # noqa: PLR0913 - the problem, then what is optional
         Weight of the regularizer.
     options : PGDOptions, optional
         Of the recovery; default: tolerance 1e-6, Anderson acceleration.
-    adjoint : AdjointOptions, optional
-        Of the linear solve.
+    adjoint : ImplicitAdjoint or JacobianFree, optional
+        How the gradient passes through the recovery; default `ImplicitAdjoint()`.
     x0 : Tensor `[B, C, H, W]`, optional
         Initial guess. The result does not depend on it if r is convex.
     return_solution : bool
@@ -84,9 +84,9 @@ def recover(  # noqa: PLR0913 - the problem, then what is optional
     """
     regularizer = as_regularizer(reg)
     options = options or PGDOptions(max_iterations=1000, tolerance=1e-6, acceleration="anderson")
-    adjoint = adjoint or AdjointOptions()
-    if adjoint.method == "unrolled":
-        raise InputError("adjoint.method must be 'cg', 'minres' or 'jfb' here, but is 'unrolled'.")
+    adjoint = adjoint or ImplicitAdjoint()
+    if not isinstance(adjoint, (ImplicitAdjoint, JacobianFree)):
+        raise InputError(f"adjoint must be an ImplicitAdjoint or JacobianFree here, but is {checks.describe(adjoint)}.")
     if not isinstance(A, LinearOperator):
         raise InputError(f"A must be a deepreg_fast operator such as SRM or Blur, but is {type(A).__name__}.")
     y = checks.measured(y, A.measurement_shape)
@@ -108,7 +108,7 @@ class _Problem:
         A: LinearOperator,
         reg: Regularizer,
         options: PGDOptions,
-        adjoint: AdjointOptions,
+        adjoint: ImplicitAdjoint | JacobianFree,
         x0: torch.Tensor | None,
         names: list[str],
     ) -> None:

@@ -16,8 +16,7 @@ from ..regularizers.base import as_regularizer
 from ..solvers import PGDOptions, Solution, pgd
 from ..solvers.pgd import Observer
 from ..status import Status
-from .data_term import resolve_mu
-from .hypergradient import initial_point
+from .data_term import initial_point, resolve_mu
 
 
 @full_precision

@@ -17,14 +17,9 @@ from torch import nn
 from ..ambient import outside_inference
 from ..batched.linalg import dot, expand, norm
 from ..errors import TrainingDiverged
-from ..inverse.data_term import add_noise
-from ..inverse.hypergradient import (
-    AdjointOptions,
-    initial_point,
-    parameter_gradients,
-    solve_adjoint,
-    unrolled_gradients,
-)
+from ..inverse.adjoint import Adjoint, Unrolled, adjoint_named, solve_adjoint
+from ..inverse.data_term import add_noise, initial_point
+from ..inverse.hypergradient import parameter_gradients, unrolled_gradients
 from ..inverse.recovery import recover
 from ..operators import LinearOperator
 from ..regularizers.base import Regularizer, as_regularizer
@@ -109,11 +104,11 @@ class BilevelTrainer(Trainer):
         return regularizer_of(self.config) if self._given is None else as_regularizer(self._given)
 
     @property
-    def adjoint(self) -> AdjointOptions:
-        """Options of the current step's adjoint solve."""
+    def adjoint(self) -> Adjoint:
+        """How the gradient of the current step passes through the recovery."""
         c = self.config
         method = "jfb" if self.step_done < c.jfb_steps else c.adjoint
-        return AdjointOptions(method, c.adjoint_iterations, c.adjoint_tolerance)
+        return adjoint_named(method, c.adjoint_iterations, c.adjoint_tolerance, c.adjoint_iterations)
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups of theta and log mu, each with its own learning rate."""
@@ -129,7 +124,7 @@ class BilevelTrainer(Trainer):
         judged = None
         if self._loss_function is not None or self.config.loss in UNSUPERVISED:
             theta, log_mu, gradient_stats, judged = self._gradient_of_loss(rows, x, y, sol, valid, mu)
-        elif self.adjoint.method == "unrolled":
+        elif isinstance(self.adjoint, Unrolled):
             _, weights = self._loss(error, x)
             theta, log_mu, gradient_stats = self._unrolled_gradient(x, y, sol, valid, mu, weights)
         else:
@@ -242,10 +237,12 @@ class BilevelTrainer(Trainer):
 
         b is minus half of the derivative of the loss divided by `weights`: `x - xhat` for the squared error."""
         c, x = self.config, b
+        adjoint = self.adjoint
+        assert not isinstance(adjoint, Unrolled)
         lin = self.reg.linearize(sol.x)
         b = torch.where(expand(valid, x), b, 0.0)
         gamma0 = self.store.get("gamma", rows) if c.warm_start and rows is not None else None
-        adj = solve_adjoint(lin, self.A, mu, b, self.adjoint, gamma0, 1.0 + self.reg.alpha)
+        adj = solve_adjoint(lin, self.A, mu, b, adjoint, gamma0, 1.0 + self.reg.alpha)
         negative = adj.status == int(Status.NEGATIVE_CURVATURE)
         usable = torch.isfinite(adj.x).flatten(1).all(1) & valid
         gamma = torch.where(expand(usable, x), adj.x, 0.0)

@@ -203,7 +203,7 @@ class BilevelConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         # Imported here because the command-line help lists the settings without importing torch.
-        from ..inverse.hypergradient import METHODS
+        from ..inverse.adjoint import METHODS
         from ..regularizers.lipschitz import PENALTIES
         from ..solvers import ACCELERATIONS
 

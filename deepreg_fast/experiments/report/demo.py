@@ -98,7 +98,7 @@ def _row(data: Outcome, i: int) -> list[Picture]:
     name, truth = data.test.names[i], _truth(data, i)
     row = [Picture(png(truth, "gray"), f"{name}, the original", "Original", name)]
     if not _is_cs(data):
-        y = data.A.select(torch.tensor([i])).as_image(data.y[i : i + 1])[0, 0]
+        y = data.A.select(torch.tensor([i], dtype=torch.int64, device="cpu")).as_image(data.y[i : i + 1])[0, 0]
         size = " × ".join(str(n) for n in y.shape)
         row.append(Picture(png(y, "stretched"), f"{name}, measured", "Measured", f"{size} pixels"))
     reference = data.results["tv"]["psnr"][i]

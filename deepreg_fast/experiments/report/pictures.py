@@ -15,7 +15,7 @@ from PIL import Image
 from ...errors import DeepRegError
 from ...evaluation.compare import Experiment, Measured, measure
 from ...evaluation.metrics import psnr
-from ...inverse.hypergradient import initial_point
+from ...inverse.data_term import initial_point
 from ...operators import SRM
 from ...regularizers import TV
 from ...report import format as w
