@@ -20,16 +20,33 @@ from . import conv_chain
 
 @full_precision
 def value_and_grad(reg: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`r(x_b)` `[B]` and `grad r(x_b)` `[B, C, H, W]`, both differentiable in x and in the regularizer's parameters.
+    """`r(x_b)` and `grad r(x_b)`, both differentiable in x and in the regularizer's parameters.
 
     If a backend has kernels (as for `reg.value_and_grad`), both come from one sweep, and the gradient's derivatives are
-    sweeps too; a third derivative raises an `InputError`. Otherwise autograd differentiates the PyTorch definition, to
-    any order.
+    sweeps too. Otherwise autograd differentiates the PyTorch definition, to any order (docs/math.md, M8).
 
     Parameters
     ----------
-    reg : a `Regularizer`, or any module that maps images to one energy each.
-    x : `[B, C, H, W]`, float32 or float64.
+    reg : Regularizer, or an nn.Module that maps images to one energy each
+    x : Tensor `[B, C, H, W]`, float32 or float64
+
+    Returns
+    -------
+    value : Tensor `[B]`
+    grad : Tensor `[B, C, H, W]`
+
+    Raises
+    ------
+    InputError
+        If x is not a batch of images with the dtype and device of the parameters; with kernels, also for a third
+        derivative.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> value, grad = dr.ops.value_and_grad(dr.RED(channels=2), torch.rand(3, 1, 8, 8))
+    >>> value.shape, grad.shape
+    (torch.Size([3]), torch.Size([3, 1, 8, 8]))
     """
     reg = getattr(reg, "_orig_mod", reg)
     _check(reg, x)
@@ -48,7 +65,33 @@ def value_and_grad(reg: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch
 
 @full_precision
 def energy(reg: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`r(x_b)` `[B]`, differentiable in x (twice, with kernels) and in the parameters (by the PyTorch definition)."""
+    """`r(x_b)`, differentiable in x and in the parameters.
+
+    With kernels, it is twice differentiable in x; the PyTorch definition gives its derivatives in the parameters
+    (docs/math.md, M8).
+
+    Parameters
+    ----------
+    reg : Regularizer, or an nn.Module that maps images to one energy each
+    x : Tensor `[B, C, H, W]`, float32 or float64
+
+    Returns
+    -------
+    Tensor `[B]`
+
+    Raises
+    ------
+    InputError
+        If x is not a batch of images with the dtype and device of the parameters.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> x = torch.rand(3, 1, 8, 8, requires_grad=True)
+    >>> dr.ops.energy(dr.TV(), x).sum().backward()
+    >>> x.grad.shape
+    torch.Size([3, 1, 8, 8])
+    """
     reg = getattr(reg, "_orig_mod", reg)
     _check(reg, x)
     form = _form(reg, x)
@@ -57,10 +100,31 @@ def energy(reg: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def grad(reg: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`grad r(x_b)` `[B, C, H, W]`, differentiable once in x (the Hessian) and in the parameters, with kernels.
+    """`grad r(x_b)`, differentiable in x and in the parameters.
 
-    A vector-Jacobian product costs a linearization and a sweep; with `retain_graph=True`, further products at the same
-    x cost one sweep each.
+    With kernels, it is differentiable once in x. A vector-Jacobian product costs a linearization and a sweep; with
+    `retain_graph=True`, further products at the same x cost one sweep each (docs/math.md, M8).
+
+    Parameters
+    ----------
+    reg : Regularizer, or an nn.Module that maps images to one energy each
+    x : Tensor `[B, C, H, W]`, float32 or float64
+
+    Returns
+    -------
+    Tensor `[B, C, H, W]`
+
+    Raises
+    ------
+    InputError
+        As `value_and_grad`.
+
+    Examples
+    --------
+    >>> import torch, deepreg_fast as dr
+    >>> reg, x = dr.RED(channels=2), torch.rand(2, 1, 8, 8)
+    >>> torch.allclose(dr.ops.grad(reg, x), reg.value_and_grad(x)[1], atol=1e-6)
+    True
     """
     return value_and_grad(reg, x)[1]
 

@@ -173,6 +173,10 @@ def use_backend(name: str) -> Iterator[None]:
     name : str
         "auto" (the first that supports the input) or a name of `backends()`.
 
+    Returns
+    -------
+    context manager
+
     Raises
     ------
     InputError

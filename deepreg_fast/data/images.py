@@ -38,17 +38,31 @@ def load_image(path: str | os.PathLike[str], size: Size = None, option: str = "s
 
     Parameters
     ----------
-    path
+    path : str or Path
         A PNG, JPEG, TIFF, BMP, PGM, PPM or WebP file, recognized by its content, not its suffix.
-    size
-        None for the whole image, an integer `n` for `n x n`, or `(height, width)`: see `center_crop`.
-    option
+    size : int, pair of int, or None
+        None for the whole image, `n` for the center `n x n` pixels, or `(height, width)`. Images are never scaled.
+    option : str
         Name of the option that sets the size, for the error message of an image that is too small.
+
+    Returns
+    -------
+    Tensor `[1, H, W]`
 
     Raises
     ------
     DataError
         If the file is missing, of another format, damaged, larger than `MAX_PIXELS`, or smaller than `size`.
+    InputError
+        If `size` is not a positive integer or a pair of them.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from deepreg_fast.data import load_image, save_image
+    >>> path = save_image(tempfile.mkdtemp() + "/gray.png", torch.full((1, 20, 30), 0.2))
+    >>> load_image(path, size=(8, 10)).shape
+    torch.Size([1, 8, 10])
     """
     path = Path(path)
     if path.is_dir():

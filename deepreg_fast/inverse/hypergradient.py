@@ -84,7 +84,9 @@ def hypergradient(  # noqa: PLR0913 - the problem, then the options
     A : LinearOperator
     reg : Regularizer, or an nn.Module that maps images to one energy each
     mu : float or Tensor `[B]`, > 0
-        Weight of the regularizer. Alternatively give `lam` and `sigma`, with `mu = lam sigma^2`.
+        Weight of the regularizer. Alternatively give `lam` and `sigma`.
+    lam, sigma : float, optional
+        Weight and noise level, `mu = lam sigma^2`.
     options : PGDOptions, optional
         Of the recovery; default: tolerance 1e-6, Anderson acceleration.
     adjoint : ImplicitAdjoint, JacobianFree or Unrolled, optional

@@ -11,6 +11,7 @@ from .. import checks
 from ..checks import option
 from ..errors import InputError
 from ..problem import Problem
+from .fields import with_fields
 
 REGULARIZERS = ("red", "ridge", "ridge+red")
 
@@ -26,27 +27,27 @@ class TrainConfig(Problem):
     """Settings shared by all trainings; the problem is what the images are recovered from."""
 
     out: str = option("runs/train", "Folder of the run: checkpoints, logs, weights.")
-    data: str = option("embedded", "Folder of images, or 'embedded' for the ones that scikit-image carries.")
-    split: str = option("", "JSON file with 'train' and 'test' file names, or 'bsd400'; the test part is never read.")
+    data: str = option("embedded", "Folder of images, or 'embedded' for those in scikit-image's wheel.")
+    split: str = option("", "JSON file with 'train' and 'test' file names, or 'bsd400'; test images are not read.")
     crop: int = option(48, "Side of the square training crops; 0 takes whole images.")
     augment: bool = option(True, "Use each image in 4 orientations.")
-    validation: int = option(10, "Images carved out of the training part for validation.")
-    validation_crop: int = option(96, "Side of the centre crop of the validation images; 0 takes whole images.")
+    validation: int = option(10, "Images of the training part that are held out for validation.")
+    validation_crop: int = option(96, "Side of the center crop of the validation images; 0 takes whole images.")
     validate_every: int = option(200, "Steps between two validations; 0 for none.")
-    regularizer: str = option("red", "What is trained: red (the network), ridge (filters and profiles) or ridge+red.")
+    regularizer: str = option("red", "The regularizer: red (the network), ridge (filters and profiles) or ridge+red.")
     channels: int = option(16, "Width of the network.")
     depth: int = option(3, "Number of convolutions.")
     norm: str = option("none", "LayerNorm: none, pixel or image.")
     norm_place: str = option("before", "Place of the LayerNorm: before or after SiLU.")
     norm_eps: float = option(1e-2, "Epsilon of the LayerNorm, relative to the gained input.")
-    head: str = option("red", "Energy made of h: red, residual or norm.")
+    head: str = option("red", "Energy of the network's output h: red, residual or norm.")
     gain: float = option(10.0, "Input gain of the network.")
-    center: float = option(0.5, "Grey value that the regularizer is centred about.")
+    center: float = option(0.5, "Gray value about which the regularizer is centered.")
     alpha: float = option(0.0, "Strong convexity added to r.")
     kernel_size: int = option(0, "Side of the filters (of ridge in ridge+red), odd; 0 takes 3 for red, 9 for ridge.")
     filters: int = option(32, "Filters of ridge.")
     scales: int = option(4, "Steps in each profile of ridge.")
-    convex: bool = option(True, "Keep ridge convex; without it, weakly convex.")
+    convex: bool = option(True, "Keep ridge convex; otherwise it is weakly convex.")
     steps: int = option(2000, "Adam steps.")
     batch: int = option(8, "Images per step.")
     lr: float = option(2e-3, "Largest learning rate of theta.")
@@ -54,13 +55,13 @@ class TrainConfig(Problem):
     final_lr: float = option(0.05, "Last learning rate as a fraction of the largest (cosine).")
     clip: float = option(2.0, "Gradient norm limit as a multiple of its running median; 0 for none.")
     seed: int = option(0, "Seed of weights, crops, noise and order.")
-    init: str = option("", "Weight file to start theta and mu from (also a smaller network's); empty starts afresh.")
-    init_mu: bool = option(True, "Take mu from the weight file of init, too; else start from mu0.")
-    device: str = option("cpu", "Where to train: cpu, cuda, cuda:1 or auto (CUDA where there is such a device).")
-    device_budget_mb: int = option(0, "Memory of a CUDA device for samples and warm starts; 0 takes half of the free.")
-    threads: int = option(0, "Threads of torch; 0 leaves them as they are.")
+    init: str = option("", "Weight file to start theta and mu from (or a smaller network's); empty: random weights.")
+    init_mu: bool = option(True, "Also take mu from the weight file of init; otherwise start from mu0.")
+    device: str = option("cpu", "Where to train: cpu, cuda, cuda:1 or auto (CUDA if there is such a device).")
+    device_budget_mb: int = option(0, "CUDA memory (MB) for samples and warm starts; 0 takes half of what is free.")
+    threads: int = option(0, "Threads of torch; 0 does not change them.")
     checkpoint_seconds: float = option(60.0, "Seconds between two checkpoints.")
-    mu0: float = option(1e-2, "Weight mu of the regularizer (its start where it is trained).")
+    mu0: float = option(1e-2, "Weight mu of the regularizer (its initial value if mu is trained).")
 
     def __post_init__(self) -> None:
         checks.plain_fields(self)
@@ -136,26 +137,14 @@ class TrainConfig(Problem):
         return cls(**values)
 
 
+@with_fields
 @dataclass(frozen=True)
 class BilevelConfig(TrainConfig):
     """Settings of bi-level training (docs/math.md, M7 and M11).
 
     Parameters
     ----------
-    out, data, split
-        Folder of the run; folder of images, or "embedded"; split file, or "bsd400".
-    ratio, transform, randomizer, operator_seed, sigma
-        The measurement problem.
-    regularizer, channels, depth, norm, head, alpha, ...
-        The regularizer and its constructor's arguments.
-    steps, batch, crop, lr, seed, ...
-        The outer optimization.
-    penalty, beta, delta_radius, ...
-        The Lipschitz penalty.
-    inner_iterations, tolerance_start, acceleration, adjoint, ...
-        The inner solves.
-
-    `deepreg-fast train bilevel --help` describes every field; the texts are in the fields' `metadata`.
+    <every field>
 
     Raises
     ------
@@ -171,35 +160,39 @@ class BilevelConfig(TrainConfig):
 
     out: str = option("runs/bilevel", "Folder of the run: checkpoints, logs, weights.")
     penalty: str = option("lipschitz", "What beta bounds: lipschitz (of grad s) or curvature (of s, from above).")
-    beta: float = option(5.0, "Lipschitz constant, or curvature, that grad s is held to; 0 for no penalty.")
+    beta: float = option(5.0, "Bound of the penalty: a Lipschitz constant or a curvature; 0 for no penalty.")
     beta_start: float = option(0.0, "beta at the first step, raised linearly over the first half; 0 starts at beta.")
     loss: str = option(
         "mse",
-        "What recoveries are judged by: mse (squared error), psnr (its logarithm, by image), l1, ssim; or without the "
+        "Loss of the recoveries: mse (squared error), psnr (its logarithm per image), l1, ssim; or, without the "
         "true images: sure, noise2noise.",
     )
     xi: float = option(1.0, "Weight of the penalty sum_b relu(beta_hat_b - beta).")
-    delta_radius: float = option(0.05, "Norm of the perturbations, as a fraction of the image's norm about its centre.")
-    delta_ball: str = option("sphere", "Perturbations: of fixed norm (sphere), or ascending without a bound (free).")
-    delta_steps: int = option(1, "Ascent steps of each perturbation per visit.")
+    delta_radius: float = option(
+        0.05, "Norm of the perturbations, as a fraction of that of the image minus its center."
+    )
+    delta_ball: str = option("sphere", "Perturbations of fixed norm (sphere), or of any norm (free).")
+    delta_steps: int = option(1, "Ascent steps of each perturbation per training step.")
     delta_steps_late: int = option(3, "The same in the last third of the training.")
     mu_lr: float = option(1e-2, "Learning rate of log mu.")
     mu_min: float = option(1e-4, "Lower bound of mu.")
     mu_max: float = option(1.0, "Upper bound of mu.")
-    inner_iterations: int = option(30, "Gradients per visit of an image in the recovery.")
-    first_iterations: int = option(0, "The same at its first visit, which starts cold; 0 takes inner_iterations.")
+    inner_iterations: int = option(30, "Gradients of the recovery per image and training step.")
+    first_iterations: int = option(
+        0, "The same in an image's first step, without a warm start; 0 takes inner_iterations."
+    )
     tolerance_start: float = option(3e-3, "Tolerance of the recovery at the first step.")
-    tolerance_end: float = option(1e-4, "Tolerance that it is tightened to, by halves, when the loss stalls.")
+    tolerance_end: float = option(1e-4, "Smallest tolerance; when the loss stalls, the tolerance is halved down to it.")
     stall_window: int = option(100, "Steps over which the loss must fall by 1 % to keep the tolerance.")
     acceleration: str = option("anderson", "Acceleration of the recovery in training: none, fista or anderson.")
-    memory: int = option(5, "Differences that Anderson's acceleration keeps of each image, 1 to 20.")
-    monotone: bool = option(False, "Refuse Anderson's candidates that climb; on the way r may not be bounded below.")
+    memory: int = option(5, "Differences per image that Anderson acceleration stores, 1 to 20.")
+    monotone: bool = option(False, "Reject Anderson candidates that increase the objective, if r is bounded below.")
     adjoint: str = option("cg", "Hypergradient: cg, minres, jfb or unrolled.")
-    jfb_steps: int = option(0, "First steps that take jfb instead: training begins with the cheaper hypergradient.")
-    adjoint_iterations: int = option(8, "Iterations of the adjoint solve per visit.")
+    jfb_steps: int = option(0, "Number of first steps that use jfb, the cheaper hypergradient, instead.")
+    adjoint_iterations: int = option(8, "Iterations of the adjoint solve per training step.")
     adjoint_tolerance: float = option(0.1, "Relative residual of the adjoint solve.")
-    warm_start: bool = option(True, "Start recovery and adjoint where the image's last visit ended.")
-    memory_budget_mb: int = option(2048, "Host memory for warm starts; beyond it they live in files of the run.")
+    warm_start: bool = option(True, "Start the recovery and the adjoint solve from the image's previous solutions.")
+    memory_budget_mb: int = option(2048, "Host memory (MB) for warm starts; beyond it they are in files of the run.")
 
     def __post_init__(self) -> None:
         # Imported here because the command-line help lists the settings without importing torch.
@@ -248,20 +241,14 @@ class BilevelConfig(TrainConfig):
         checks.integer(self.memory_budget_mb, "memory_budget_mb", 0)
 
 
+@with_fields
 @dataclass(frozen=True)
 class BaselineConfig(TrainConfig):
     """Settings of the baselines' training (docs/math.md, M12).
 
     Parameters
     ----------
-    noise_level : float
-        Standard deviation of the noise that denoisers are trained on.
-    rho : float
-        Strong convexity of the adversarial regularizer.
-    gradient_penalty : float
-        Weight of its gradient penalty.
-    out, data, steps, ...
-        As in `BilevelConfig`; `deepreg-fast train denoiser --help` describes every field.
+    <every field>
 
     Raises
     ------

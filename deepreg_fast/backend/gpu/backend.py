@@ -46,6 +46,10 @@ def gpu_options(precision: str = "tf32x3", storage: str = "float32") -> Iterator
     storage : "float32" or "bfloat16"
         Of the tensors between kernels; bfloat16 halves the bytes and has three digits.
 
+    Returns
+    -------
+    context manager
+
     Raises
     ------
     InputError
