@@ -10,13 +10,14 @@ COMMA := ,
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long coverage lint pytest sanitize sanitize-threads install clean
+.PHONY: help demo docs test test-long coverage lint pytest sanitize sanitize-threads install clean
 
 help:
 	@echo "make demo    train a regularizer that passes TV, recover images, write demo-report/"
 	@echo "make test    ruff, pyright, then the tests"
 	@echo "make test-long         the tests at full size that make test runs at a smaller one"
 	@echo "make coverage          the same tests with line coverage, at least 90 % (takes twice the time)"
+	@echo "make docs    build the documentation into site/"
 	@echo "make lint    ruff and pyright alone"
 	@echo "make sanitize          the kernels' tests under the address and undefined-behaviour sanitizers"
 	@echo "make sanitize-threads  the same under the thread sanitizer"
@@ -37,6 +38,13 @@ install: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/deepreg-fast demo --out demo-report
+
+# Warnings are errors: a link that leads nowhere, a name without a docstring.
+docs: $(STAMP)
+	@$(BIN)/python -c "import latex2mathml, material, mkdocstrings" 2>/dev/null || \
+	  $(BIN)/python -m pip install --disable-pip-version-check -q -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The documentation is in site/index.html"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -80,4 +88,4 @@ sanitize-threads: $(STAMP)
 	$(call sanitized,thread,tsan)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*

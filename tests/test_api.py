@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import typer
 from PIL import Image
 
 import deepreg_fast as dr
-from deepreg_fast.cli import app
 from deepreg_fast.data import embedded_images
 
 from .helpers import images, normal, random_red
@@ -139,20 +135,6 @@ def test_the_readmes_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     exec(compile(code.replace("steps=5000", "steps=1, channels=2"), "README.md", "exec"), names)
     assert (tmp_path / "runs" / "bilevel" / "weights.safetensors").exists()
     assert names["sol"].status.eq(0).all()  # type: ignore[attr-defined]
-
-
-def test_the_readmes_commands() -> None:
-    """Every command line is one that the parser takes whole."""
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^deepreg-fast (.+)$", text, re.MULTILINE)
-    assert len(lines) >= 5
-    root: Any = typer.main.get_command(app)
-    for line in lines:
-        command, words = root, shlex.split(line, comments=True)
-        while hasattr(command, "commands"):
-            command = command.commands[words.pop(0)]
-        with command.make_context(line, words) as context:
-            assert not context.args, line
 
 
 @pytest.mark.skipif(dr.backends()["cpu"] is not None, reason="autograd, which the reference asks, is off there")

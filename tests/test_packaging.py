@@ -156,7 +156,7 @@ def test_ci_calls_make_test():
     script = ROOT / ".ci" / "run"
     lines = script.read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["#!/usr/bin/env bash", "set -euo pipefail"]
-    assert lines[-3:] == ["make sanitize", "make test-long", "exec make test"]
+    assert lines[-4:] == ["make sanitize", "make docs", "make test-long", "exec make test"]
     assert os.access(script, os.X_OK)
 
 
