@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,8 +17,10 @@ from torch import Tensor
 
 import deepreg_fast as dr
 from deepreg_fast.backend import active_images
-from deepreg_fast.backend.gpu import fused_chain, nvrtc
-from deepreg_fast.backend.gpu.fused_chain import FusedHvp
+from deepreg_fast.backend.gpu import fused_chain
+from deepreg_fast.backend.gpu.conv_chain import GpuLinearization
+from deepreg_fast.backend.gpu.fused_chain import FusedHvp, Machine
+from deepreg_fast.backend.gpu.pixel_norm import ChainOptions, SavedActivations
 
 from .helpers import EPS, images, normal, random_red, relative
 from .host_cuda import COMPILER, HostLauncher, library
@@ -78,11 +77,26 @@ def _planes(reg: dr.RED, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def fused(reg: dr.RED, x: Tensor, order: int = 0, blocks: int = NARROW, sms: int = 4) -> FusedHvp:
     form = reg.conv_chain_form()
     assert form is not None and fused_chain.unsupported_reason(form) is None
-    how = fused_chain.Plan(
-        blocks, fused_chain.plan(x.shape[-1], LIMIT, blocks).strips, fused_chain.shared_bytes(blocks)
-    )
+    u, z, g = _planes(reg, x)
+    return fused_chain.build(form, SavedActivations({2: z}, {1: g}, u), _host(order, blocks, sms), blocks)
+
+
+def _host(order: int, blocks: int, sms: int) -> Machine:
+    """The host, with the kernels of `blocks` blocks also for narrower images."""
     launcher = HostLauncher(fused_chain.SOURCE, order, (f"-DCHAIN_BLOCKS={blocks}",))
-    return fused_chain.build(form, *_planes(reg, x), fused_chain.pack(form), launcher, how, sms)
+    return Machine(sms, LIMIT, lambda how, _: Wide(launcher, blocks))
+
+
+class Wide:
+    """Launches the kernels of more blocks than an image has."""
+
+    def __init__(self, launcher: HostLauncher, blocks: int) -> None:
+        self.launcher, self.blocks = launcher, blocks
+
+    def launch(self, kernel: str, blocks: int, threads: int, shared: int, arguments: Sequence[np.generic]) -> None:
+        """As `HostLauncher.launch`."""
+        assert threads <= 32 * self.blocks and shared <= fused_chain.shared_bytes(self.blocks)
+        self.launcher.launch(kernel, blocks, 32 * self.blocks, fused_chain.shared_bytes(self.blocks), arguments)
 
 
 def _with_nan(t: Tensor) -> Tensor:
@@ -202,6 +216,26 @@ def test_symmetric_and_empty() -> None:
 
 
 @host
+@pytest.mark.parametrize("norm", ["none", "pixel"])
+def test_the_backend_uses_it_where_it_covers(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the activations that Triton's kernels save."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(fused_chain, "machine_of", lambda _: _host(0, NARROW, 4))
+    reg = _random(6, norm=norm, channels=12)
+    form = reg.conv_chain_form()
+    assert form is not None
+    x, v = images(2, 1, 14, 20).float(), normal(2, 1, 14, 20).float()
+    options = ChainOptions(tile=(16, 32, 4), fused=True)
+    lin = GpuLinearization(reg, form, x, options)
+    assert lin._fused is not None
+    found = lin.hvp(v)
+    compare(reg, x, v, found)
+    assert torch.equal(lin.moved(torch.clone).hvp(v), found)
+    for other in (ChainOptions(), replace(options, storage="bfloat16"), replace(options, precision="ieee")):
+        assert fused_chain.find(form, lin._kept, other) is None
+
+
+@host
 @pytest.mark.long
 @pytest.mark.parametrize("norm", ["none", "pixel"])
 def test_the_headline_size(norm: str) -> None:
@@ -210,54 +244,6 @@ def test_the_headline_size(norm: str) -> None:
     compare(reg, x, v, fused(reg, x, blocks=fused_chain.MOST_BLOCKS, sms=132).product(v))
     x, v = images(1, 1, 40, 400).float(), normal(1, 1, 40, 400).float()
     compare(reg, x, v, fused(reg, x, 2, fused_chain.MOST_BLOCKS).product(v))
-
-
-@pytest.fixture(scope="module")
-def model() -> ModuleType:
-    """`benchmarks/fused_model.py`."""
-    pytest.importorskip("cupy", reason="CuPy, which binds NVRTC, is not installed")
-    pytest.importorskip("triton", reason="cuobjdump comes with Triton")
-    path = Path(__file__).parents[1] / "benchmarks/fused_model.py"
-    spec = importlib.util.spec_from_file_location("fused_model", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("sm", "limit"),
-    [(90, LIMIT), pytest.param(80, 166912, marks=pytest.mark.long), pytest.param(100, LIMIT, marks=pytest.mark.long)],
-)
-@pytest.mark.parametrize("norm", [True, False])
-def test_nvrtc_compiles_without_warnings_or_spills(model: ModuleType, sm: int, limit: int, norm: bool) -> None:
-    cubin, log, how = model.compile_product(norm, sm, 180, limit)
-    assert not log.strip(), log
-    assert how.shared <= limit
-    name = fused_chain.kernel_name(norm)
-    usage = model.resources(cubin)
-    assert set(usage) == {name, f"{name}_measure"}
-    for registers, stack in usage.values():
-        assert stack == 0, "registers spill"
-        # A scheduler has 16384 registers for its quarter of the warps.
-        assert -(-registers // 8) * 8 * -(-how.blocks // 4) * 32 <= 16384
-    if sm == 90:
-        counts = model.stages(model.disassembled(cubin)[name])
-        assert sum(c["HMMA"] for c in counts.values()) == 468, "products of a step"
-        # Those of NVRTC 13.5 are 94.9 and 68.9.
-        assert sum(model.per_pixel(counts).values()) < (97 if norm else 71)
-        assert 0.5 < model.predict(counts, 256, 180, model.Device())["predicted"] < 2.0
-
-
-@pytest.mark.long
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
-def test_nvcc_compiles_with_warnings_as_errors(tmp_path: Path) -> None:
-    for name, text in nvrtc.sources(fused_chain.SOURCE).items():
-        (tmp_path / name).write_text(text)
-    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", "-Werror", "all-warnings", "-DCHAIN_NORM=1"]
-    done = subprocess.run([*command, fused_chain.SOURCE], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("width", [3, 16, 17, 180, 192, 193, 378, 379, 2048])
@@ -280,3 +266,30 @@ def test_what_the_kernel_covers() -> None:
     for options in ({"head": "norm"}, {"depth": 4}, {"channels": 17}, {"norm": "image"}):
         form = _random(**options).conv_chain_form()
         assert form is not None and "three layers" in str(fused_chain.unsupported_reason(form))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["none", "pixel"])
+@pytest.mark.parametrize("size", [(5, 33, 47), (3, 180, 180), (2, 64, 401), (1, 3, 3)])
+def test_on_the_gpu(norm: str, size: tuple[int, int, int]) -> None:
+    reg = _random(7, norm=norm)
+    x, v = images(size[0], 1, *size[1:]).float(), normal(size[0], 1, *size[1:]).float()
+    v[-1] *= 1e5
+    on_gpu = copy.deepcopy(reg).cuda()
+    form = on_gpu.conv_chain_form()
+    assert form is not None
+    lin = GpuLinearization(on_gpu, form, x.cuda(), ChainOptions(fused=True))
+    assert lin._fused is not None
+    one = lin.hvp(v.cuda())
+    compare(reg, x, v, one.cpu())
+    assert torch.equal(lin.hvp(v.cuda()), one)
+    k = lin._fused
+    for b in range(size[0]):
+        alone = k.moved(lambda t, b=b: t[b : b + 1] if len(t) == size[0] else t)
+        assert torch.equal(alone.product(v[b : b + 1].cuda())[0], one[b])
+    graph, place = torch.cuda.CUDAGraph(), v.cuda()
+    with torch.cuda.graph(graph):
+        captured = k.product(place)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, one)

@@ -15,6 +15,7 @@ from ...ambient import full_precision
 from ...functional.conv_chain import ConvChainForm, layers_of
 from ...functional.unaltered import dtype_or_device_mismatch
 from ..reference import Gradients, ParameterGuard, unsupported_norm_position
+from . import fused_chain
 from .graphs import Signature, places_of, retry_after_freeing_graphs
 from .pixel_norm import DEFAULT, ChainOptions, Sweeps, convs_of, norms_of
 
@@ -86,6 +87,7 @@ class GpuLinearization:
             self._sweeps = _sweeps(form, x, options)
             self._kept = self._sweeps.allocate_saved()
             self.value, self.grad = self._sweeps.gradient(self._kept)
+            self._fused = fused_chain.find(form, self._kept, options)
 
     def signature(self) -> Signature:
         """Everything that a recorded `hvp` depends on besides the tensors that `moved` replaces."""
@@ -103,6 +105,7 @@ class GpuLinearization:
 
         moved = copy(self)
         moved._sweeps, moved._kept = self._sweeps.moved(once), self._kept.each(once)
+        moved._fused = None if self._fused is None else self._fused.moved(once)
         return moved
 
     def _check(self, v: Tensor) -> Tensor:
@@ -115,7 +118,7 @@ class GpuLinearization:
         """`hess r(x_b) v_b`."""
         v = self._check(v)
         with _on(v.device):
-            return self._sweeps.product(self._kept, v)
+            return self._sweeps.product(self._kept, v) if self._fused is None else self._fused.product(v)
 
     @retry_after_freeing_graphs
     @full_precision

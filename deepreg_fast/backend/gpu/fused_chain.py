@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,11 @@ from torch import Tensor
 
 from ...functional.conv_chain import ConvChainForm
 from ..active import active_mask, mask_bytes
+from . import nvrtc
 from .memory import hold
+
+if TYPE_CHECKING:
+    from .pixel_norm import ChainOptions, SavedActivations
 
 SOURCE = "conv_chain.cu"
 CHANNELS, MOST_BLOCKS, ROWS, REACH = 16, 12, 3, 3
@@ -237,12 +241,39 @@ def largest(images: Tensor) -> Tensor:
     return torch.linalg.vector_norm(images.flatten(1), torch.inf, 1)
 
 
-def build(  # noqa: PLR0913 - a network, a point and how to launch
-    form: ConvChainForm, u: Tensor, z: Tensor, g: Tensor, packed: Tensor, launcher: Launcher, how: Plan, sms: int
-) -> FusedHvp:
-    """The products at a point; the tensors are contiguous."""
+@dataclass(frozen=True)
+class Machine:
+    """What a launch depends on: multiprocessors, shared memory of a block, and the compiled kernels of a plan."""
+
+    multiprocessors: int
+    shared_limit: int
+    launcher: Callable[[Plan, bool], Launcher]
+
+
+def machine_of(device: torch.device) -> Machine | None:
+    """The GPU; None without one."""
+    if device.type != "cuda":
+        return None
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return Machine(count, nvrtc.shared_limit(device), lambda how, norm: nvrtc.module(SOURCE, how.options(norm), device))
+
+
+def find(form: ConvChainForm, saved: SavedActivations, options: ChainOptions) -> FusedHvp | None:
+    """The products at a point with these saved activations, or None if they are not asked for or not covered."""
+    covered = options.fused and unsupported_reason(form) is None
+    if not covered or (options.precision, options.storage) != ("tf32x3", "float32") or not len(saved.c):
+        return None
+    machine = machine_of(saved.c.device)
+    return None if machine is None else build(form, saved, machine)
+
+
+def build(form: ConvChainForm, saved: SavedActivations, machine: Machine, most: int = MOST_BLOCKS) -> FusedHvp:
+    """The products at a point, in strips of at most `16 most` columns."""
     net: Any = form.net
     norm = net.norm == "pixel"
-    eps = float(net.norms[0].eps) if norm else 0.0
-    channels = net.convs[0].out_channels
-    return FusedHvp(launcher, how, packed, u, z, g, largest(u), float(form.alpha), eps, channels, norm, sms)
+    how = plan(saved.c.shape[-1], machine.shared_limit, most)
+    return FusedHvp(
+        machine.launcher(how, norm), how, pack(form), saved.c, saved.z[2], saved.g[1], largest(saved.c),
+        float(form.alpha), float(net.norms[0].eps) if norm else 0.0, net.convs[0].out_channels, norm,
+        machine.multiprocessors,
+    )  # fmt: skip
