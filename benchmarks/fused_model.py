@@ -1,4 +1,4 @@
-"""Count the machine instructions of the fused Hessian-vector product by stage, without a GPU, and predict its time.
+"""Count the machine instructions of the fused sweeps by stage, without a GPU, and predict their times.
 
     python benchmarks/fused_model.py [--json model.json] [--sm 90] [--images 256] [--side 180]
 
@@ -18,11 +18,12 @@ import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 from deepreg_fast.backend.gpu import fused_chain, nvrtc
 
-STAGES = ("a1'", "z2', gu2'", "gu1'", "output, next rows")
+STAGES = ("a1", "z2 and gu2", "gu1", "output and next rows")
 """The stages of a step, each of which ends at a barrier."""
 Instruction = tuple[int, str, str, bool]
 """Address, name, operands, and whether it has a predicate."""
@@ -78,10 +79,10 @@ def disassembled(cubin: bytes) -> dict[str, list[Instruction]]:
     return kernels
 
 
-def compile_product(norm: bool, sm: int, width: int = 180, limit: int = 232448) -> tuple[bytes, str, fused_chain.Plan]:
-    """The cubin of the product, the compiler's log, and the launch for images of this width."""
-    how = fused_chain.plan(width, limit)
-    cubin, log = nvrtc.compile_sources(nvrtc.sources(fused_chain.SOURCE), how.options(norm), f"sm_{sm}")
+def compile_sweep(sweep: str, norm: bool, sm: int, limit: int = 232448) -> tuple[bytes, str, fused_chain.Plan]:
+    """The cubin of a sweep over images of 180 columns, the compiler's log, and the launch."""
+    how = fused_chain.plan(180, limit)
+    cubin, log = nvrtc.compile_sources(nvrtc.sources(fused_chain.SOURCE), how.options(sweep, norm), f"sm_{sm}")
     return cubin, log, how
 
 
@@ -121,8 +122,8 @@ def per_pixel(counts: dict[str, Counter[str]]) -> dict[str, float]:
     return {stage: count.total() / (16 * fused_chain.ROWS) for stage, count in counts.items()}
 
 
-def predict(counts: dict[str, Counter[str]], images: int, side: int, device: Device) -> dict[str, float]:
-    """Milliseconds that each unit needs at least, and the prediction."""
+def predict(counts: dict[str, Counter[str]], images: int, side: int, device: Device, moved: int) -> dict[str, float]:
+    """Milliseconds that each unit needs at least, and the prediction; `moved`: bytes per pixel of global memory."""
     how = fused_chain.plan(side, 232448)
     sms = device.multiprocessors
     parts = fused_chain.bands(images, how.strips, side, sms)
@@ -133,7 +134,6 @@ def predict(counts: dict[str, Counter[str]], images: int, side: int, device: Dev
     # A step's seconds for each unit of a multiprocessor.
     scheduler = warps / device.schedulers / device.clock
     shared = total["LDS"] + total["STS"] + 4 * (total["LDS.128"] + total["LDSM"])
-    moved = 4 * (2 * fused_chain.CHANNELS + 4)  # z2, g1; u, v twice, the output
     milliseconds = {
         "issue at 1": total.total() * scheduler,
         "issue as assumed": total.total() / device.issue * scheduler,
@@ -156,22 +156,21 @@ def main() -> None:
     parser.add_argument("--json", help="file for the numbers")
     arguments = parser.parse_args()
     results: dict[str, object] = {**vars(arguments), "device": asdict(Device())}
-    for norm in (True, False):
-        cubin, _, how = compile_product(norm, arguments.sm, arguments.side)
-        counts = stages(disassembled(cubin)[fused_chain.kernel_name(norm)])
-        found = {
-            "registers, stack": resources(cubin),
-            "shared": how.shared,
+    for sweep, norm in product(fused_chain.SWEEPS, (True, False)):
+        cubin, _, how = compile_sweep(sweep, norm, arguments.sm)
+        counts = stages(disassembled(cubin)[fused_chain.kernel_name(sweep, norm)])
+        moved = {"hvp": 144, "gradient": 12}[sweep]
+        found: dict[str, dict[str, float]] = {
             "instructions per pixel": {**per_pixel(counts), "all": sum(per_pixel(counts).values())},
-            "milliseconds": predict(counts, arguments.images, arguments.side, Device()),
-            "counts": counts,
+            "milliseconds": predict(counts, arguments.images, arguments.side, Device(), moved),
         }
-        results["pixel" if norm else "none"] = found
-        print("LayerNorm over a pixel" if norm else "no LayerNorm", f"sm_{arguments.sm}, {how.shared} bytes shared")
+        title = f"{sweep}, {'LayerNorm over a pixel' if norm else 'no LayerNorm'}"
+        results[title] = {**found, "registers, stack": resources(cubin), "shared": how.shared, "counts": counts}
+        print(f"{title}: sm_{arguments.sm}, {how.shared} bytes shared")
         for name, (registers, stack) in resources(cubin).items():
             print(f"  {name}: {registers} registers, {stack} bytes of stack")
-        for title in ("instructions per pixel", "milliseconds"):
-            print(f"  {title}:", *(f"{key} {value:.2f}" for key, value in dict(found[title]).items()), sep="  ")  # type: ignore[call-overload]
+        for unit, numbers in found.items():
+            print(f"  {unit}:", *(f"{key} {value:.2f}" for key, value in numbers.items()), sep="  ")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
 

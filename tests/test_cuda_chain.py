@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ from deepreg_fast.backend import active_images
 from deepreg_fast.backend.gpu import fused_chain
 from deepreg_fast.backend.gpu.conv_chain import GpuLinearization
 from deepreg_fast.backend.gpu.fused_chain import FusedHvp, Machine
-from deepreg_fast.backend.gpu.pixel_norm import ChainOptions, SavedActivations
+from deepreg_fast.backend.gpu.fused_pack import pack
+from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
 
 from .helpers import EPS, images, normal, random_red, relative
 from .host_cuda import COMPILER, HostLauncher, library
@@ -29,7 +29,8 @@ host = pytest.mark.skipif(COMPILER is None, reason="no g++ on this machine")
 LIMIT = 232448  # of an H100's block
 NARROW = 3
 """Blocks of a strip: 48 columns, so that strips, their seams, and images wider than a strip are cheap to run."""
-_HOST = (f"-DCHAIN_BLOCKS={NARROW}",)
+_SWEEP = {"hvp": "-DCHAIN_SWEEP=0", "gradient": "-DCHAIN_SWEEP=1"}
+_HOST = (f"-DCHAIN_BLOCKS={NARROW}", _SWEEP["hvp"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,13 +79,14 @@ def fused(reg: dr.RED, x: Tensor, order: int = 0, blocks: int = NARROW, sms: int
     form = reg.conv_chain_form()
     assert form is not None and fused_chain.unsupported_reason(form) is None
     u, z, g = _planes(reg, x)
-    return fused_chain.build(form, SavedActivations({2: z}, {1: g}, u), _host(order, blocks, sms), blocks)
+    chain = fused_chain.chain_of(form, x.shape[-1], _host(order, blocks, sms), pack(form), blocks)
+    return FusedHvp(chain, u, z, g, fused_chain.largest(u))
 
 
-def _host(order: int, blocks: int, sms: int) -> Machine:
+def _host(order: int, blocks: int, sms: int, sweep: str = "hvp") -> Machine:
     """The host, with the kernels of `blocks` blocks also for narrower images."""
-    launcher = HostLauncher(fused_chain.SOURCE, order, (f"-DCHAIN_BLOCKS={blocks}",))
-    return Machine(sms, LIMIT, lambda how, _: Wide(launcher, blocks))
+    launcher = HostLauncher(fused_chain.SOURCE, order, (f"-DCHAIN_BLOCKS={blocks}", _SWEEP[sweep]))
+    return Machine(sms, LIMIT, lambda _: Wide(launcher, blocks))
 
 
 class Wide:
@@ -216,26 +218,6 @@ def test_symmetric_and_empty() -> None:
 
 
 @host
-@pytest.mark.parametrize("norm", ["none", "pixel"])
-def test_the_backend_uses_it_where_it_covers(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the activations that Triton's kernels save."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr(fused_chain, "machine_of", lambda _: _host(0, NARROW, 4))
-    reg = _random(6, norm=norm, channels=12)
-    form = reg.conv_chain_form()
-    assert form is not None
-    x, v = images(2, 1, 14, 20).float(), normal(2, 1, 14, 20).float()
-    options = ChainOptions(tile=(16, 32, 4), fused=True)
-    lin = GpuLinearization(reg, form, x, options)
-    assert lin._fused is not None
-    found = lin.hvp(v)
-    compare(reg, x, v, found)
-    assert torch.equal(lin.moved(torch.clone).hvp(v), found)
-    for other in (ChainOptions(), replace(options, storage="bfloat16"), replace(options, precision="ieee")):
-        assert fused_chain.find(form, lin._kept, other) is None
-
-
-@host
 @pytest.mark.long
 @pytest.mark.parametrize("norm", ["none", "pixel"])
 def test_the_headline_size(norm: str) -> None:
@@ -280,6 +262,9 @@ def test_on_the_gpu(norm: str, size: tuple[int, int, int]) -> None:
     assert form is not None
     lin = GpuLinearization(on_gpu, form, x.cuda(), ChainOptions(fused=True))
     assert lin._fused is not None
+    with dr.use_backend("reference"):
+        value, grad = copy.deepcopy(reg).double().value_and_grad(x.double())
+    assert relative(lin.grad.double().cpu(), grad) <= 16 * EPS and relative(lin.value.double().cpu(), value) <= 16 * EPS
     one = lin.hvp(v.cuda())
     compare(reg, x, v, one.cpu())
     assert torch.equal(lin.hvp(v.cuda()), one)

@@ -308,7 +308,7 @@ def install() -> Driver:
     loader.CudaModule = loader.module = lambda name, options, device: _CudaSources(name, options)
     srm.find = find
     fused_chain.machine_of = lambda _: fused_chain.Machine(
-        132, SHARED_LIMIT, lambda how, norm: _CudaSources(fused_chain.SOURCE, how.options(norm))
+        132, SHARED_LIMIT, lambda options: _CudaSources(fused_chain.SOURCE, options)
     )
     _patch_loops()
     Devices().__enter__()

@@ -1,5 +1,6 @@
-// The Hessian-vector product of the conv chain 1 -> 16 -> 16 -> 1, head red, in one launch (docs/kernels.md; docs/math.md,
-// M10). A block takes a strip and a band of rows of an image through the stages A, B, C, D, ROWS rows a step.
+// Sweeps of the conv chain 1 -> 16 -> 16 -> 1, head red, in one launch each (docs/kernels.md; docs/math.md, M10): the
+// Hessian-vector product and the gradient. A block takes a strip and a band of rows of an image through the stages A, B, C, D, ROWS rows a step.
+#include "conv_chain_gradient.cuh"
 #include "conv_chain_hvp.cuh"
 
 #if !defined(__CUDACC__)
@@ -25,74 +26,94 @@ DR_DEVICE void prepare(const Call& call, Shared& shared, int warp) {
     }
 }
 
-template <bool NORM, bool MEASURE>
-DR_DEVICE void items(const Call& call, const Block& block, Shared& shared, int first, int step) {
+template <class Sweep>
+DR_DEVICE void chain(const Call& call, const Block& block, Shared& shared, int first, int step) {
+    block.each([&](int warp) { prepare(call, shared, warp); });
     const int items = call.images * call.bands * call.strips();
     for (int item = first; item < items; item += step) {
         Piece piece;
         if (!find(call, item, piece)) continue;
         // A pixel of the product depends on REACH + 1 rows of images, REACH of a1' and so on.
         const int start = piece.row0 - REACH - 1, rows = piece.row1 - start + 2;
-        const Product<NORM, MEASURE> product = {call, piece, shared, start};
+        const Sweep sweep = {{call, piece, shared, start}};
 #if !defined(__CUDACC__)
         poison(shared, piece.columns);
 #endif
         block.each([&](int warp) {
-            product.choose_scales(warp);
-            read_images<ROWS + 2>(call, piece, shared, warp, start, 0);
+            sweep.choose_scales(warp, Sweep::FIRST_GUESS, sweep.cotangents());
+            read_images<ROWS + 2, Sweep::PICTURES>(call, piece, shared, warp, start, 0);
         });
         DR_ROLLED for (int row = 0; row < rows; row += ROWS) {
-            block.each([&](int warp) { product.stage_a(row + 1, lane_of(warp, piece.columns)); });
-            block.each([&](int warp) { product.stage_b(row, lane_of(warp, piece.columns)); });
-            block.each([&](int warp) { product.stage_c(row - 1, lane_of(warp, piece.columns)); });
+            block.each([&](int warp) { sweep.stage_a(row + 1, lane_of(warp, piece.columns)); });
+            block.each([&](int warp) { sweep.stage_b(row, lane_of(warp, piece.columns)); });
+            block.each([&](int warp) { sweep.stage_c(row - 1, lane_of(warp, piece.columns)); });
             block.each([&](int warp) {
-                product.stage_d(row - 2, warp);
-                read_images<ROWS>(call, piece, shared, warp, start, row + ROWS + 2);
+                sweep.stage_d(row - 2, warp);
+                read_images<ROWS, Sweep::PICTURES>(call, piece, shared, warp, start, row + ROWS + 2);
             });
         }
     }
 }
-template <bool NORM, bool MEASURE>
-DR_DEVICE void chain(const Call& call, const Block& block, Shared& shared, int first, int step) {
-    block.each([&](int warp) { prepare(call, shared, warp); });
-    items<NORM, MEASURE>(call, block, shared, first, step);
-}
 
-#define CHAIN_PARAMETERS                                                                                              \
-    const float *u, const float *v, const float *z, const float *g, float *out, const float *u_max,                   \
-        const float *v_max, const unsigned char *active, unsigned *failed, unsigned *most, const unsigned *packed,    \
+#define HVP_PARAMETERS                                                                                             \
+    const float *u, const float *v, const float *z, const float *g, float *out, const float *u_max,                \
+        const float *v_max, const unsigned char *active, unsigned *failed, unsigned *most, const unsigned *packed, \
         float alpha, float eps, float part, int height, int width, int images, int bands, int attempt
-#define CHAIN_CALL                                                                                                    \
-    {                                                                                                                 \
-        u, v, z, g, out, u_max, v_max, active, failed, most, packed, alpha, eps, part, height, width, images, bands, attempt \
+#define HVP_CALL                                                                                                        \
+    {                                                                                                                   \
+        u, v, z, g, out, u_max, v_max, active, failed, most, packed, alpha, eps, part, height, width, images, bands,    \
+            attempt, nullptr, nullptr, nullptr                                                                          \
+    }
+#define GRADIENT_PARAMETERS                                                                                      \
+    const float *u, float *z, float *g, float *out, double *energies, const float *u_max,                        \
+        const unsigned char *active, unsigned *failed, unsigned *most, const unsigned *packed, float alpha,      \
+        float eps, float part, int height, int width, int images, int bands, int attempt
+#define GRADIENT_CALL                                                                                                   \
+    {                                                                                                                   \
+        u, nullptr, nullptr, nullptr, out, u_max, nullptr, active, failed, most, packed, alpha, eps, part, height,      \
+            width, images, bands, attempt, z, g, energies                                                               \
     }
 #if defined(__CUDACC__)
-#define CHAIN_KERNEL(name, norm, measure)                                                       \
-    extern "C" __global__ void __launch_bounds__(32 * BLOCKS, 1) name(CHAIN_PARAMETERS) {       \
-        extern __shared__ __align__(16) unsigned words[];                                       \
-        const Call call = CHAIN_CALL;                                                           \
-        Shared shared{words};                                                                   \
-        chain<norm, measure>(call, Block{BLOCKS}, shared, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)); \
+#define CHAIN_KERNEL(name, Sweep, PARAMETERS, CALL)                                                                  \
+    extern "C" __global__ void __launch_bounds__(32 * BLOCKS, 1) name(PARAMETERS) {                                  \
+        extern __shared__ __align__(16) unsigned words[];                                                            \
+        const Call call = CALL;                                                                                      \
+        Shared shared{words};                                                                                        \
+        chain<Sweep>(call, Block{BLOCKS}, shared, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));        \
     }
 #else
-#define CHAIN_KERNEL(name, norm, measure)                                                             \
-    extern "C" int name(int blocks, int threads, int bytes, int order, CHAIN_PARAMETERS) {            \
-        if (threads != 32 * BLOCKS || bytes != SHARED) return 1;                            \
-        const Call call = CHAIN_CALL;                                                                 \
-        unsigned state = 1;                                                                           \
-        for (int n = 0; n < blocks; ++n) {                                                            \
-            Shared shared(SHARED);                                                              \
-            chain<norm, measure>(call, Block{BLOCKS, order, &state, &shared}, shared, n, blocks);     \
-            if (shared.raced) return 2;                                                               \
-        }                                                                                             \
-        return 0;                                                                                     \
+#define CHAIN_KERNEL(name, Sweep, PARAMETERS, CALL)                                          \
+    extern "C" int name(int blocks, int threads, int bytes, int order, PARAMETERS) {         \
+        if (threads != 32 * BLOCKS || bytes != SHARED) return 1;                             \
+        const Call call = CALL;                                                              \
+        unsigned state = 1;                                                                  \
+        for (int n = 0; n < blocks; ++n) {                                                   \
+            Shared shared(SHARED);                                                           \
+            chain<Sweep>(call, Block{BLOCKS, order, &state, &shared}, shared, n, blocks);    \
+            if (shared.raced) return 2;                                                      \
+        }                                                                                    \
+        return 0;                                                                            \
     }
 #endif
+// The kernels of one sweep (CHAIN_SWEEP), with or without a LayerNorm (CHAIN_NORM), or all.
+#define CHAIN_KERNELS(name, Sweep, norm, KIND)                             \
+    using name##_sweep = Sweep<norm, false>;                               \
+    using name##_measuring = Sweep<norm, true>;                            \
+    CHAIN_KERNEL(name, name##_sweep, KIND##_PARAMETERS, KIND##_CALL)       \
+    CHAIN_KERNEL(name##_measure, name##_measuring, KIND##_PARAMETERS, KIND##_CALL)
+#if !defined(CHAIN_SWEEP) || CHAIN_SWEEP == 0
 #if !defined(CHAIN_NORM) || CHAIN_NORM == 0
-CHAIN_KERNEL(chain_hvp, false, false)
-CHAIN_KERNEL(chain_hvp_measure, false, true)
+CHAIN_KERNELS(chain_hvp, Product, false, HVP)
 #endif
 #if !defined(CHAIN_NORM) || CHAIN_NORM == 1
-CHAIN_KERNEL(chain_hvp_norm, true, false)
-CHAIN_KERNEL(chain_hvp_norm_measure, true, true)
+CHAIN_KERNELS(chain_hvp_norm, Product, true, HVP)
+#endif
+#endif
+#if !defined(CHAIN_SWEEP) || CHAIN_SWEEP == 1
+#if !defined(CHAIN_NORM) || CHAIN_NORM == 0
+CHAIN_KERNELS(chain_gradient, Gradient, false, GRADIENT)
+#endif
+#if !defined(CHAIN_NORM) || CHAIN_NORM == 1
+CHAIN_KERNELS(chain_gradient_norm, Gradient, true, GRADIENT)
+#endif
 #endif

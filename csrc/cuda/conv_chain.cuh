@@ -32,7 +32,7 @@ constexpr int TAPS = 2 * ROWS, TAPS_PITCH = 4 * (COLUMNS + 4), TAPS_ROW = 9 * TA
 constexpr int IMAGE = ROWS + 4, IMAGE_PITCH = 64 * (BLOCKS + 1 + BLOCKS % 2), IMAGE_PLANE = IMAGE * IMAGE_PITCH;
 // Packed parameters (backend/gpu/fused_chain.py): fragments of filters, of all channels (W2, its transpose) and of one (W1,
 // W3^T, and for scattering W1 and W3); bias, gamma and beta of both layers; numbers.
-constexpr int PART = 32 * 16, FRAGMENT = 2 * PART, VECTOR = 64, VECTORS = 2 * 3 * VECTOR, NUMBERS = 20;
+constexpr int PART = 32 * 16, FRAGMENT = 2 * PART, VECTOR = 64, VECTORS = 2 * 3 * VECTOR, NUMBERS = 24;
 
 constexpr int AT_FORWARD = 0, AT_BACKWARD = AT_FORWARD + RING * RING_ROW, AT_TAPS = AT_BACKWARD + RING * RING_ROW;
 constexpr int AT_U = AT_TAPS + TAPS * TAPS_ROW, AT_V = AT_U + 2 * IMAGE_PLANE, AT_PACKED = AT_V + 2 * IMAGE_PLANE;

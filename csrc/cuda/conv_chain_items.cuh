@@ -6,10 +6,13 @@
 #pragma once
 #include "conv_chain.cuh"
 
-// Numbers among the packed parameters: the inverse scales of filters, the scales of W2 and W3, and the guesses of the
-// operands' scales; then the scales of an item and their inverses.
+// Numbers among the packed parameters: the inverse scales of filters, the scales of W2 and W3, the last bias, and the guesses
+// of the operands' scales, for products and for gradients; then the scales of an item and their inverses.
 enum Operand { A1, GU2, A2, GU1, OPERANDS };
-enum Number { DOWN_W1, DOWN_W2, DOWN_W3, UP_W2, UP_W3, GUESSES, SCALES = GUESSES + OPERANDS, INVERSES = SCALES + OPERANDS };
+enum Number {
+    DOWN_W1, DOWN_W2, DOWN_W3, UP_W2, UP_W3, LAST_BIAS,
+    GUESSES, GRADIENT_GUESSES = GUESSES + OPERANDS, SCALES = GRADIENT_GUESSES + OPERANDS, INVERSES = SCALES + OPERANDS
+};
 static_assert(INVERSES + OPERANDS <= NUMBERS, "numbers");
 enum Attempt { GUESSED, MEASURING, MEASURED };
 constexpr float MEASURING_SCALE = 1.0f / 65536;
@@ -24,6 +27,9 @@ struct Call {
     const unsigned* packed;
     float alpha, eps, part;  // part: 1 / channels
     int height, width, images, bands, attempt;
+    // Of a gradient: planes to save, or null; [B, rows, strips, BLOCKS], the energy of 16 pixels.
+    float *z_out, *g_out;
+    double* energies;
 
     DR_DEVICE int strips() const { return width <= COLUMNS ? 1 : 1 + (width - COLUMNS + OUTPUTS - 1) / OUTPUTS; }
     static constexpr int OUTPUTS = COLUMNS - 2 * REACH;
@@ -42,12 +48,12 @@ DR_DEVICE Scale scale_of(float most) {
 // A strip and a band of an image: outputs of rows [row0, row1) and columns [from, to), counted from column0.
 struct Piece {
     long long image;  // its first pixel
-    int number, row0, row1, column0, columns, from, to;
+    int number, strip, row0, row1, column0, columns, from, to;
     Scale u, v;
 };
 DR_DEVICE bool find(const Call& call, int item, Piece& piece) {
     const int strips = call.strips(), strip = item % strips, band = item / strips % call.bands;
-    piece.number = item / strips / call.bands;
+    piece.number = item / strips / call.bands, piece.strip = strip;
     if (call.active && !call.active[piece.number]) return false;
     if (call.attempt != GUESSED && !call.failed[piece.number]) return false;
     piece.image = static_cast<long long>(piece.number) * call.height * call.width;
@@ -60,13 +66,13 @@ DR_DEVICE bool find(const Call& call, int item, Piece& piece) {
     const int start = strip == 0 ? 0 : strip * Call::OUTPUTS + REACH;
     piece.from = start - piece.column0;
     piece.to = last ? piece.columns : COLUMNS - REACH;
-    piece.u = scale_of(call.u_max[piece.number]), piece.v = scale_of(call.v_max[piece.number]);
+    piece.u = scale_of(call.u_max[piece.number]), piece.v = scale_of(call.v_max ? call.v_max[piece.number] : 0.0f);
     return true;
 }
 
-// Rows of u and v as pairs of halves, zero outside the image; a warp's own columns, and those beyond the last warp's.
+// Rows of u, and of v if PICTURES is 2, as pairs of halves, zero outside the image; a warp's own columns, and those beyond the last warp's.
 // `row` counts from `start`, the item's first; COUNT is odd, so half a warp is free for the last two columns.
-template <int COUNT>
+template <int COUNT, int PICTURES>
 DR_DEVICE void read_images(const Call& call, const Piece& piece, Shared& shared, int warp, int start, int row) {
     const Index half = lanes() / 16, within = lanes() % 16;
     CHAIN_UNROLL for (int i = 0; i < (COUNT + 1) / 2; ++i) {
@@ -80,7 +86,7 @@ DR_DEVICE void read_images(const Call& call, const Piece& piece, Shared& shared,
         const Flag second = real && column >= -1 && column < call.width - 1;
         const Index from = y * call.width + column;
         const Index at = r % IMAGE * IMAGE_PITCH + x * 4 + AT_U;
-        CHAIN_UNROLL for (int n = 0; n < 2; ++n) {
+        CHAIN_UNROLL for (int n = 0; n < PICTURES; ++n) {
             const float* image = (n ? call.v : call.u) + piece.image;
             const float scale = n ? piece.v.up : piece.u.up;
             const Float a = load(image, from, first) * scale, b = load(image, from + 1, second) * scale;

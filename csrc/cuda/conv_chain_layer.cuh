@@ -10,6 +10,13 @@ DR_DEVICE void silu(Float n, Float& slope, Float& bend) {
 }
 
 
+// SiLU divided by its argument, and SiLU'.
+DR_DEVICE void silu_slope(Float n, Float& sigmoid, Float& slope) {
+    const Float e = exp2_fast(smaller(n * -1.44269504f, 126.0f));
+    sigmoid = reciprocal(e + 1.0f);
+    slope = fused(n, sigmoid * (e * sigmoid), sigmoid);
+}
+
 // A stage's units, powers of two: u' is u1 times its number; those of g and g' have this ratio; gu' is `gu1` times what
 // follows from g's number, a' has the scale `a1`.
 struct Units {
@@ -28,13 +35,49 @@ struct Layer {
         : unit(unit), part(call.part), eps(call.eps) {
         if constexpr (NORM) gamma = four(shared, vectors + VECTOR, lane), beta = four(shared, vectors + 2 * VECTOR, lane);
     }
-    // xhat in the place of u, and y with xhat' = rs y in that of u'; rs and mean(xhat u') of both pixels.
-    DR_DEVICE void normalize(Float (&u)[8], Float (&u1)[8], Float (&rs)[2], Float (&p)[2]) const {
+    // xhat in the place of u, and rs of both pixels.
+    DR_DEVICE void normal(Float (&u)[8], Float (&rs)[2]) const {
         sums(rs, u, u);
         CHAIN_UNROLL for (int n = 0; n < 2; ++n) rs[n] = inverse_root(fused(quad_sum(rs[n]), part, eps));
         CHAIN_UNROLL for (int k = 0; k < 8; ++k) u[k] = u[k] * rs[pixel_of(k)];
+    }
+    // xhat in the place of u, and y with xhat' = rs y in that of u'; rs and mean(xhat u') of both pixels.
+    DR_DEVICE void normalize(Float (&u)[8], Float (&u1)[8], Float (&rs)[2], Float (&p)[2]) const {
+        normal(u, rs);
         mean(p, u, u1, part);
         CHAIN_UNROLL for (int k = 0; k < 8; ++k) u1[k] = fused(u[k], -p[pixel_of(k)], u1[k]);
+    }
+    // a in the place of u, and of a gradient's g: gu. g is `unit.u1` times its number; the results have the scales `unit.a1`
+    // and `unit.gu1`.
+    DR_DEVICE void value(Float (&u)[8]) const {
+        Float rs[2], s, slope;
+        if constexpr (NORM) normal(u, rs);
+        CHAIN_UNROLL for (int k = 0; k < 8; ++k) {
+            const Float n = argument(u[k], k);
+            silu_slope(n, s, slope);
+            u[k] = n * s * unit.a1;
+        }
+    }
+    DR_DEVICE void gradient(Float (&u)[8], Float (&g)[8], Float (&a)[8]) const {
+        Float rs[2], m[2], s, slope;
+        if constexpr (NORM) normal(u, rs);
+        CHAIN_UNROLL for (int k = 0; k < 8; ++k) {
+            const Float n = argument(u[k], k);
+            silu_slope(n, s, slope);
+            a[k] = n * s * unit.a1;
+            g[k] = (NORM ? slope * gamma.of[channel_of(k)] : slope * (unit.u1 * unit.gu1)) * g[k];
+        }
+        if constexpr (NORM) {
+            mean(m, g, u, part);
+            CHAIN_UNROLL for (int n = 0; n < 2; ++n) rs[n] = rs[n] * (unit.u1 * unit.gu1);
+            CHAIN_UNROLL for (int k = 0; k < 8; ++k) g[k] = rs[pixel_of(k)] * fused(u[k], -m[pixel_of(k)], g[k]);
+        }
+    }
+    DR_DEVICE Float argument(Float u, int k) const {
+        if constexpr (NORM)
+            return fused(gamma.of[channel_of(k)], u, beta.of[channel_of(k)]);
+        else
+            return u;
     }
     // a' in the place of u'.
     DR_DEVICE void forward(Float (&u)[8], Float (&u1)[8]) const {

@@ -66,6 +66,15 @@ DR_DEVICE Float load(const float* from, Index i, Flag flag) { return flag ? __ld
 DR_DEVICE void store(float* to, Index i, Float x, Flag flag) {
     if (flag) to[i] = x;
 }
+DR_DEVICE void store4(float* to, Index i, const Float (&x)[4], Flag flag) {
+    if (flag) *reinterpret_cast<float4*>(to + i) = make_float4(x[0], x[1], x[2], x[3]);
+}
+// The sum of the flagged numbers of lanes 0, 4, 8, ..., in double.
+DR_DEVICE void store_sum(double* to, const Float (&x)[2], const Flag (&flag)[2]) {
+    double sum = (flag[0] ? static_cast<double>(x[0]) : 0.0) + (flag[1] ? static_cast<double>(x[1]) : 0.0);
+    DR_UNROLL for (int n = 4; n < 32; n *= 2) sum += __shfl_xor_sync(~0u, sum, n);
+    if ((threadIdx.x & 31) == 0) *to = sum;
+}
 // The largest of the flagged lanes' positive numbers, kept at `to`.
 DR_DEVICE void keep_largest(unsigned* to, Float x, Flag flag) {
     const unsigned most = __reduce_max_sync(~0u, flag ? __float_as_uint(x) : 0u);

@@ -174,6 +174,17 @@ inline void store(float* to, const Index& i, const Float& x, const Flag& flag) {
     for (int lane = 0; lane < 32; ++lane)
         if (flag.x[lane]) to[i.x[lane]] = x.x[lane];
 }
+inline void store4(float* to, const Index& i, const Float (&x)[4], const Flag& flag) {
+    for (int n = 0; n < 4; ++n) store(to, i + n, x[n], flag);
+}
+inline void store_sum(double* to, const Float (&x)[2], const Flag (&flag)[2]) {
+    double sum[8];
+    for (int i = 0; i < 8; ++i)
+        sum[i] = (flag[0].x[4 * i] ? double{x[0].x[4 * i]} : 0.0) + (flag[1].x[4 * i] ? double{x[1].x[4 * i]} : 0.0);
+    for (int n = 1; n < 8; n *= 2)
+        for (int i = 0; i < 8; i += 2 * n) sum[i] += sum[i + n];
+    *to = sum[0];
+}
 inline void keep_largest(unsigned* to, const Float& a, const Flag& flag) {
     for (int i = 0; i < 32; ++i)
         if (flag.x[i] && same_bits<unsigned>(a.x[i]) > *to) *to = same_bits<unsigned>(a.x[i]);

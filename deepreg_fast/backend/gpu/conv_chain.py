@@ -59,7 +59,8 @@ def signature(energy: nn.Module, form: ConvChainForm, options: ChainOptions = DE
 def value_and_grad(form: ConvChainForm, x: Tensor, options: ChainOptions = DEFAULT) -> tuple[Tensor, Tensor]:
     """`r(x_b)` `[B]` and `grad r(x_b)` `[B, 1, H, W]`, float32."""
     with _on(x.device):
-        return _sweeps(form, x, options).gradient()
+        fused = fused_chain.value_and_grad(form, x, options)
+        return _sweeps(form, x, options).gradient() if fused is None else fused
 
 
 class GpuLinearization:
@@ -86,8 +87,9 @@ class GpuLinearization:
         with _on(x.device):
             self._sweeps = _sweeps(form, x, options)
             self._kept = self._sweeps.allocate_saved()
-            self.value, self.grad = self._sweeps.gradient(self._kept)
-            self._fused = fused_chain.find(form, self._kept, options)
+            fused = fused_chain.value_and_grad(form, self.x, options, self._kept)
+            self.value, self.grad = self._sweeps.gradient(self._kept) if fused is None else fused
+            self._fused = fused_chain.hvp(form, self.x, options, self._kept)
 
     def signature(self) -> Signature:
         """Everything that a recorded `hvp` depends on besides the tensors that `moved` replaces."""

@@ -39,7 +39,8 @@ class ChainOptions:
     `tile`: height, width and warps of a program; None uses the kernels' own.
     `maxnreg`: maximum registers per thread of `primal` and of `tangent`, each a number or None (the compiler decides).
     Without a pair, the kernels' own limits apply, or with a `tile` the compiler's.
-    `fused`: Hessian-vector products in one launch where `fused_chain.py` covers them. It has not run on a GPU.
+    `fused`: gradients and Hessian-vector products in one launch each, where `fused_chain.py` covers them. They have not
+    run on a GPU.
     """
 
     precision: str = "tf32x3"
