@@ -22,12 +22,12 @@ COMPILER = shutil.which("g++")
 
 
 @lru_cache(maxsize=8)
-def library(name: str) -> ctypes.CDLL:
-    """A source of csrc/cuda, compiled once for each content on this machine."""
+def library(name: str, options: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """A source of csrc/cuda, compiled once for each content on this machine, with a compiler's further options."""
     assert COMPILER is not None
     texts = nvrtc.sources(name)
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256(repr((texts, FLAGS, version)).encode()).hexdigest()[:24]
+    key = hashlib.sha256(repr((texts, FLAGS, options, version)).encode()).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"deepreg-fast-tests-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / f"{Path(name).stem}-{key}.so"
@@ -35,7 +35,7 @@ def library(name: str) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder) as work:
             for other, text in texts.items():
                 (Path(work) / other).write_text(text)
-            command = [COMPILER, *FLAGS, "-x", "c++", name, "-o", "out.so"]
+            command = [COMPILER, *FLAGS, *options, "-x", "c++", name, "-o", "out.so"]
             done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             os.replace(Path(work) / "out.so", path)
@@ -45,8 +45,8 @@ def library(name: str) -> ctypes.CDLL:
 class HostLauncher:
     """Runs the threads of a block one after the other: in order, backwards, or in a random order in each phase."""
 
-    def __init__(self, name: str, order: int = 0) -> None:
-        self.library, self.order, self.launches = library(name), order, 0
+    def __init__(self, name: str, order: int = 0, options: tuple[str, ...] = ()) -> None:
+        self.library, self.order, self.launches = library(name, options), order, 0
 
     def launch(self, kernel: str, blocks: int, threads: int, shared: int, arguments: Sequence[np.generic]) -> None:
         """As `CudaModule.launch`."""

@@ -58,6 +58,7 @@ def _chains() -> dict[str, Family]:
         "chain 64 channels": family(64),
         "chain image 64 channels": family(64, norm="image"),
         "chain ieee": family(precision="ieee"),
+        **{f"chain {n} fused": family(norm=n, fused=True) for n in ("pixel", "none")},
     }
     return families
 

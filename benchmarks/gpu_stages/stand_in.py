@@ -284,7 +284,7 @@ def install() -> Driver:
     from triton.runtime import driver as triton_driver
 
     from deepreg_fast.backend.gpu import backend as gpu
-    from deepreg_fast.backend.gpu import nvrtc, srm
+    from deepreg_fast.backend.gpu import fused_chain, nvrtc, srm
 
     # NVRTC loads the real libcuda at its first use, and crashes with the stand-in.
     nvrtc.compile_sources({"empty.cu": "__global__ void empty() {}"}, [], ARCHITECTURE)
@@ -307,6 +307,9 @@ def install() -> Driver:
     loader.shared_limit = lambda _: SHARED_LIMIT
     loader.CudaModule = loader.module = lambda name, options, device: _CudaSources(name, options)
     srm.find = find
+    fused_chain.machine_of = lambda _: fused_chain.Machine(
+        132, SHARED_LIMIT, lambda options: _CudaSources(fused_chain.SOURCE, options)
+    )
     _patch_loops()
     Devices().__enter__()
     return driver

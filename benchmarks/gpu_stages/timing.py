@@ -22,6 +22,8 @@ def timing(stage: Stage) -> None:
     with clocks(stage):
         for norm in ("pixel", "none"):
             stage.item(f"chain {norm}", lambda n=norm: _chain(stage, n, {}), 12.0)
+        for norm in ("pixel", "none"):
+            stage.item(f"fused {norm}", lambda n=norm: _chain(stage, n, {"fused": True}), 12.0)
         for limits in MAXNREG:
             stage.item(f"maxnreg {limits[0]}", lambda m=limits: _chain(stage, "pixel", {"maxnreg": m}), 12.0)
         for transform in ("dct", "hadamard", "walsh"):

@@ -15,6 +15,7 @@ from ...ambient import full_precision
 from ...functional.conv_chain import ConvChainForm, layers_of
 from ...functional.unaltered import dtype_or_device_mismatch
 from ..reference import Gradients, ParameterGuard, unsupported_norm_position
+from . import fused_chain
 from .graphs import Signature, places_of, retry_after_freeing_graphs
 from .pixel_norm import DEFAULT, ChainOptions, Sweeps, convs_of, norms_of
 
@@ -58,7 +59,8 @@ def signature(energy: nn.Module, form: ConvChainForm, options: ChainOptions = DE
 def value_and_grad(form: ConvChainForm, x: Tensor, options: ChainOptions = DEFAULT) -> tuple[Tensor, Tensor]:
     """`r(x_b)` `[B]` and `grad r(x_b)` `[B, 1, H, W]`, float32."""
     with _on(x.device):
-        return _sweeps(form, x, options).gradient()
+        fused = fused_chain.value_and_grad(form, x, options)
+        return _sweeps(form, x, options).gradient() if fused is None else fused
 
 
 class GpuLinearization:
@@ -85,7 +87,9 @@ class GpuLinearization:
         with _on(x.device):
             self._sweeps = _sweeps(form, x, options)
             self._kept = self._sweeps.allocate_saved()
-            self.value, self.grad = self._sweeps.gradient(self._kept)
+            fused = fused_chain.value_and_grad(form, self.x, options, self._kept)
+            self.value, self.grad = self._sweeps.gradient(self._kept) if fused is None else fused
+            self._fused = fused_chain.hvp(form, self.x, options, self._kept)
 
     def signature(self) -> Signature:
         """Everything that a recorded `hvp` depends on besides the tensors that `moved` replaces."""
@@ -103,6 +107,7 @@ class GpuLinearization:
 
         moved = copy(self)
         moved._sweeps, moved._kept = self._sweeps.moved(once), self._kept.each(once)
+        moved._fused = None if self._fused is None else self._fused.moved(once)
         return moved
 
     def _check(self, v: Tensor) -> Tensor:
@@ -115,7 +120,7 @@ class GpuLinearization:
         """`hess r(x_b) v_b`."""
         v = self._check(v)
         with _on(v.device):
-            return self._sweeps.product(self._kept, v)
+            return self._sweeps.product(self._kept, v) if self._fused is None else self._fused.product(v)
 
     @retry_after_freeing_graphs
     @full_precision

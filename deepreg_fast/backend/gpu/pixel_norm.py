@@ -39,6 +39,8 @@ class ChainOptions:
     `tile`: height, width and warps of a program; None uses the kernels' own.
     `maxnreg`: maximum registers per thread of `primal` and of `tangent`, each a number or None (the compiler decides).
     Without a pair, the kernels' own limits apply, or with a `tile` the compiler's.
+    `fused`: gradients and Hessian-vector products in one launch each, where `fused_chain.py` covers them. They have not
+    run on a GPU.
     """
 
     precision: str = "tf32x3"
@@ -46,6 +48,7 @@ class ChainOptions:
     tile: tuple[int, int, int] | None = None
     storage: str = "float32"
     maxnreg: tuple[int | None, int | None] | None = None
+    fused: bool = False
 
     def __post_init__(self) -> None:
         checks.choice(self.precision, "precision", ("tf32x3", "ieee", "tf32"))
