@@ -23,11 +23,13 @@ def _orders(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     A thread has the columns 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t of a pixel, and these are the channels 4 t .. 4 t + 3. A
     window is pairs of pixels: (dy, 0), (dy, 1) and (dy, 2), nothing (tap 9).
     """
-    column, lane, register = torch.arange(16), torch.arange(32)[:, None], torch.arange(4)[None]
+    column, lane, register, pair = (torch.arange(n, dtype=torch.int64, device="cpu") for n in (16, 32, 4, 2))
+    lane, register = lane[:, None], register[None]
     channel = 4 * (column % 8 // 2) + 2 * (column // 8) + column % 2
-    k = (register % 2 * 8 + lane % 4 * 2)[..., None] + torch.arange(2)
+    k = (register % 2 * 8 + lane % 4 * 2)[..., None] + pair
     n = (register // 2 * 8 + lane // 4)[..., None].expand(32, 4, 2)
-    window = torch.tensor([0, 1, 2, 9, 3, 4, 5, 9, 6, 7, 8, 9, 9, 9, 9, 9])
+    taps = [0, 1, 2, 9, 3, 4, 5, 9, 6, 7, 8, 9, 9, 9, 9, 9]
+    window = torch.tensor(taps, dtype=torch.int64, device="cpu")
     return channel.to(device), k.to(device), n.contiguous().to(device), window.to(device)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import checks
+from ...errors import InputError
 from ...functional.conv_chain import HEADS, ChannelNorm, ConvChainForm
 from ..active import active_mask, mask_bytes
 from .memory import memory_guard
@@ -54,6 +55,8 @@ class ChainOptions:
         checks.choice(self.precision, "precision", ("tf32x3", "ieee", "tf32"))
         checks.choice(self.storage, "storage", ("float32", "bfloat16"))
         checks.integer(self.plane_bytes, "plane_bytes", 1)
+        if self.maxnreg is not None and len(self.maxnreg) != 2:
+            raise InputError(f"maxnreg must be None or a pair of numbers, but is {self.maxnreg!r}.")
         for limit in self.maxnreg or ():
             if limit is not None:
                 checks.integer(limit, "maxnreg", 16)
