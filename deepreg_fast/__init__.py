@@ -19,6 +19,7 @@ _HOME = {
     "Inpainting": "operators",
     "Demosaicing": "operators",
     "FourierSampling": "operators",
+    "Tomography": "operators",
     "Stack": "operators",
     "LinearOperator": "operators",
     "RED": "regularizers",
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
         LinearOperator,
         Stack,
         SuperResolution,
+        Tomography,
     )
     from .regularizers import ICNN, RED, TV, DenoiserField, EnergyRegularizer, Regularizer, Ridge, Sum
     from .regularizers.lipschitz import beta_hat, spectrum

@@ -11,6 +11,7 @@ from .inpainting import Demosaicing, Inpainting
 from .kernels import gaussian_kernel, motion_kernel
 from .srm import SRM
 from .super_resolution import SuperResolution
+from .tomography import Tomography
 
 __all__ = [
     "SRM",
@@ -24,6 +25,7 @@ __all__ = [
     "Scaled",
     "Stack",
     "SuperResolution",
+    "Tomography",
     "from_description",
     "gaussian_kernel",
     "motion_kernel",
