@@ -20,6 +20,7 @@ _HOME = {
     "Demosaicing": "operators",
     "FourierSampling": "operators",
     "Tomography": "operators",
+    "MRI": "operators",
     "Stack": "operators",
     "LinearOperator": "operators",
     "RED": "regularizers",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from .inverse.hypergradient import AdjointOptions, Hypergradient, hypergradient
     from .inverse.recovery import recover
     from .operators import (
+        MRI,
         SRM,
         Blur,
         Demosaicing,
