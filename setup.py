@@ -84,7 +84,7 @@ def extensions() -> list[Extension]:
         import pybind11
     except ImportError:
         return []
-    names = ("conv_chain", "ridge", "srm", "tv", "vectors")
+    names = ("conv_chain", "ridge", "srm", "tomography", "tv", "vectors")
     # The slowest to compile come first, so that no processor is idle at the end.
     kinds = ["portable", *(["avx2", "avx512"] if X86 else [])]
     return [

@@ -19,6 +19,8 @@ _HOME = {
     "Inpainting": "operators",
     "Demosaicing": "operators",
     "FourierSampling": "operators",
+    "Tomography": "operators",
+    "MRI": "operators",
     "Stack": "operators",
     "LinearOperator": "operators",
     "RED": "regularizers",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from .inverse.hypergradient import Hypergradient, hypergradient
     from .inverse.recovery import recover
     from .operators import (
+        MRI,
         SRM,
         Blur,
         Demosaicing,
@@ -89,6 +92,7 @@ if TYPE_CHECKING:
         LinearOperator,
         Stack,
         SuperResolution,
+        Tomography,
     )
     from .regularizers import ICNN, RED, TV, DenoiserField, EnergyRegularizer, Regularizer, Ridge, Sum
     from .regularizers.lipschitz import beta_hat, spectrum

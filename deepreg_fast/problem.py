@@ -21,6 +21,7 @@ PROBLEMS: dict[str, str] = {
     "sr2": "Gaussian blur as in deblur-gaussian, then every second pixel",
     "sr3": "the same with every third pixel",
     "inpaint": "a random half of the pixels",
+    "ct": "parallel-beam tomography at 60 angles",
     "fourier": "a quarter of the frequencies, more of the low ones",
 }
 """The named problems, each with a description."""

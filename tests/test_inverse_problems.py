@@ -41,6 +41,10 @@ def mask(*shape: int, seed: int = 0) -> torch.Tensor:
     return m
 
 
+def coils(*shape: int) -> torch.Tensor:
+    return torch.complex(normal(*shape, seed=5), normal(*shape, seed=6)) / 2.0
+
+
 OPERATORS: dict[str, Callable[[], LinearOperator]] = {
     "srm-dct": lambda: dr.SRM((1, 6, 7), 0.4),
     "srm-hadamard": lambda: dr.SRM((2, 4, 12), 0.3, transform="hadamard", randomizer="both"),
@@ -57,6 +61,12 @@ OPERATORS: dict[str, Callable[[], LinearOperator]] = {
     "demosaicing": lambda: dr.Demosaicing((3, 5, 4), "grbg"),
     "fourier": lambda: dr.FourierSampling(mask(1, 6, 7)),
     "fourier-per-image": lambda: dr.FourierSampling(mask(3, 2, 5, 4)),
+    "tomography": lambda: dr.Tomography((2, 5, 7), 4),
+    "tomography-oblique": lambda: dr.Tomography((1, 6, 4), [3.0, 77.0, 135.0, 200.0, 290.5, -20.0], 7),
+    "mri": lambda: dr.MRI(mask(5, 6)),
+    "mri-per-image": lambda: dr.MRI(mask(3, 1, 4, 5)),
+    "mri-coils": lambda: dr.MRI(mask(3, 1, 4, 5), coils(3, 4, 5)),
+    "mri-coils-per-image": lambda: dr.MRI(mask(5, 4), coils(3, 2, 5, 4)),
     "composition": lambda: dr.Inpainting(mask(3, 1, 6, 6)) @ dr.Blur((1, 6, 6), kernel(3, 3)),
     "composition-closed": lambda: dr.SRM((1, 6, 6), 0.5) @ (2.0 * flat_identity((1, 6, 6))),
     "scaled": lambda: -1.5 * dr.FourierSampling(mask(1, 6, 5)),
@@ -292,6 +302,7 @@ LAYERS: dict[str, Callable[[], LinearOperator]] = {
     "super-resolution-per-image": lambda: dr.SuperResolution((1, 4, 4), kernel(3, 3, batch=(2, 1)), 2),
     "inpainting-per-image": lambda: dr.Inpainting(mask(2, 1, 4, 4)),
     "fourier": lambda: dr.FourierSampling(mask(1, 4, 4)),
+    "tomography": lambda: 0.3 * dr.Tomography((1, 4, 4), 2),
 }
 
 
@@ -359,7 +370,7 @@ def test_the_layer_notices_parameters_that_changed() -> None:
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_named_problems(problem: str) -> None:
     A = build_operator(problem, (1, 36, 42))
-    assert A.image_shape == (1, 36, 42) and A.has_shifted_inverse
+    assert A.image_shape == (1, 36, 42) and A.has_shifted_inverse == (problem != "ct")
     assert A.fingerprint() == build_operator(problem, (1, 36, 42)).fingerprint()
     x = images(2, 1, 36, 42)
     assert A.as_image(A.A(x)).ndim == 4

@@ -7,6 +7,7 @@
 #include "bindings_conv_chain.h"
 #include "bindings_ridge.h"
 #include "bindings_srm.h"
+#include "bindings_tomography.h"
 #include "bindings_tv.h"
 #include "bindings_vectors.h"
 
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_cpu, m) {
     bindings::bind_conv_chain(m);
     bindings::bind_srm(m);
     bindings::bind_ridge(m);
+    bindings::bind_tomography(m);
     bindings::bind_tv(m);
     bindings::bind_vectors(m);
 }

@@ -248,6 +248,11 @@ def vector_kernels(*tensors: torch.Tensor) -> VectorKernels | None:
     return _kernels("vectors", tensors, (first,))
 
 
+def tomography_kernels(geometry: Any, like: torch.Tensor) -> Any:
+    """The products of a `functional.tomography.Geometry`, or None; from a backend's method `tomography`."""
+    return _find("tomography", (geometry, like))
+
+
 def _kernels(method: str, tensors: tuple[torch.Tensor, ...], arguments: tuple[Any, ...]) -> Any:
     # In this order: torch.compile evaluates only the first condition.
     return None if any(map(needs_autograd, tensors)) else _find(method, arguments)
@@ -272,9 +277,8 @@ def needs_autograd(t: torch.Tensor) -> bool:
     """Whether autograd, `torch.func`, `torch.compile` or a tensor subclass tracks operations on `t`."""
     if torch.compiler.is_compiling() or type(t) not in (torch.Tensor, nn.Parameter):
         return True
-    if torch.is_grad_enabled() and t.requires_grad:
-        return True
-    return _wrapped(t) or forward_ad.unpack_dual(t).tangent is not None
+    tracked = torch.is_grad_enabled() and t.requires_grad
+    return tracked or _wrapped(t) or forward_ad.unpack_dual(t).tangent is not None
 
 
 __all__ = [
@@ -294,6 +298,7 @@ __all__ = [
     "select",
     "srm_kernels",
     "srm_kernels_for",
+    "tomography_kernels",
     "use_backend",
     "vector_kernels",
 ]

@@ -19,6 +19,7 @@ from ..operators import (
     Inpainting,
     LinearOperator,
     SuperResolution,
+    Tomography,
     from_description,
     gaussian_kernel,
     motion_kernel,
@@ -186,5 +187,6 @@ _NAMED: dict[str, Any] = {
     "sr2": lambda shape, _: SuperResolution(shape, gaussian_kernel(25, 1.6), 2),
     "sr3": lambda shape, _: SuperResolution(shape, gaussian_kernel(25, 1.6), 3),
     "inpaint": _random_mask,
+    "ct": lambda shape, _: Tomography(shape, 60),
     "fourier": _fourier_mask,
 }

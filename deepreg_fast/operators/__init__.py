@@ -9,10 +9,13 @@ from .fourier import FourierSampling
 from .identity import Identity
 from .inpainting import Demosaicing, Inpainting
 from .kernels import gaussian_kernel, motion_kernel
+from .mri import MRI, cartesian_mask, simulate_coil_maps
 from .srm import SRM
 from .super_resolution import SuperResolution
+from .tomography import Tomography
 
 __all__ = [
+    "MRI",
     "SRM",
     "Blur",
     "Composition",
@@ -24,8 +27,11 @@ __all__ = [
     "Scaled",
     "Stack",
     "SuperResolution",
+    "Tomography",
+    "cartesian_mask",
     "from_description",
     "gaussian_kernel",
     "motion_kernel",
     "register",
+    "simulate_coil_maps",
 ]

@@ -1,7 +1,7 @@
 """The C++ backend: the extension built from `csrc/cpu`, for float32 tensors on the CPU.
 
 It implements the sweeps of the conv chain, the ridge energy and smoothed TV (value, gradient, Hessian-vector and
-parameter product), the SRM's products and the solvers' vector work; see docs/kernels.md.
+parameter product), the SRM's and tomography's products and the solvers' vector work; see docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch import nn
 
 from ...functional import hadamard
 from ...functional.conv_chain import HEADS, ChannelNorm, ConvChainForm, layers_of
+from ...functional.tomography import Geometry
 from ...functional.tv import eps_of
 from ...functional.unaltered import dtype_or_device_mismatch
 from ..reference import Gradients, Linearization, describe_energy, srm_key, unsupported_norm_position
 from . import ridge as cpu_ridge
+from . import tomography as cpu_tomography
 from . import tv as cpu_tv
 from .extension import extension as _extension
 from .extension import instruction_set, plain
@@ -245,6 +247,12 @@ class CpuBackend:
                 cached = (key, None)
             _SRMS[A] = cached
         return cached[1]
+
+    def tomography(self, geometry: Geometry, like: torch.Tensor) -> cpu_tomography.CpuTomography | None:
+        """The C++ projections for float32 on the CPU."""
+        if like.device.type != "cpu" or like.dtype != torch.float32:
+            return None
+        return cpu_tomography.kernels(geometry, instruction_set())
 
     def vectors(self, like: torch.Tensor) -> CpuVectors | None:
         """The solvers' vector work for float32 on the CPU."""

@@ -1,0 +1,3 @@
+#define DR_ISA isa_avx512
+#define DR_TABLE tomography_avx512
+#include "tomography.inc"
