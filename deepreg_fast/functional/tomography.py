@@ -62,7 +62,9 @@ def project(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         place = rays.slope * d + geometry.first_places(rays, x.device)[:, None]
         whole = place.floor()
         part = place - whole
-        k = (whole.long() + _PAD).clamp(0, m + _PAD) + torch.arange(n, device=x.device)[:, None] * image.shape[-1]
+        k = (whole.long() + _PAD).clamp(0, m + _PAD) + torch.arange(n, dtype=torch.int64, device=x.device)[
+            :, None
+        ] * image.shape[-1]
         flat = image.flatten(-2)
         sums = _sum_lines((1.0 - part).to(x.dtype) * flat[..., k] + part.to(x.dtype) * flat[..., k + 1])
         out.append(rays.slope * (sums.flip(-1) if rays.reversed else sums))

@@ -141,6 +141,7 @@ def _inputs(scene: _Scene, i: int) -> list[Picture]:
     test, name = scene.test, scene.test.names[i]
     y, A, x = test.y[i : i + 1], test.A, test.x[i : i + 1]
     minimum_norm = initial_point(y, A, TV())
+    shown = A.as_image(y)[0, 0]
     coefficients = f"{A.measurements:,} of {x.numel():,} coefficients, the darker the larger"
     quality = f"{w.fixed(float(psnr(minimum_norm, x)[0]), 2)} dB"
     return [
@@ -149,7 +150,7 @@ def _inputs(scene: _Scene, i: int) -> list[Picture]:
             _measured(y[0], A), f"Measurements of {name}: size of the kept coefficients", "y, as log |y|", coefficients
         )
         if isinstance(A, SRM)
-        else Picture(png(A.as_image(y)[0, 0], "stretched"), f"Measurements of {name}", "y", "stretched"),
+        else Picture(png(shown, "stretched"), f"Measurements of {name}", "Measured", " × ".join(map(str, shown.shape))),
         Picture(png(A.A_adjoint(y)[0, 0], "stretched"), f"{name}: back-projection", "Aᵀy", "stretched"),
         Picture(png(minimum_norm[0, 0], "gray"), f"{name}: minimum-norm solution", "Minimum norm", quality),
     ]
