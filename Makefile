@@ -75,7 +75,7 @@ define sanitized
 rm -rf $(SANITIZED)/$(1) && mkdir -p $(SANITIZED)/$(1) && $(WATCHED) | tar -cT - | tar -xC $(SANITIZED)/$(1)
 cd $(SANITIZED)/$(1) && DEEPREG_FAST_SANITIZE=$(1) $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
 cd $(SANITIZED)/$(1) && PYTHONPATH=. LD_PRELOAD="$(foreach lib,$(2),$$($(CXX) -print-file-name=lib$(lib).so))" \
-  $(CURDIR)/$(BIN)/python -m pytest -q -n 2 tests/test_cpu_backend.py tests/test_cpu_srm.py tests/test_cpu_tv.py tests/test_cpu_vectors.py
+  $(CURDIR)/$(BIN)/python -m pytest -q -n 2 tests/test_cpu_backend.py tests/test_cpu_srm.py tests/test_cpu_tv.py tests/test_cpu_vectors.py tests/test_tomography.py
 endef
 
 sanitize: export ASAN_OPTIONS := detect_leaks=0
