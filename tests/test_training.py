@@ -454,13 +454,15 @@ def test_a_second_stage_starts_from_weights(folder: Path, tmp_path: Path) -> Non
         )
 
 
-def test_first_visits_take_their_own_number_of_gradients(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("batch", "steps"), [(4, 60), (5, 8)])
+def test_first_visits_take_their_own_number_of_gradients(folder: Path, tmp_path: Path, batch: int, steps: int) -> None:
+    """Those of the first epoch, also where the batch does not divide the number of samples."""
     tight = {"tolerance_start": 1e-5, "tolerance_end": 1e-5}
-    c = small_config(folder, tmp_path, steps=60, inner_iterations=3, first_iterations=40, **tight)
+    c = small_config(folder, tmp_path, steps=steps, batch=batch, inner_iterations=3, first_iterations=40, **tight)
     trainer = dr.BilevelTrainer(c, progress=False)
     trainer.fit()
     first = len(trainer.samples) // c.batch
     taken = [line["inner_gradients"] for line in log_lines(tmp_path) if "inner_gradients" in line]
     assert first < len(taken)
     # The untrained r of the first step is recovered with at once.
-    assert min(taken[1:first]) > 3 and max(taken[first + 1 :]) <= 3
+    assert min(taken[1:first]) > 3 and max(taken[first:]) <= 3

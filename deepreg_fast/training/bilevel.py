@@ -202,7 +202,7 @@ class BilevelTrainer(Trainer):
         tau0 = torch.where(warm, self.store.get("tau", rows), 1.0)
         tolerance = self.accuracy.tolerance
         # Computed on the host, without reading `visits`: an epoch draws each sample at most once.
-        first = self.step_done * len(rows) < len(self.samples)
+        first = self.samples.epoch(self.step_done, len(rows)) < 1
         limit = (c.first_iterations if first else 0) or c.inner_iterations
         options = PGDOptions(limit, tolerance, c.acceleration, memory=c.memory, monotone=c.monotone)
         sol = pgd(y, self.A, self.reg, mu, options, x0, tau0)
