@@ -270,9 +270,9 @@ def test_a_reproduction_tells_lines(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_bench_fits_80_columns() -> None:
     from deepreg_fast.bench import Bounds
-    from deepreg_fast.bench.problem import Case
     from deepreg_fast.bench.runner import Result, Row
     from deepreg_fast.bench.timing import Ratio
+    from deepreg_fast.bench.workload import Case
 
     peers = ("ours", "torch, best eager: channels last", "LearnedRegularizers", "[peer]")
     for chilled in (None, 0.123):
