@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 from . import checks
 from .checks import option
@@ -82,10 +82,10 @@ class Problem:
             )
 
     @classmethod
-    def of(cls, source: Any) -> Problem:
+    def of(cls, source: Any) -> Self:
         """The problem in a larger object or mapping, such as a training's settings; absent fields take defaults."""
         values = source if isinstance(source, Mapping) else vars(source)
-        return Problem(**{f.name: values[f.name] for f in fields(Problem) if f.name in values})
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
     def describe(self) -> str:
         """What the problem is, in words."""

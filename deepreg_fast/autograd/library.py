@@ -37,7 +37,11 @@ def define(schema: str, compute: Callable[..., Any], fake: Callable[..., Any], v
     return getattr(torch.ops.deepreg_fast, name).default
 
 
-def differentiate(op: Any, function: type[Function], flatten: Callable[..., tuple[Any, ...]]) -> None:
+def _unchanged(*args: Any) -> tuple[Any, ...]:
+    return args
+
+
+def differentiate(op: Any, function: type[Function], flatten: Callable[..., tuple[Any, ...]] = _unchanged) -> None:
     """Register `function` as the derivative of `op`: `function.apply(*flatten(*args))` equals `op(*args)`.
 
     `flatten` unpacks lists, in which autograd does not find tensors. `function.forward` calls `op` inside

@@ -204,13 +204,9 @@ def _residual(x: torch.Tensor, y: torch.Tensor, tail: tuple[Any, ...]) -> torch.
     return _product(y - _product(x, "forward", *tail), "adjoint", *tail)
 
 
-def _as_they_are(*args: Any) -> tuple[Any, ...]:
-    return args
-
-
 _product = define(f"srm(Tensor t, str which, {_TAIL}) -> Tensor", _compute_product, _fake_product, _vmap_product)
 _correct = define(
     f"srm_correct(Tensor x, Tensor y, Tensor weight, {_TAIL}) -> Tensor", _compute_correct, _fake_correct, _vmap_correct
 )
-differentiate(_product, _Product, _as_they_are)
-differentiate(_correct, _Correct, _as_they_are)
+differentiate(_product, _Product)
+differentiate(_correct, _Correct)

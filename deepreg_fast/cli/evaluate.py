@@ -104,10 +104,11 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     )
     recovery = {"acceleration": acceleration, "tolerance": tolerance, "max_iterations": max_iterations}
     chosen = {"limit": limit, "tune_on": tune_on, "tune": tune, "tune_mu": tune_mu, "device": str(use_device(device))}
-    text = json.dumps(_compare(experiment, weights or [], recovery, chosen))
+    result = _compare(experiment, weights or [], recovery, chosen)
+    text = json.dumps(result)
     if out is not None:
         write_atomically(out, text.encode())
-    print(text) if as_json else _table(json.loads(text))
+    print(text) if as_json else _table(result)
 
 
 def _compare(

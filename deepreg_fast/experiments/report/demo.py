@@ -29,7 +29,7 @@ def page(data: Outcome) -> Report:
         "deepreg-fast: regularizers learned for recovery",
         f"Photographs of {height} × {width} pixels are recovered{_from(data)}. A regularizer trained here in "
         f"{data.seconds:.0f} s reaches {results[TRAINED]['psnr_mean']:.2f} dB, {w.signed(gain['mean'])} dB against "
-        f"tuned total variation; the best shipped weights reach {results[data.best]['psnr_mean']:.2f} dB, "
+        f"tuned total variation; the shipped weights reach {results[data.best]['psnr_mean']:.2f} dB, "
         f"{w.signed(best['mean'])} dB.",
     )
     order = _by_gain(data)
@@ -75,12 +75,12 @@ def _first(report: Report, data: Outcome, i: int) -> None:
     window = slice(top, top + side), slice(left, left + side)
     truth = _truth(data, i)
     details = [Picture(png(truth[window], "gray"), f"Detail of {name}", "Detail: original")]
-    for method in _labels(data):
+    for method, label in _labels(data).items():
         x = _image(data, method, i)
         error = float(np.sqrt(np.square(x[window] - truth[window]).mean()))
         text = f"RMS error {255 * error:.1f} of 255"
         alt = f"Detail of {name} by {method}, {text}"
-        details.append(Picture(png(x[window], "gray"), alt, f"Detail: {_labels(data)[method]}", text))
+        details.append(Picture(png(x[window], "gray"), alt, f"Detail: {label}", text))
     report.pictures(details, "four", sharp=True)
     report.text(
         f"{name} is the held-out image whose gain over total variation is in the middle; nothing was trained or tuned "
@@ -102,10 +102,10 @@ def _row(data: Outcome, i: int) -> list[Picture]:
         size = " × ".join(str(n) for n in y.shape)
         row.append(Picture(png(y, "stretched"), f"{name}, measured", "Measured", f"{size} pixels"))
     reference = data.results["tv"]["psnr"][i]
-    for method in _labels(data):
+    for method, label in _labels(data).items():
         value = data.results[method]["psnr"][i]
         caption = f"{value:.2f} dB" + ("" if method == "tv" else f", {w.signed(value - reference)} against TV")
-        row.append(Picture(png(_image(data, method, i), "gray"), f"{name} by {method}", _labels(data)[method], caption))
+        row.append(Picture(png(_image(data, method, i), "gray"), f"{name} by {method}", label, caption))
     return row
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +119,7 @@ def _problem(record: Record, row: Row) -> Experiment:
     """The problem of a row: from its settings if recorded, otherwise the problem shared by all rows."""
     row_problem = record.declared.get(row.name, {}).get("problem")
     values = {**record.problem, **(row_problem if isinstance(row_problem, dict) else {"ratio": row.ratio})}
-    return Experiment(**{f.name: values[f.name] for f in fields(Experiment) if f.name in values})
+    return Experiment.of(values)
 
 
 def _images(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
