@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from typing import Any
 
 import torch
 import torch.utils.tensorboard
@@ -42,9 +43,21 @@ def config(data: str, out: str, memory_budget_mb: int) -> dr.BilevelConfig:
     )
 
 
-def train(data: str, out: str, memory_budget_mb: int) -> None:
-    """Begin the run, or go on with it."""
-    trainer = dr.BilevelTrainer(config(data, out, memory_budget_mb), progress=False)
+class Gated(dr.BilevelTrainer):
+    """A training that waits for its end before the step `gate`, so that no machine is too fast to be killed."""
+
+    gate = 0
+
+    def _step(self) -> dict[str, Any]:
+        while self.gate and self.step_done >= self.gate:
+            signal.pause()
+        return super()._step()
+
+
+def train(data: str, out: str, memory_budget_mb: int, gate: int = 0) -> None:
+    """Begin the run, or go on with it; with `gate`, up to that step and no further."""
+    trainer = Gated(config(data, out, memory_budget_mb), progress=False)
+    trainer.gate = gate
     if trainer.checkpoint_path.exists():
         trainer.resume()
     else:
@@ -52,15 +65,21 @@ def train(data: str, out: str, memory_budget_mb: int) -> None:
 
 
 def kill(data: str, out: str, memory_budget_mb: int, kills: int) -> tuple[int, int]:
-    """Train in forks of this process; how many of them were killed, and the exit code of the last."""
+    """Train in forks of this process; how many of them were killed, and the exit code of the last.
+
+    Each kill comes at a random moment, and each child that will be killed has a share of the steps and no more: a fast
+    machine meets the later kills at the end of a share, a slow one in the middle of it.
+    """
     rng = random.Random(0)
+    steps = config(data, out, memory_budget_mb).steps
     killed = 0
     while True:
         child = os.fork()
         if child == 0:
             try:
                 torch.set_num_threads(1)
-                train(data, out, memory_budget_mb)
+                gate = max(1, steps * (killed + 1) // (kills + 1)) if killed < kills else 0
+                train(data, out, memory_budget_mb, gate)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
