@@ -47,3 +47,7 @@ class OutOfMemory(DeepRegError, RuntimeError):
 
 class TrainingDiverged(DeepRegError, RuntimeError):
     """A loss or gradient of a training is not finite, or no image could be recovered for many steps."""
+
+
+class ProcessLost(DeepRegError, RuntimeError):
+    """Another process of a training with several of them ended or failed."""

@@ -103,9 +103,9 @@ def test_every_loss_teaches(loss: str, tmp_path: Path) -> None:
     function = (lambda a, b: 1e3 * (a - b).square().flatten(1).mean(1)) if loss == "callable" else None
     settings = config(tmp_path / "run", loss="mse" if loss == "callable" else loss)
     trainer = dr.BilevelTrainer(settings, progress=False, loss=function)
-    before = trainer.validate()["val_psnr"]
+    before = trainer.objective.validate()["val_psnr"]
     trainer.fit()
-    assert trainer.validate()["val_psnr"] > before + 0.3
+    assert trainer.objective.validate()["val_psnr"] > before + 0.3
 
 
 def test_a_callable_is_the_named_loss(tmp_path: Path) -> None:

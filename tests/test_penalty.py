@@ -136,7 +136,7 @@ def test_free_perturbations_train(folder: Path, tmp_path: Path) -> None:
     trainer.fit()
     assert [d["val_lambda_max"] for d in log_lines(tmp_path) if "val_lambda_max" in d][-1] < 0.45
     rows = trainer.placement.rows(np.arange(24))
-    size = lengths(trainer.store.get("delta", rows)) / lengths(trainer.placed.batch(rows) - 0.5)
+    size = lengths(trainer.objective.store.get("delta", rows)) / lengths(trainer.placed.batch(rows) - 0.5)
     assert float(size.max() / size.min()) > 1.5
 
 

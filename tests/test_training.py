@@ -20,6 +20,7 @@ import deepreg_fast as dr
 from deepreg_fast.errors import InputError, TrainingDiverged
 from deepreg_fast.regularizers.initialize import grow, grow_ridge
 from deepreg_fast.training.guards import MedianClip, ToleranceSchedule
+from deepreg_fast.training.lanes import Batch, Lanes
 from deepreg_fast.training.samples import load_samples
 
 from .helpers import log_lines, random_red, relative, small_config
@@ -74,11 +75,11 @@ def test_psnr_loss_weighs_each_images_hypergradient(folder: Path, tmp_path: Path
         folder, tmp_path, adjoint=adjoint, adjoint_tolerance=1e-6, loss="psnr", beta=0.0, sigma=0.0, **tight
     )
     trainer = dr.BilevelTrainer(c, random_red(double=False, channels=4), progress=False)
-    rows = trainer.placement.rows(np.arange(3))
-    x = trainer.placed.batch(rows)
-    metrics = trainer.gradients(rows, x)
+    batch = trainer.batch([np.arange(3)])
+    x = batch.x
+    metrics = trainer.gradients(batch)
     reg, d = trainer.reg.double(), x[0].numel()
-    A, x = trainer._operator(trainer.samples.size).double(), x.double()
+    A, x = dr.SRM((1, *trainer.samples.size), c.ratio, seed=c.operator_seed).double(), x.double()
     theta = {k: torch.zeros_like(p) for k, p in reg.named_parameters()}
     log_mu, losses = 0.0, []
     for image in x.split(1):
@@ -181,8 +182,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path, m
     trainer = dr.BilevelTrainer(small_config(folder, tmp_path, steps=20, checkpoint_seconds=0.0), progress=False)
     sound = trainer.gradients
 
-    def poisoned(rows: np.ndarray, x: torch.Tensor) -> dict[str, float]:
-        metrics = sound(rows, x)
+    def poisoned(batch: Batch) -> dict[str, float]:
+        metrics = sound(batch)
         if trainer.step_done == 6:
             trainer.params[0].grad = torch.full_like(trainer.params[0], torch.nan)
         return metrics
@@ -207,7 +208,7 @@ def test_an_absurd_learning_rate_does_not_leave_nan_behind(folder: Path, tmp_pat
     again = dr.BilevelTrainer(small_config(folder, tmp_path, steps=30, lr=1e4, warmup=0, clip=0.0), progress=False)
     again.load_state()
     assert all(bool(torch.isfinite(p).all()) for p in again.params)
-    assert all(np.isfinite(np.asarray(a)).all() for a in again.store.state().values())
+    assert all(np.isfinite(np.asarray(a)).all() for a in again.objective.store.state().values())
     acted = trainer.counters.values
     assert acted["runaway_resets"] + acted["nonfinite_resets"] + acted["negative_curvature"] > 0
 
@@ -263,14 +264,14 @@ def test_baselines_improve_on_their_own_criterion(
     same = {k: getattr(c, k) for k in dr.BaselineConfig.__dataclass_fields__ if hasattr(c, k)}
     config = dr.BaselineConfig(**{**same, "steps": 200, "validate_every": 50, "noise_level": 0.1, "sigma": 0.0})
     t = trainer(config, progress=False)
-    first = t.validate()[key]
+    first = t.objective.validate()[key]
     reg = t.fit()
-    assert t.validate()[key] > first + better
+    assert t.objective.validate()[key] > first + better
     loaded, meta = dr.load(tmp_path / "weights.safetensors")
     assert meta["method"] == t.method
     x = t.validation
     assert torch.equal(loaded.value_and_grad(x)[1], reg.value_and_grad(x)[1])
-    sol = dr.recover(t._operator((16, 16)).A(x), t._operator((16, 16)), reg, 0.01)
+    sol = dr.recover(t.operator((16, 16)).A(x), t.operator((16, 16)), reg, 0.01)
     assert bool(torch.isfinite(sol.x).all())
 
 
@@ -311,7 +312,7 @@ def test_samples_are_the_same_at_every_visit_and_apart_from_validation(folder: P
     for v in validation:
         assert not any(torch.equal(v, crop) for crop in samples.batch(np.arange(24)))
     for epoch in range(3):
-        seen = np.concatenate([samples.indices(epoch * 6 + k, 4) for k in range(6)])
+        seen = np.concatenate([Lanes(24, 4, 1, 0).samples(epoch * 6 + k)[0] for k in range(6)])
         assert sorted(seen) == list(range(24))
 
 

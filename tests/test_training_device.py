@@ -14,8 +14,10 @@ import deepreg_fast as dr
 from deepreg_fast import checks
 from deepreg_fast.data import ImageSet
 from deepreg_fast.solvers import LinearSolution
-from deepreg_fast.training import bilevel, placement
+from deepreg_fast.training import hypergradients, placement, recoveries
 from deepreg_fast.training import trainer as loop
+from deepreg_fast.training.baselines import GradientStep
+from deepreg_fast.training.bilevel import Bilevel
 from deepreg_fast.training.checkpoint import load_checkpoint
 from deepreg_fast.training.placement import PinnedSamples, Placement
 from deepreg_fast.training.samples import Samples, load_samples
@@ -72,8 +74,8 @@ def _step_on_fake_cuda(trainer: type[loop.Trainer], config: Any, monkeypatch: py
         images = ImageSet(samples.images.names, mode.from_tensor(samples.images.x))
         fake = Samples(images, config.crop, samples.orientations, config.seed), mode.from_tensor(validation)
         patch.setattr(loop, "load_samples", lambda _: fake)
-        patch.setattr(bilevel, "pgd", _no_loop)
-        patch.setattr(bilevel, "solve_adjoint", _no_solve)
+        patch.setattr(recoveries, "pgd", _no_loop)
+        patch.setattr(hypergradients, "solve_adjoint", _no_solve)
         patch.setattr(torch.autograd, "grad", _no_backward)
         t = trainer(config, progress=False)
         assert {p.device for p in t.params} == {CUDA} and t.A.rows.device == CUDA
@@ -84,7 +86,7 @@ def _step_on_fake_cuda(trainer: type[loop.Trainer], config: Any, monkeypatch: py
         assert {p.device for p in t.params} == {CUDA}
         found = list(reads)
         if trainer is not dr.BilevelTrainer:  # whose validation is made of loops
-            assert t.validate()
+            assert t.objective.validate()
         return found
 
 
@@ -100,7 +102,7 @@ def test_a_step_reads_the_host_twice(
     of every operation are on one device, or the step would not end."""
     monkeypatch.setattr(Placement, "take", lambda *_: fits)
     c = small_config(folder, tmp_path, device="cuda", delta_steps=2, device_budget_mb=1, **options)
-    monkeypatch.setattr(dr.BilevelTrainer, "build", lambda _: Plain())
+    monkeypatch.setattr(Bilevel, "build", lambda _: Plain())
     told, norms = _step_on_fake_cuda(dr.BilevelTrainer, c, monkeypatch)
     assert told == Read("cpu", 12 * c.batch + 1, "deepreg_fast.training.placement")
     assert norms == Read("cpu", 1, "deepreg_fast.training.guards")
@@ -114,7 +116,7 @@ def test_a_step_of_a_baseline_reads_the_host_twice(
     c = small_config(folder, tmp_path)
     same = {k: getattr(c, k) for k in dr.BaselineConfig.__dataclass_fields__ if hasattr(c, k)}
     config = dr.BaselineConfig(**{**same, "device": "cuda", "device_budget_mb": 1})
-    monkeypatch.setattr(dr.GradientStepTrainer, "build", lambda _: Plain())
+    monkeypatch.setattr(GradientStep, "build", lambda _: Plain())
     loss, norms = _step_on_fake_cuda(trainer, config, monkeypatch)
     assert loss.count == (3 if trainer is dr.AdversarialTrainer else 1) and norms.module.endswith("guards")
 
@@ -167,7 +169,7 @@ def test_every_home_gives_the_same_bits(folder: Path, tmp_path: Path, monkeypatc
     """Crops and noise kept or made at each visit, warm starts here or there, and moved between two at a resume."""
     c = small_config(folder, tmp_path / "cpu", steps=14, checkpoint_seconds=0.0)
     whole = dr.BilevelTrainer(c, progress=False)
-    assert whole.store.location == "device" and whole.placed.table is None
+    assert whole.objective.store.location == "device" and whole.placed.table is None
     whole.fit()
     monkeypatch.setattr(loop, "Placement", Apart)
     for first, second in zip(HOMES, [*HOMES][1:] + [*HOMES][:1], strict=True):
@@ -175,12 +177,12 @@ def test_every_home_gives_the_same_bits(folder: Path, tmp_path: Path, monkeypatc
         for home, cut in ((first, 8), (second, 0)):
             Apart.budget, host_mb = HOMES[home]
             t = dr.BilevelTrainer(replace(c, out=str(out), memory_budget_mb=host_mb), progress=False)
-            assert t.store.location == ("device" if home == "store alone" else home)
+            assert t.objective.store.location == ("device" if home == "store alone" else home)
             if cut:
                 _cut(t, cut)
             else:
                 t.resume()
-            assert (t.placed.table is not None) == (t.noise.table is not None) == (home == "device")
+            assert (t.placed.table is not None) == (t.objective.recover.noise.table is not None) == (home == "device")
         a, b = _end(whole), _end(t)
         assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a), first
 
@@ -239,13 +241,14 @@ def test_the_same_data_on_a_gpu(folder: Path, tmp_path: Path, device: str) -> No
         if not fits:
             there.placement.left = 0
         for step in (0, 1, 0):
-            host = here.samples.indices(step, 4)
-            a, b = here.placement.rows(host), there.placement.rows(host)
-            x, z = here.placed.batch(a), there.placed.batch(b)
+            first, second = (t.batch(t.lanes.samples(step)) for t in (here, there))
+            a, b, x, z = first.rows, second.rows, first.x, second.x
             assert z.device == there.device and torch.equal(z.cpu(), x)
-            assert torch.equal(there.noise.batch(b).cpu(), here.noise.batch(a))
+            assert torch.equal(there.objective.recover.noise.batch(b).cpu(), here.objective.recover.noise.batch(a))
             r = torch.ones(4, dtype=torch.float64)
-            assert relative(there._perturbation(b, z, r.to(device)).cpu(), here._perturbation(a, x, r)) <= 1e-6
+            penalties = here.objective.penalty, there.objective.penalty
+            drawn = penalties[1].perturbation(second, r.to(device)).cpu()
+            assert relative(drawn, penalties[0].perturbation(first, r)) <= 1e-6
         assert (there.placed.table is not None) == fits
 
 

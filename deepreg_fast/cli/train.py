@@ -21,6 +21,7 @@ from .options import command_from
 
 if TYPE_CHECKING:
     from ..training import TrainConfig, Trainer
+    from ..training.world import World
 
 app = typer.Typer(help="Train a regularizer: bilevel, or one of the baselines.", no_args_is_help=True)
 
@@ -40,9 +41,7 @@ _CONFIG = inspect.Parameter(
 )
 
 
-def _settings(
-    trainer: type[Trainer], cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None
-) -> TrainConfig:
+def _settings(method: str, cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None) -> TrainConfig:
     """Settings from the checkpoint or the file, overridden by those from the command line."""
     config, resume = extra["config"], extra["resume"]
     base: dict[str, Any] = {}
@@ -51,9 +50,9 @@ def _settings(
 
         source = resume / "last.safetensors" if resume.is_dir() else resume
         state = load_checkpoint(source)[1]
-        if state.get("method") != trainer.method:
+        if state.get("method") != method:
             raise CheckpointError(
-                f"{source} must be a {trainer.method!r} run, but is a {state.get('method')!r} run; resume it with "
+                f"{source} must be a {method!r} run, but is a {state.get('method')!r} run; resume it with "
                 f"'deepreg-fast train {str(state.get('method')).replace('_', '-')}'."
             )
         base = state["config"]
@@ -71,8 +70,21 @@ def _settings(
 
 
 def _run(name: str, cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None) -> None:
-    trainer: type[Trainer] = getattr(training, name)
-    settings = _settings(trainer, cls, given, **extra)
+    from ..training.world import joined
+
+    with joined() as world:
+        _train(world, getattr(training, name), cls, given, **extra)
+
+
+def _train(world: World, trainer: Any, cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None) -> None:
+    from ..training.world import was_restarted
+
+    settings = _settings(trainer.method, cls, given, **extra)
+    if was_restarted() and (Path(settings.out) / "last.safetensors").exists():
+        # torchrun starts the same command again: what the failed one saved goes on.
+        extra = {"config": None, "resume": extra["resume"] or Path(settings.out)}
+        settings = _settings(trainer.method, cls, {}, **extra)
+    world.check_lanes(settings.lanes)
     resume, config = extra["resume"], extra["config"]
     if resume is None and (Path(settings.out) / "last.safetensors").exists():
         raise InputError(
@@ -80,10 +92,10 @@ def _run(name: str, cls: type[TrainConfig], given: dict[str, Any], **extra: Path
             "another folder with --out."
         )
     if config is not None:
-        from ..training.trainer import FILES
+        from ..training.folder import FILES
 
         check_outputs((Path(settings.out) / f for f in FILES), [config], "name another folder with --out")
-    run = trainer(settings)
+    run: Trainer = trainer(settings)
     try:
         with _stopped_by_signals(run):
             if resume is not None:
@@ -91,9 +103,11 @@ def _run(name: str, cls: type[TrainConfig], given: dict[str, Any], **extra: Path
             else:
                 run.fit()
     except KeyboardInterrupt:
-        typer.echo(f"Stopped after step {run.step_done}; go on with --resume {run.folder}.", err=True)
+        if world.is_first:
+            typer.echo(f"Stopped after step {run.step_done}; go on with --resume {run.folder}.", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"Trained {run.step_done} steps; weights are in {run.folder / 'weights.safetensors'}.")
+    if world.is_first:
+        typer.echo(f"Trained {run.step_done} steps; weights are in {run.folder / 'weights.safetensors'}.")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..training import (
 )
 
 FORMAT = "deepreg-fast-reproduction-1"
-TRAINED: dict[str, tuple[type[Trainer], type[TrainConfig]]] = {
+TRAINED: dict[str, tuple[Callable[..., Trainer], type[TrainConfig]]] = {
     "bilevel": (BilevelTrainer, BilevelConfig),
     "denoiser": (DenoiserTrainer, BaselineConfig),
     "gradient_step": (GradientStepTrainer, BaselineConfig),

@@ -6,49 +6,156 @@ fit into host memory.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
 
-from ..errors import CheckpointError
-from ..files import write_atomically
+from ..errors import CheckpointError, InputError
+from ..files import reserve, write_atomically
+from .world import World
 
 FORMAT = "deepreg-fast-checkpoint-1"
 _PIECE = 2**24
+_ROWS = 256
 _DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64"}
 
 Array: TypeAlias = np.ndarray | torch.Tensor
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Array], state: dict[str, Any]) -> None:
-    """Write arrays, tensors on any device and a JSON-serializable state to one file."""
-    write_atomically(path, _pieces(tensors, {"format": FORMAT, "state": json.dumps(state)}))
+@dataclass(frozen=True)
+class Shard:
+    """Rows of an array `[count, ...]` that is divided among processes: those of this one, which are rows `owned`."""
+
+    array: Array
+    owned: np.ndarray
+    count: int
 
 
-def _pieces(tensors: Mapping[str, Array], metadata: dict[str, str]) -> Iterator[bytes]:
-    """The bytes of a safetensors file: length and text of the header, then the arrays."""
+def save_checkpoint(
+    path: Path,
+    tensors: Mapping[str, Array],
+    state: dict[str, Any],
+    shards: Mapping[str, Shard] | None = None,
+    world: World | None = None,
+) -> None:
+    """Write arrays, tensors on any device and a JSON-serializable state to one file.
+
+    All processes of `world` call this; each writes its rows of the arrays `shards`, the first one all the rest. The
+    file does not depend on the number of processes.
+    """
+    shards = shards or {}
+    sizes = {k: (_type(a), tuple(a.shape), a.itemsize) for k, a in tensors.items()}
+    sizes |= {k: (_type(s.array), (s.count, *s.array.shape[1:]), s.array.itemsize) for k, s in shards.items()}
+    text, offsets = _layout(sizes, {"format": FORMAT, "state": json.dumps(state)})
+    if world is None or world.size == 1:
+        arrays = {**tensors, **{k: s.array for k, s in shards.items()}}
+        pieces = (piece for name in offsets for piece in _pieces(arrays[name]))
+        write_atomically(path, itertools.chain((text,), pieces))
+    else:
+        _write_together(path, text, offsets, tensors, shards, world)
+
+
+def _layout(
+    sizes: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The start of a safetensors file (length and text of the header), and where each array lies in the file."""
     # Widest dtypes first, so that every array is aligned to its item size.
-    order = sorted(tensors, key=lambda k: -tensors[k].itemsize)
+    order = sorted(sizes, key=lambda k: -sizes[k][2])
     header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
+    end, ends = 0, {}
     for name in order:
-        a = tensors[name]
-        header[name] = {"dtype": _DTYPES[_type(a)], "shape": list(a.shape), "data_offsets": [end, end + a.nbytes]}
-        end += a.nbytes
+        dtype, shape, width = sizes[name]
+        count = width * math.prod(shape)
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [end, end + count]}
+        ends[name] = (end, end + count)
+        end += count
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for name in order:
-        flat = tensors[name].reshape(-1)
-        count = _PIECE // flat.itemsize
-        for i in range(0, len(flat), count):
-            piece = flat[i : i + count]
-            yield (piece.detach().cpu().numpy() if isinstance(piece, torch.Tensor) else piece).tobytes()
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {k: (start + a, start + b) for k, (a, b) in ends.items()}
+
+
+def _pieces(a: Array) -> Iterator[bytes]:
+    flat = a.reshape(-1)
+    count = _PIECE // flat.itemsize
+    for i in range(0, len(flat), count):
+        yield _on_host(flat[i : i + count]).tobytes()
+
+
+def _on_host(a: Array) -> np.ndarray:
+    return a.detach().cpu().numpy() if isinstance(a, torch.Tensor) else a
+
+
+def _write_together(
+    path: Path,
+    text: bytes,
+    offsets: Mapping[str, tuple[int, int]],
+    tensors: Mapping[str, Array],
+    shards: Mapping[str, Shard],
+    world: World,
+) -> None:
+    """Write one file by several processes: space for all of it first, then each one its part, then the rename."""
+    temporary = path.with_name(f".{path.name}.shared.tmp")
+    size = max((end for _, end in offsets.values()), default=len(text))
+    try:
+        with world.together(), _as_input_error(path):
+            if world.is_first:
+                with open(temporary, "wb") as f:
+                    reserve(f, size)
+        with world.together(), _as_input_error(path), open(temporary, "r+b", buffering=0) as f:
+            if world.is_first:
+                _write_at(f, 0, text)
+                for name, a in tensors.items():
+                    f.seek(offsets[name][0])
+                    for piece in _pieces(a):
+                        _write_at(f, f.tell(), piece)
+            for name, shard in shards.items():
+                _write_rows(f, offsets[name], shard)
+            os.fsync(f.fileno())
+        with world.together(), _as_input_error(path):
+            if world.is_first:
+                os.replace(temporary, path)
+    except BaseException:
+        if world.is_first:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_rows(f: BinaryIO, place: tuple[int, int], shard: Shard) -> None:
+    start, end = place
+    width = (end - start) // shard.count
+    for i in range(0, len(shard.owned), _ROWS):
+        rows = _on_host(shard.array[i : i + _ROWS])
+        for row, number in zip(rows, shard.owned[i : i + _ROWS].tolist(), strict=True):
+            _write_at(f, start + number * width, row.tobytes())
+
+
+def _write_at(f: BinaryIO, position: int, data: bytes) -> None:
+    f.seek(position)
+    rest = memoryview(data)
+    while rest:
+        rest = rest[f.write(rest) :]
+
+
+@contextlib.contextmanager
+def _as_input_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} must be writable, but the system says: {error.strerror or error}; free space or choose another "
+            "place (what was there before is unharmed)."
+        ) from error
 
 
 def _type(a: Array) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -50,6 +51,9 @@ class TrainConfig(Problem):
     convex: bool = option(True, "Keep ridge convex; otherwise it is weakly convex.")
     steps: int = option(2000, "Adam steps.")
     batch: int = option(8, "Images per step.")
+    lanes: int = option(
+        1, "Parts of each batch with gradients of their own, which processes share out (torchrun); batch is a multiple."
+    )
     lr: float = option(2e-3, "Largest learning rate of theta.")
     warmup: int = option(100, "Steps of linear warm-up.")
     final_lr: float = option(0.05, "Last learning rate as a fraction of the largest (cosine).")
@@ -89,8 +93,13 @@ class TrainConfig(Problem):
                 f"alpha is a setting of red and must be 0 for {self.regularizer}, but is {self.alpha}; leave it out."
             )
         checks.integer(self.device_budget_mb, "device_budget_mb", 0)
-        for name, low in (("steps", 1), ("batch", 1), ("channels", 1), ("depth", 2)):
+        for name, low in (("steps", 1), ("batch", 1), ("lanes", 1), ("channels", 1), ("depth", 2)):
             checks.integer(getattr(self, name), name, low)
+        if self.batch % self.lanes:
+            raise InputError(
+                f"batch must be a multiple of lanes, but batch is {self.batch} and lanes {self.lanes}; change one of "
+                "them."
+            )
         checks.number(self.lr, "lr", 0.0, open_low=True)
         checks.number(self.final_lr, "final_lr", 0.0, 1.0)
         checks.number(self.clip, "clip", 0.0)
@@ -104,6 +113,17 @@ class TrainConfig(Problem):
             "kernel_size": self.kernel_size if self.kernel_size and self.regularizer == "red" else 3,
             "eps": self.norm_eps,
         }
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rates: linear warm-up, then a cosine to `final_lr`."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        t = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.final_lr + (1.0 - self.final_lr) * 0.5 * (1.0 + math.cos(math.pi * t))
+
+    def values(self) -> dict[str, Any]:
+        """All settings by name, as JSON values."""
+        return json.loads(self.to_json())
 
     def to_json(self) -> str:
         """All settings as a JSON object."""

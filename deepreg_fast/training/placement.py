@@ -5,36 +5,23 @@ A step synchronizes only in `read` and once in `MedianClip`. Transfers to the de
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from .. import checks
 from ..errors import InputError
-from ..files import make_folder
+from ..files import make_folder, reserve
 from .checkpoint import Array
+from .lanes import Rows
 
 # Fraction of the free device memory at the start that samples and warm starts may use. The rest is for the solvers.
 DEVICE_SHARE = 0.5
 _PIECE = 256
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Distinct sample numbers `[B]`: on the host, and as an index on the device (`here`)."""
-
-    host: np.ndarray
-    here: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.host)
 
 
 def upload(t: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -83,9 +70,10 @@ class Placement:
             return "disk"
         return "pinned" if self.has_own_memory else "device"
 
-    def rows(self, host: np.ndarray) -> Rows:
-        """Sample numbers on host and device."""
-        return Rows(host, self.upload(torch.from_numpy(host)))
+    def rows(self, samples: np.ndarray, local: np.ndarray | None = None) -> Rows:
+        """Samples, whose rows in this process's tables are `local` (by default all samples have a row)."""
+        local = samples if local is None else local
+        return Rows(samples, local, self.upload(torch.from_numpy(local)))
 
     def upload(self, t: torch.Tensor) -> torch.Tensor:
         """Copy a host tensor to the device."""
@@ -118,8 +106,8 @@ class SampleTable(Protocol):
         """All rows, without a copy."""
         ...
 
-    def fill(self, array: np.ndarray) -> None:
-        """Replace all rows."""
+    def fill(self, array: np.ndarray, owned: np.ndarray) -> None:
+        """Replace all rows by the rows `owned` of an array, which may be a mapped file."""
         ...
 
 
@@ -131,20 +119,20 @@ class DeviceSamples:
 
     def get(self, rows: Rows) -> torch.Tensor:
         """A copy of these rows."""
-        return self.data.index_select(0, rows.here)
+        return self.data.index_select(0, rows.index)
 
     def put(self, rows: Rows, value: torch.Tensor) -> None:
         """Replace these rows."""
-        self.data.index_copy_(0, rows.here, value.detach())
+        self.data.index_copy_(0, rows.index, value.detach())
 
     def array(self) -> Array:
         """All rows, on the device."""
         return self.data
 
-    def fill(self, array: np.ndarray) -> None:
+    def fill(self, array: np.ndarray, owned: np.ndarray) -> None:
         """Replace all rows."""
-        for i in range(0, len(array), _PIECE):
-            self.data[i : i + _PIECE].copy_(torch.from_numpy(np.array(array[i : i + _PIECE])))
+        for i in range(0, len(owned), _PIECE):
+            self.data[i : i + _PIECE].copy_(torch.from_numpy(np.array(array[owned[i : i + _PIECE]])))
 
 
 class PinnedSamples:
@@ -161,13 +149,13 @@ class PinnedSamples:
     def get(self, rows: Rows) -> torch.Tensor:
         """A copy of these rows, on the device."""
         out = torch.empty((len(rows), *self.data.shape[1:]), dtype=self.data.dtype, device=self.device)
-        for i, row in enumerate(rows.host.tolist()):
+        for i, row in enumerate(rows.local.tolist()):
             out[i].copy_(self.data[row], non_blocking=True)
         return out
 
     def put(self, rows: Rows, value: torch.Tensor) -> None:
         """Replace these rows."""
-        for i, row in enumerate(rows.host.tolist()):
+        for i, row in enumerate(rows.local.tolist()):
             self.data[row].copy_(value[i].detach(), non_blocking=True)
 
     def _wait(self) -> np.ndarray:
@@ -180,9 +168,9 @@ class PinnedSamples:
         """All rows."""
         return self._wait()
 
-    def fill(self, array: np.ndarray) -> None:
+    def fill(self, array: np.ndarray, owned: np.ndarray) -> None:
         """Replace all rows."""
-        self._wait()[...] = array
+        _copy_rows(self._wait(), array, owned)
 
 
 class FileSamples:
@@ -192,7 +180,7 @@ class FileSamples:
     def __init__(self, path: Path, shape: tuple[int, ...], device: torch.device) -> None:
         self.path, self.shape, self.device = path, shape, device
         self._file: np.memmap | None = None
-        self._before: np.ndarray | None = None
+        self._before: tuple[np.ndarray, np.ndarray] | None = None
 
     def open(self) -> np.ndarray:
         """The rows, mapped from the file, which is created if needed."""
@@ -200,7 +188,7 @@ class FileSamples:
             make_folder(self.path.parent)
             try:
                 with open(self.path, "wb") as f:
-                    _reserve(f, 4 * int(np.prod(self.shape)))
+                    reserve(f, 4 * int(np.prod(self.shape)))
                 self._file = np.memmap(self.path, np.float32, "r+", shape=self.shape)
             except OSError as error:
                 raise InputError(
@@ -208,39 +196,35 @@ class FileSamples:
                     "free space, or raise memory_budget_mb to keep them in memory."
                 ) from error
             if self._before is not None:
-                self._file[...] = self._before
+                _copy_rows(self._file, *self._before)
                 self._before = None
         return self._file
 
     def get(self, rows: Rows) -> torch.Tensor:
         """A copy of these rows, on the device."""
-        return upload(torch.from_numpy(np.array(self.array()[rows.host])), self.device)
+        return upload(torch.from_numpy(np.array(self.array()[rows.local])), self.device)
 
     def put(self, rows: Rows, value: torch.Tensor) -> None:
         """Replace these rows."""
-        self.open()[rows.host] = value.detach().cpu().numpy()
+        self.open()[rows.local] = value.detach().cpu().numpy()
 
     def array(self) -> np.ndarray:
         """All rows, without a copy."""
         if self._file is not None:
             return np.asarray(self._file)
-        return self._before if self._before is not None else np.broadcast_to(np.float32(0), self.shape)
+        if self._before is None:
+            return np.broadcast_to(np.float32(0), self.shape)
+        array, owned = self._before
+        return array if len(owned) == len(array) else array[owned]
 
-    def fill(self, array: np.ndarray) -> None:
+    def fill(self, array: np.ndarray, owned: np.ndarray) -> None:
         """Replace all rows."""
         if self._file is not None:
-            self._file[...] = array
+            _copy_rows(self._file, array, owned)
         else:
-            self._before = array
+            self._before = (array, owned)
 
 
-def _reserve(f: BinaryIO, size: int) -> None:
-    """Allocate a file's disk space now: writing to a mapped hole on a full disk would kill the process by a signal."""
-    if size and hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(f.fileno(), 0, size)
-            return
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-    f.truncate(size)
+def _copy_rows(target: np.ndarray, array: np.ndarray, owned: np.ndarray) -> None:
+    for i in range(0, len(owned), _PIECE):
+        target[i : i + _PIECE] = array[owned[i : i + _PIECE]]

@@ -28,7 +28,8 @@ from ..errors import DataError
 from ..files import portable
 from ..inverse.data_term import standard_normal
 from .config import TrainConfig
-from .placement import DeviceSamples, Placement, Rows
+from .lanes import Rows
+from .placement import DeviceSamples, Placement
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Pictures:
 
 
 class Samples:
-    """Crops by sample number, and their order in an epoch."""
+    """Crops by sample number."""
 
     def __init__(self, images: ImageSet | Pictures, crop: int, orientations: int, seed: int) -> None:
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in images.x]
@@ -90,46 +91,36 @@ class Samples:
             out.append(augment(self.images.x[picture][None, :, t : t + self.size[0], s : s + self.size[1]], k))
         return torch.cat(out)
 
-    def indices(self, step: int, batch: int) -> np.ndarray:
-        """Samples of step `step`, a function of (seed, step), so a resumed run continues unchanged."""
-        per_epoch = max(1, len(self) // batch)
-        epoch, position = divmod(step, per_epoch)
-        order = np.random.Generator(np.random.PCG64([self.seed, 2, epoch])).permutation(len(self))
-        return order[position * batch : (position + 1) * batch]
-
-    def epoch(self, step: int, batch: int) -> float:
-        """Number of epochs completed after `step` steps."""
-        return step / max(1, len(self) // batch)
-
 
 class PlacedSamples:
     """The crops on the device: all at once if they fit its budget, otherwise cut on the host for each batch."""
 
-    def __init__(self, samples: Samples, placement: Placement) -> None:
-        self.samples, self.placement = samples, placement
+    def __init__(self, samples: Samples, owned: np.ndarray, placement: Placement) -> None:
+        self.samples, self.owned, self.placement = samples, owned, placement
 
     @cached_property
     def table(self) -> DeviceSamples | None:
-        """All crops `[N, 1, crop, crop]`, or None. Created at the first use, after the warm starts took their share of
-        the budget."""
-        count, shape = len(self.samples), (1, *self.samples.size)
+        """The crops of this process `[N, 1, crop, crop]`, or None. Created at the first use, after the warm starts took
+        their share of the budget."""
+        count, shape = len(self.owned), (1, *self.samples.size)
         if not self.placement.take(4 * count * shape[1] * shape[2]):
             return None
         table = DeviceSamples((count, *shape), torch.float32, self.placement.device)
         for piece in np.array_split(np.arange(count), -(-count // 64)):
-            table.put(self.placement.rows(piece), self.placement.upload(self.samples.batch(piece)))
+            crops = self.samples.batch(self.owned[piece])
+            table.put(self.placement.rows(self.owned[piece], piece), self.placement.upload(crops))
         return table
 
     def batch(self, rows: Rows) -> torch.Tensor:
         """Images `[B, 1, crop, crop]` of these samples."""
         if self.table is None:
-            return self.placement.upload(self.samples.batch(rows.host))
+            return self.placement.upload(self.samples.batch(rows.samples))
         return self.table.get(rows)
 
 
 class Noise:
-    """Standard normal numbers `[m]` for each sample, the same in every epoch. They are generated on the host and stored
-    on the device if they fit its budget."""
+    """Standard normal numbers `[m]` for each of `shape[0]` samples, the same in every epoch. They are generated on the
+    host and stored on the device if they fit its budget."""
 
     def __init__(self, seed: int, shape: tuple[int, int], placement: Placement) -> None:
         self.seed, self.shape, self.placement = seed, shape, placement
@@ -149,11 +140,12 @@ class Noise:
     def batch(self, rows: Rows) -> torch.Tensor:
         """The numbers `[B, m]` of these samples."""
         if self.table is None:
-            return self._made(rows.host)
-        new = rows.host[~self._known[rows.host]]
-        if len(new):
-            self.table.put(self.placement.rows(new), self._made(new))
-            self._known[new] = True
+            return self._made(rows.samples)
+        new = ~self._known[rows.local]
+        if new.any():
+            samples, local = rows.samples[new], rows.local[new]
+            self.table.put(self.placement.rows(samples, local), self._made(samples))
+            self._known[local] = True
         return self.table.get(rows)
 
 

@@ -60,7 +60,18 @@ def save(reg: Regularizer, path: str | Path, meta: dict[str, Any] | None = None)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in reg.state_dict().items()}
     # Some releases cannot store a header in an empty safetensors file, and TV has no parameters.
     tensors = tensors or {"no_parameters": torch.zeros(1, dtype=torch.float32, device="cpu")}
-    write_atomically(Path(path), to_bytes(tensors, metadata=header))
+    write_atomically(Path(path), _sorted_header(to_bytes(tensors, metadata=header)))
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """The same safetensors file with its header in one order, so that equal weights are equal files. The library writes
+    the metadata in the random order of a hash table."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def locate(weights: str | Path) -> Path:
