@@ -41,7 +41,7 @@ _CONFIG = inspect.Parameter(
 
 
 def _settings(
-    trainer: type[Trainer], cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None
+    trainer: type[Trainer], cls: type[TrainConfig], chosen: dict[str, Any], **extra: Path | None
 ) -> TrainConfig:
     """Settings from the checkpoint or the file, overridden by those from the command line."""
     config, resume = extra["config"], extra["resume"]
@@ -67,12 +67,12 @@ def _settings(
             ) from error
         except ValueError as error:
             raise InputError(f"{config} must be a JSON object of settings: {error}") from error
-    return cls.from_values({**base, **given})
+    return cls.from_values({**base, **chosen})
 
 
-def _run(name: str, cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None) -> None:
+def _run(name: str, cls: type[TrainConfig], chosen: dict[str, Any], **extra: Path | None) -> None:
     trainer: type[Trainer] = getattr(training, name)
-    settings = _settings(trainer, cls, given, **extra)
+    settings = _settings(trainer, cls, chosen, **extra)
     resume, config = extra["resume"], extra["config"]
     if resume is None and (Path(settings.out) / "last.safetensors").exists():
         raise InputError(
@@ -117,8 +117,8 @@ def _stopped_by_signals(run: Trainer) -> Iterator[None]:
 
 
 def _register(name: str, trainer: str, config: type[TrainConfig], text: str) -> None:
-    def body(given: dict[str, Any], **extra: Any) -> None:
-        _run(trainer, config, given, **extra)
+    def body(chosen: dict[str, Any], **extra: Any) -> None:
+        _run(trainer, config, chosen, **extra)
 
     body.__doc__ = text
     app.command(name)(command_from(config, body, [_RESUME, _CONFIG]))
