@@ -69,21 +69,21 @@ def load_peer(
     content = _read(path)
     state = _tensors(content)
     if f"regularizer.{_RIDGE}" in state or "regularizer.K1.weight" in state:
-        found, load = ("CRR", "WCRR") if f"regularizer.{_RIDGE}" in state else ("TDV",), _hertrich
+        kinds, load = ("CRR", "WCRR") if f"regularizer.{_RIDGE}" in state else ("TDV",), _hertrich
     elif _GOUJON in state:
-        found, load = ("CRR", "WCRR"), _goujon
+        kinds, load = ("CRR", "WCRR"), _goujon
     elif "R.K1.weight" in state or "K1.weight" in state:
-        found, load = ("TDV",), _kobler
+        kinds, load = ("TDV",), _kobler
     else:
         raise CheckpointError(
             f"{path} must hold CRR, WCRR or TDV weights of their authors, but has tensors {sorted(state)[:3]}."
         )
-    if kind != "auto" and kind not in found:
-        raise InputError(f"kind is {kind!r}, but {path} holds weights of {' or '.join(found)}.")
+    if kind != "auto" and kind not in kinds:
+        raise InputError(f"kind is {kind!r}, but {path} holds weights of {' or '.join(kinds)}.")
     if load is not _goujon and (sigma is not None or config is not None):
         raise InputError(f"sigma and config are for priors of Goujon et al., but {path} is another's; leave them out.")
-    if bad := sorted(k for k, v in state.items() if not bool(torch.isfinite(v).all())):
-        raise CheckpointError(f"Weights must be finite, but {path} holds NaN or infinity in {bad[:3]}.")
+    if non_finite := sorted(k for k, v in state.items() if not bool(torch.isfinite(v).all())):
+        raise CheckpointError(f"Weights must be finite, but {path} holds NaN or infinity in {non_finite[:3]}.")
     try:
         if load is _goujon:
             return _goujon(path, state, kind, sigma, config)
@@ -214,13 +214,13 @@ def _goujon(
         raise CheckpointError(f"The outer knots of {path} must be symmetric about zero, but are {ends}.")
     default = float(settings.get("noise_val", 25.0)) / 255.0
     sigma = checks.number(default if sigma is None else sigma, "sigma", 0.0, open_low=True)
-    grey, low, high = 255.0 * sigma, float(noise_range[0]), float(noise_range[1])
-    if not low <= grey <= high * (1.0 + 1e-9):
-        raise InputError(f"sigma must be at most {high:g}/255 for {path}, but is {grey:.4g}/255.")
+    gray_level, low, high = 255.0 * sigma, float(noise_range[0]), float(noise_range[1])
+    if not low <= gray_level <= high * (1.0 + 1e-9):
+        raise InputError(f"sigma must be at most {high:g}/255 for {path}, but is {gray_level:.4g}/255.")
     table = state["spline_scaling.coefficients"].double()
-    place = (grey - low) * (table.shape[1] - 1) / (high - low)
+    place = (gray_level - low) * (table.shape[1] - 1) / (high - low)
     j = min(int(place), table.shape[1] - 2)
-    log_scales = table[:, j] + (place - j) * (table[:, j + 1] - table[:, j]) - math.log(grey + 1e-5)
+    log_scales = table[:, j] + (place - j) * (table[:, j + 1] - table[:, j]) - math.log(gray_level + 1e-5)
     reach, knots = float(spline["x_max"]), state["activation_cvx.coefficients"].shape[1]
     filters = _chain(state, _GOUJON, "conv_layer.conv_layers.{}.weight")
     # The authors pad the filters' autocorrelation by 127 pixels less its reach before the FFT.

@@ -24,13 +24,13 @@ from ..errors import InputError
 from ..functional import srm as definition
 from .library import below_autograd, define, differentiate, differentiate_linear, fold_vmap_dim, unfold_vmap_dim
 
-_TAIL = "Tensor rows, Tensor? signs, Tensor? perm, int[] shape, str transform, int block"
+_SRM_SCHEMA = "Tensor rows, Tensor? signs, Tensor? perm, int[] shape, str transform, int block"
 _TRANSPOSE = {"forward": "adjoint", "adjoint": "forward", "normal": "normal"}
 _FORMS: OrderedDict[Any, definition.SrmForm] = OrderedDict()
 _MAX_FORMS = 8
 
 
-def serve(A: Any, *tensors: torch.Tensor) -> bool:
+def use_operators(A: Any, *tensors: torch.Tensor) -> bool:
     """Whether to use the operators for these tensors, not the PyTorch definition.
 
     True if there are kernels, and under `torch.compile`, which cannot trace the definition's loops; compiled code looks
@@ -177,9 +177,12 @@ def _residual(x: torch.Tensor, y: torch.Tensor, tail: tuple[Any, ...]) -> torch.
     return _product(y - _product(x, "forward", *tail), "adjoint", *tail)
 
 
-_product = define(f"srm(Tensor t, str which, {_TAIL}) -> Tensor", _compute_product, _fake_product, _vmap_product)
+_product = define(f"srm(Tensor t, str which, {_SRM_SCHEMA}) -> Tensor", _compute_product, _fake_product, _vmap_product)
 _correct = define(
-    f"srm_correct(Tensor x, Tensor y, Tensor weight, {_TAIL}) -> Tensor", _compute_correct, _fake_correct, _vmap_correct
+    f"srm_correct(Tensor x, Tensor y, Tensor weight, {_SRM_SCHEMA}) -> Tensor",
+    _compute_correct,
+    _fake_correct,
+    _vmap_correct,
 )
 differentiate_linear(_product, _TRANSPOSE.__getitem__)
 differentiate(_correct, _Correct)

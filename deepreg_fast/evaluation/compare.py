@@ -259,13 +259,13 @@ def figures(
     return means(result) | result, image
 
 
-def means(found: dict[str, Any]) -> dict[str, float]:
+def means(result: dict[str, Any]) -> dict[str, float]:
     """`psnr_mean`, `psnr_median` and `ssim_mean` of the per-image results."""
-    p = np.array(found["psnr"])
+    p = np.array(result["psnr"])
     return {
         "psnr_mean": float(p.mean()),
         "psnr_median": float(np.median(p)),
-        "ssim_mean": float(np.mean(found["ssim"])),
+        "ssim_mean": float(np.mean(result["ssim"])),
     }
 
 
