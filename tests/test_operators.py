@@ -213,7 +213,7 @@ def test_a_damaged_state_is_refused() -> None:
     A = dr.SRM((1, 12, 10))
     state = A.state_dict()
     state["signs"] = -state["signs"]
-    with pytest.raises(OperatorMismatch, match="signs must be what its seed 0 draws"):
+    with pytest.raises(OperatorMismatch, match="signs must be those drawn from its seed 0"):
         dr.SRM((1, 12, 10), seed=5).load_state_dict(state)
 
 

@@ -1,4 +1,4 @@
-"""Weight files of others as regularizers: CRR, WCRR and TDV of the authors' repositories."""
+"""Weight files of other packages as regularizers: CRR, WCRR and TDV of the authors' repositories."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,8 +38,8 @@ def load_peer(
     ----------
     path : str or Path
     kind : "auto", "CRR", "WCRR" or "TDV"
-        With "auto", CRR and WCRR of Hertrich et al., whose tensors have the same names, are told apart by the file's
-        name.
+        With "auto", CRR and WCRR of Hertrich et al., whose tensors have the same names, are distinguished by the
+        file's name.
     sigma : float, optional
         Noise level of images in [0, 1] for a prior of Goujon et al.; default: `noise_val` of their config, over 255.
     config : str or Path, optional
@@ -48,8 +48,8 @@ def load_peer(
     Returns
     -------
     (Regularizer, dict)
-        The notes hold `peer`, the source, and what else the file tells; `mu` is the weight of the trained denoiser,
-        if there is one.
+        The notes contain `peer`, the source, and further values of the file; `mu` is the weight of the trained
+        denoiser, if there is one.
 
     Raises
     ------
@@ -128,8 +128,14 @@ def _chain(state: dict[str, torch.Tensor], first: str, other: str) -> dict[str, 
     return filters
 
 
-_UNSCALED = dict.fromkeys(("log_weight", "log_contrast"), torch.zeros((), dtype=torch.float32, device="cpu"))
-"""The scaling `exp(a) r(exp(s) x)` of a file that has none."""
+T = TypeVar("T", bound=Regularizer)
+
+
+def _load_tensors(reg: T, tensors: dict[str, torch.Tensor]) -> T:
+    """Load tensors into a regularizer; weight and contrast are 1 unless the file has them."""
+    unscaled = {n: torch.zeros((), dtype=torch.float32, device="cpu") for n in ("log_weight", "log_contrast")}
+    reg.load_state_dict(unscaled | tensors)
+    return reg.eval()
 
 
 def _ridge(tensors: dict[str, torch.Tensor], **options: Any) -> MultiConvRidge:
@@ -137,14 +143,7 @@ def _ridge(tensors: dict[str, torch.Tensor], **options: Any) -> MultiConvRidge:
     filters = [v for k, v in tensors.items() if k.startswith("filters.")]
     channels = (filters[0].shape[1], *(w.shape[0] for w in filters))
     reg = MultiConvRidge(channels, tuple(w.shape[-1] for w in filters), **options)
-    reg.load_state_dict(
-        {
-            "log_weight": torch.zeros((), dtype=torch.float32, device="cpu"),
-            "log_contrast": torch.zeros((), dtype=torch.float32, device="cpu"),
-        }
-        | tensors
-    )
-    return reg.eval()
+    return _load_tensors(reg, tensors)
 
 
 def _blocks(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -172,14 +171,7 @@ def _tdv(variant: str, tensors: dict[str, torch.Tensor]) -> TDV:
     multiplier = tensors[steps[0]].shape[0] // first.shape[0] if steps else 1
     sizes = {"multiplier": multiplier, "blocks": blocks, "scales": len(steps) + 1}
     reg = TDV(variant, first.shape[1], first.shape[0], **sizes)
-    reg.load_state_dict(
-        {
-            "log_weight": torch.zeros((), dtype=torch.float32, device="cpu"),
-            "log_contrast": torch.zeros((), dtype=torch.float32, device="cpu"),
-        }
-        | tensors
-    )
-    return reg.eval()
+    return _load_tensors(reg, tensors)
 
 
 def _hertrich(path: Path, state: dict[str, torch.Tensor], kind: str) -> tuple[Regularizer, dict[str, Any]]:

@@ -135,7 +135,7 @@ def evaluation_images(experiment: Experiment, tune_on: str = "") -> tuple[ImageS
         raise DataError(
             f"Images for testing and tuning must be of one shape, but {test.names[0]} has "
             f"{'x'.join(map(str, test.shape[1:]))} pixels and {tuning.names[0]} has "
-            f"{'x'.join(map(str, tuning.shape[1:]))}; give a {_CROP} to take the centre crop of each."
+            f"{'x'.join(map(str, tuning.shape[1:]))}; give a {_CROP} to take the center crop of each."
         )
     return test, tuning.x
 

@@ -140,7 +140,7 @@ def _config(method: str, problem: Experiment, values: dict[str, Any], where: str
     for key in values:
         if key in OF_MACHINE or key in (*FIELDS, "split"):
             raise InputError(
-                f"{where} must not set {key!r}: the problem's settings stand in [problem], in the row or in a stage "
+                f"{where} must not set {key!r}: the problem's settings belong in [problem], in the row or in a stage "
                 "before its last, those of the machine on the command line."
             )
     cls = TRAINED[method][1]

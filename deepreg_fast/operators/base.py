@@ -26,7 +26,7 @@ _SMALLEST = 1e-30
 class LinearOperator(Products):
     """Base class of linear operators from images `[B, C, H, W]` to measurements `[B, *measurement_shape]`.
 
-    A subclass defines `_forward` and `_adjoint`. Everything else follows, by a closed form where there is one
+    A subclass defines `_forward` and `_adjoint`. Everything else follows, in closed form if there is one
     (docs/math.md, M2):
 
     * If `A A^T = g I`, the subclass sets `gram_scale = g`. If `A A^T = g P` with a projection P, it sets
@@ -50,8 +50,8 @@ class LinearOperator(Products):
         The number of measurements per image.
     gram_scale, projection_scale : float or None
     batch : int or None
-        The number of images for which the operator holds parameters of their own, such as one mask for each image; None
-        if all images have the same. The names of those buffers are in `per_image`.
+        The number of images for which the operator has separate parameters, such as one mask per image; None if all
+        images share them. `per_image` has the names of the separate buffers.
 
     Raises
     ------
@@ -114,8 +114,8 @@ class LinearOperator(Products):
     # -- the norm ------------------------------------------------------------------------------------------------------
 
     def sqnorm(self) -> float:
-        """`||A||^2`, the largest eigenvalue of `A^T A`: exact where it is known, otherwise an estimate by Lanczos'
-        method from below. For an operator with parameters for each image, the largest of all images."""
+        """`||A||^2`, the largest eigenvalue of `A^T A`: exact if it is known, otherwise a lower estimate by Lanczos'
+        method. For an operator with parameters for each image, the maximum over the images."""
         return float(self.sqnorms().max())
 
     def sqnorms(self, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -189,7 +189,7 @@ class SRM(LinearOperator):
         saved = state if isinstance(state, dict) else {}
         differing = [k for k in expected if k not in ("seed", "keep_dc") and expected[k] != saved.get(k)]
         if differing:
-            differences = ", ".join(f"{k}={saved.get(k)!r} (here {expected[k]!r})" for k in differing)
+            differences = ", ".join(f"{k}={saved.get(k)!r} (expected {expected[k]!r})" for k in differing)
             raise OperatorMismatch(
                 f"The state must be of an SRM of the same kind, but has {differences}; build that operator."
             )
@@ -198,7 +198,7 @@ class SRM(LinearOperator):
             buffer = buffers[name]
             if buffer is not None and (drawn is None or not torch.equal(buffer.cpu(), drawn)):
                 raise OperatorMismatch(
-                    f"The state's {name} must be what its seed {seed} draws, but differ; the file is damaged or "
+                    f"The state's {name} must be those drawn from its seed {seed}, but differ; the file is damaged or "
                     "was written by another version: build the operator anew."
                 )
 

@@ -46,7 +46,7 @@ class Sum(Regularizer):
         centers = sorted({p.center for p in built})
         if len(centers) != 1:
             raise InputError(
-                f"Sum takes one regularizer or more with the same center, but {len(built)} came, with the centers "
+                f"Sum takes one regularizer or more with the same center, but got {len(built)} with the centers "
                 f"{centers}; build them with one center."
             )
         self.parts = nn.ModuleList(built)

@@ -25,16 +25,16 @@ def from_deepinv(
     (MRI, single-pixel cameras, a change of colors), for which the closed forms are exact. Measurements keep their
     shape; complex numbers become pairs of real ones, and the parts of a `TensorList` are flattened and concatenated.
 
-    The adjoint, linearity and repeatability are checked once with random images. Change no parameter of the physics
-    afterwards: call `from_deepinv` again, or give `params`.
+    The adjoint, linearity and repeatability are checked once with random images. Do not change the physics afterwards;
+    call `from_deepinv` again, or pass `params`.
 
     Parameters
     ----------
     physics : deepinv.physics.LinearPhysics
     img_size : (C, H, W)
     params : dict, optional
-        Parameters for `physics.update_parameters`, such as `{"mask": mask}`; a copy of the physics gets them. With
-        parameters whose first dimension is B > 1, one for each image of a batch of B, `A.batch` is B.
+        Parameters for `physics.update_parameters`, such as `{"mask": mask}`; they are set in a copy of the physics.
+        With parameters whose first dimension is B > 1, one for each image of a batch of B, `A.batch` is B.
 
     Returns
     -------
@@ -44,7 +44,7 @@ def from_deepinv(
     ------
     InputError
         If deepinv is missing, or the physics is not a `LinearPhysics`, not linear, random at each call, or its
-        `A_adjoint` is not the transpose of A, as that of a tomography by `iradon`.
+        `A_adjoint` is not the transpose of A, as in a tomography that uses `iradon`.
 
     Examples
     --------
@@ -81,7 +81,7 @@ def to_deepinv(A: LinearOperator, noise_sigma: float = 0.0) -> Any:
 
     An `SRM` becomes a `DecomposablePhysics` with `V^T = F R` and the indicator of the rows as mask. Any other operator
     becomes a `LinearPhysics` whose `A`, `A_adjoint`, `A_adjoint_A`, `prox_l2` and `A_dagger` are those of `A`; where
-    these need CG and autograd records, deepinv's solvers are used, which it can differentiate.
+    these need CG and autograd is recording, deepinv's differentiable solvers are used instead.
 
     Parameters
     ----------

@@ -59,8 +59,8 @@ class OperatorPhysics(_LinearPhysics):  # pyright: ignore[reportGeneralTypeIssue
         return self.operator.normal(x)
 
     def prox_l2(self, z: Any, y: torch.Tensor, gamma: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`argmin_x 1/2||x - z||^2 + gamma/2 ||y - A x||^2`, by the operator; deepinv's solver options have no effect
-        unless autograd has to follow CG."""
+        """`argmin_x 1/2||x - z||^2 + gamma/2 ||y - A x||^2`, computed by the operator; deepinv's solver options have
+        no effect unless autograd must differentiate CG."""
         if self._recorded(z, y, gamma):
             return super().prox_l2(z, y, gamma, *args, **kwargs)
         v = _from_deepinv_shape(self.operator, y)
@@ -68,8 +68,8 @@ class OperatorPhysics(_LinearPhysics):  # pyright: ignore[reportGeneralTypeIssue
         return self.operator.prox_l2(start, v, step_size(gamma))
 
     def A_dagger(self, y: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The minimum-norm solution, by the operator; deepinv's solver options have no effect unless autograd has to
-        follow CG."""
+        """The minimum-norm solution, computed by the operator; deepinv's solver options have no effect unless autograd
+        must differentiate CG."""
         if self._recorded(y):
             return super().A_dagger(y, *args, **kwargs)
         return self.operator.A_dagger(_from_deepinv_shape(self.operator, y))
@@ -83,7 +83,8 @@ class OperatorPhysics(_LinearPhysics):  # pyright: ignore[reportGeneralTypeIssue
 class SRMPhysics(_DecomposablePhysics):  # pyright: ignore[reportGeneralTypeIssues]
     """The physics of an `SRM`, `A = U diag(mask) V^T`; `to_deepinv` makes it.
 
-    The SRM's buffers are its own, so that files hold tensors only; `operator` is an SRM with these buffers.
+    The physics registers the SRM's buffers, so that its files contain only tensors; `operator` is an SRM with these
+    buffers.
     """
 
     def __init__(self, A: SRM) -> None:
@@ -110,7 +111,7 @@ class SRMPhysics(_DecomposablePhysics):  # pyright: ignore[reportGeneralTypeIssu
         return A
 
     def update_parameters(self, **kwargs: Any) -> None:
-        """As for every physics, but the mask stays: it is that of the rows."""
+        """Update parameters as in every physics, except the mask, which follows from the rows."""
         if kwargs.get("mask") is not None:
             raise InputError("The mask of an SRM belongs to its rows and cannot be changed; build another SRM.")
         super().update_parameters(**kwargs)

@@ -27,8 +27,8 @@ class DeepInvPrior(_Prior):  # pyright: ignore[reportGeneralTypeIssues]
     """A regularizer as a deepinv prior `g(x) = r(x)`, with its gradient and its proximal map.
 
     `prox(x, gamma) = argmin_u 1/2 ||u - x||^2 + gamma r(u)`, by the solver of `recover`. All three are differentiable
-    in x and the parameters of r. Give deepinv's optimizers `g_first=True` where there is the choice: their proximal
-    step is then the data term's, as in `recover`.
+    in x and the parameters of r. Pass `g_first=True` to deepinv's optimizers that support it: their proximal step is
+    then that of the data term, as in `recover`.
 
     Parameters
     ----------

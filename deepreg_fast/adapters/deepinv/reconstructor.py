@@ -46,7 +46,7 @@ class RecoverModel(_Reconstructor):  # pyright: ignore[reportGeneralTypeIssues]
     Raises
     ------
     InputError
-        If deepinv is missing or an argument is invalid; when it is called, also for every reason of `from_deepinv`.
+        If deepinv is missing or an argument is invalid. A call also raises it in every case of `from_deepinv`.
 
     Examples
     --------
