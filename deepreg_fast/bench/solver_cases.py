@@ -184,7 +184,7 @@ def _reached(case: Case, name: str, setting: Setting) -> bool:
     assert case.tolerance is not None
     if setting.error <= case.tolerance:
         return True
-    case.missing[name] = f"reaches {setting.error:.1e} at best, and {case.tolerance:.1e} is asked for"
+    case.missing[name] = f"reaches {setting.error:.1e} at best, and {case.tolerance:.1e} is required"
     return False
 
 
