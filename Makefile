@@ -19,7 +19,7 @@ help:
 	@echo "make coverage          the same tests with line coverage, at least 90 % (takes twice the time)"
 	@echo "make docs    build the documentation into site/"
 	@echo "make lint    ruff and pyright alone"
-	@echo "make sanitize          the kernels' tests under the address and undefined-behaviour sanitizers"
+	@echo "make sanitize          the kernels' tests under the address and undefined-behavior sanitizers"
 	@echo "make sanitize-threads  the same under the thread sanitizer"
 	@echo "make install set up .venv"
 	@echo "make clean   remove .venv, build products and caches"

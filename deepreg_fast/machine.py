@@ -34,15 +34,15 @@ def instruction_set() -> str:
 
 
 @lru_cache(maxsize=8)
-def _instruction_set(asked: str) -> str:
+def _instruction_set(requested: str) -> str:
     module, reason = extension()
     if module is None:
         raise BackendUnavailable(reason)
     available = module.instruction_sets()
-    name = asked or available[0]
+    name = requested or available[0]
     if name not in available:
         raise BackendUnavailable(
-            f"DEEPREG_FAST_ISA must be one of {available}, what this machine has, but is {name!r}; unset or change it."
+            f"DEEPREG_FAST_ISA must be one of {available}, which this machine has, but is {name!r}; unset or change it."
         )
     return name
 

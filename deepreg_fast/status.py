@@ -42,13 +42,13 @@ class Status(enum.IntEnum):
 
 _ADVICE = {
     Status.CONVERGED: "The residual, evaluated at the returned point, is at or below the tolerance.",
-    Status.MAX_ITERATIONS: "The iteration limit came first: raise max_iterations, loosen tolerance, "
+    Status.MAX_ITERATIONS: "The iteration limit was reached: raise max_iterations, loosen tolerance, "
     "or start from a better point.",
     Status.STAGNATED: "The residual stopped falling above the tolerance, as a rule at the rounding of "
     "this precision or on a singular system: loosen tolerance or solve in float64.",
     Status.NEGATIVE_CURVATURE: "The matrix is not positive definite along a search direction: the "
     "iterate before it is returned; use MINRES, or a smaller beta or a larger alpha.",
-    Status.NON_FINITE: "A NaN or an infinity came in or arose: check this image's input; its last "
+    Status.NON_FINITE: "The input or the computation contained NaN or infinity: check this image's input; its last "
     "finite iterate is returned.",
     Status.RUNAWAY: "The iterate left every plausible image: the regularizer is unbounded below "
     "there; use a larger alpha or a smaller beta or mu.",

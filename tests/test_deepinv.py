@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import deepreg_fast as dr
-from deepreg_fast.adapters import package
+from deepreg_fast.adapters.deepinv import package
 from deepreg_fast.errors import InputError
 
 from .helpers import images, normal, random_red

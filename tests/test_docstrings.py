@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import deepreg_fast as dr
-from deepreg_fast.adapters import package
+from deepreg_fast.adapters.deepinv import package
 from deepreg_fast.data import load_image
 
 NAMES = [n for n in dr.__all__ if n not in ("__version__", "ops")]

@@ -213,7 +213,7 @@ def test_a_damaged_state_is_refused() -> None:
     A = dr.SRM((1, 12, 10))
     state = A.state_dict()
     state["signs"] = -state["signs"]
-    with pytest.raises(OperatorMismatch, match="signs must be what its seed 0 draws"):
+    with pytest.raises(OperatorMismatch, match="signs must be those drawn from its seed 0"):
         dr.SRM((1, 12, 10), seed=5).load_state_dict(state)
 
 
@@ -313,6 +313,26 @@ def test_without_a_closed_form_the_prox_is_solved_by_cg() -> None:
     for call in (A.describe, A.fingerprint):
         with pytest.raises(InputError, match="Dense"):
             call()
+
+
+def test_a_multiple_of_a_projection_has_closed_forms() -> None:
+    """`A A^T = 2 P`, with 9 rows of rank 6: the closed forms equal CG's solutions."""
+    rows = torch.linalg.qr(random(9, 6))[0]
+    columns = torch.linalg.qr(random(20, 6))[0]
+    A, by_cg = Dense(2**0.5 * rows @ columns.T), Dense(2**0.5 * rows @ columns.T)
+    A.projection_scale = 2.0
+    assert A.has_shifted_inverse and A.preconditioned and not by_cg.has_shifted_inverse
+    z, y = random(3, 1, 4, 5), random(3, 9)
+    c = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
+    for call in (
+        lambda op: op.gram_solve(y, c),
+        lambda op: op.shifted_inverse(z, c),
+        lambda op: op.prox_l2(z, y, c),
+        lambda op: op.prox_l2(z, y, 0.7),
+        lambda op: op.sqnorms(),
+    ):
+        torch.testing.assert_close(call(A), call(by_cg), rtol=0, atol=1e-10)
+    torch.testing.assert_close(A.A_dagger(y).flatten(1), y @ torch.linalg.pinv(A.matrix).T, rtol=0, atol=1e-10)
 
 
 def test_a_prox_that_cg_cannot_solve_is_not_passed_off() -> None:

@@ -138,7 +138,7 @@ def test_the_products_are_the_kernels_and_so_are_their_derivatives(transform: st
     A = _srm(transform, randomizer)
     x, y = normal(3, 1, 12, 20).float().requires_grad_(), normal(3, A.measurements).float()
     out = A.A(x)
-    assert "_Product" in type(out.grad_fn).__name__ and torch.equal(out, A.A(x.detach()))
+    assert "LinearProduct" in type(out.grad_fn).__name__ and torch.equal(out, A.A(x.detach()))
     assert torch.equal(torch.autograd.grad(out, x, y)[0], A.A_adjoint(y))
     z = normal(3, 1, 12, 20, seed=2).float()
     assert torch.equal(torch.autograd.grad(A.normal(x), x, z)[0], A.normal(z))
@@ -149,7 +149,7 @@ def test_the_products_are_the_kernels_and_so_are_their_derivatives(transform: st
     torch.testing.assert_close(torch.autograd.grad(g, x, z)[0], 2 * A.normal(z))
     assert A.A(x.double()).dtype == torch.float64
     with dr.use_backend("reference"):
-        assert "_Product" not in type(A.A(x).grad_fn).__name__
+        assert "LinearProduct" not in type(A.A(x).grad_fn).__name__
 
 
 @CPU
@@ -241,10 +241,10 @@ def test_an_operator_that_takes_another_state_is_another_operator() -> None:
     assert not torch.equal(A.A(x), B.A(x))
     B.load_state_dict(A.state_dict())
     assert torch.equal(A.A(x), B.A(x))
-    for seed in range(2 * srm._KEPT):
+    for seed in range(2 * srm._MAX_FORMS):
         C = dr.SRM((1, 12, 10), seed=seed)
         assert torch.equal(C.A(x), C.A(x.detach()))
-    assert len(srm._FORMS) <= srm._KEPT
+    assert len(srm._FORMS) <= srm._MAX_FORMS
 
 
 # ---- the regularizer through its kernels

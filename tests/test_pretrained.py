@@ -134,7 +134,7 @@ def test_what_is_no_name() -> None:
         ({"format": "deepreg-fast-weights-2", "version": "9.1"}, r"newer format 2 of deepreg-fast 9\.1; update"),
         ({"format": "deepreg-fast-weights-0"}, "older format 0 .* release that knows both"),
         ({"format": "other"}, "its format is 'other'"),
-        ({"regularizer": "{"}, "must tell its regularizer and meta as JSON"),
+        ({"regularizer": "{"}, "must contain its regularizer and meta as JSON"),
         (
             {"regularizer": '{"kind": "red", "colour": 3}', "version": "9.1"},
             r"written by deepreg-fast 9\.1 and this is",

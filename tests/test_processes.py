@@ -277,7 +277,7 @@ def test_lanes_share_out_the_samples() -> None:
         parts = alone.samples(step)
         assert [set(p % 4) for p in parts] == [{0}, {1}, {2}, {3}] and all(len(p) == 2 for p in parts)
         shared = [Lanes(24, 8, 4, 3, rank, 3) for rank in range(3)]
-        again = {lane: s for one in shared for lane, s in zip(one.mine, one.samples(step), strict=True)}
+        again = {lane: s for one in shared for lane, s in zip(one.local_lanes, one.samples(step), strict=True)}
         assert all(np.array_equal(again[lane], p) for lane, p in enumerate(parts))
         for one in shared:
             samples = np.concatenate(one.samples(step))

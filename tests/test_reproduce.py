@@ -112,7 +112,7 @@ def to_toml(found: dict[str, Any]) -> str:
         ({"beta1": {"train": {"betta": 1.0}}}, r"Row 'beta1' must have no setting 'betta'; did you mean 'beta'\?"),
         ({"beta1": {"train": {"beta": -1.0}}}, r"Row 'beta1': beta must be a number in \[0, inf\], but is -1.0"),
         ({"beta1": {"train": {"beta": "x"}}}, r"Row 'beta1': beta must be a number"),
-        ({"beta1": {"train": {"ratio": 0.3}}}, r"Row 'beta1' must not set 'ratio': the problem's settings stand in"),
+        ({"beta1": {"train": {"ratio": 0.3}}}, r"Row 'beta1' must not set 'ratio': the problem's settings belong in"),
         ({"beta1": {"train": {"device": "cuda"}}}, r"must not set 'device'"),
         ({"beta3": {"stages": []}}, r"Row 'beta3': stages must be a list of tables, but is \[\]"),
         ({"beta3": {"stages": [{}, {"beta": -1}]}}, r"Row 'beta3', stage 2: beta must be"),

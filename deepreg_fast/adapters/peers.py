@@ -1,4 +1,4 @@
-"""Weight files of others as regularizers: CRR, WCRR and TDV of the authors' repositories."""
+"""Weight files of other packages as regularizers: CRR, WCRR and TDV of the authors' repositories."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,8 +38,8 @@ def load_peer(
     ----------
     path : str or Path
     kind : "auto", "CRR", "WCRR" or "TDV"
-        With "auto", CRR and WCRR of Hertrich et al., whose tensors have the same names, are told apart by the file's
-        name.
+        With "auto", CRR and WCRR of Hertrich et al., whose tensors have the same names, are distinguished by the
+        file's name.
     sigma : float, optional
         Noise level of images in [0, 1] for a prior of Goujon et al.; default: `noise_val` of their config, over 255.
     config : str or Path, optional
@@ -48,8 +48,8 @@ def load_peer(
     Returns
     -------
     (Regularizer, dict)
-        The notes hold `peer`, the source, and what else the file tells; `mu` is the weight of the trained denoiser,
-        if there is one.
+        The notes contain `peer`, the source, and further values of the file; `mu` is the weight of the trained
+        denoiser, if there is one.
 
     Raises
     ------
@@ -69,21 +69,21 @@ def load_peer(
     content = _read(path)
     state = _tensors(content)
     if f"regularizer.{_RIDGE}" in state or "regularizer.K1.weight" in state:
-        found, load = ("CRR", "WCRR") if f"regularizer.{_RIDGE}" in state else ("TDV",), _hertrich
+        kinds, load = ("CRR", "WCRR") if f"regularizer.{_RIDGE}" in state else ("TDV",), _hertrich
     elif _GOUJON in state:
-        found, load = ("CRR", "WCRR"), _goujon
+        kinds, load = ("CRR", "WCRR"), _goujon
     elif "R.K1.weight" in state or "K1.weight" in state:
-        found, load = ("TDV",), _kobler
+        kinds, load = ("TDV",), _kobler
     else:
         raise CheckpointError(
             f"{path} must hold CRR, WCRR or TDV weights of their authors, but has tensors {sorted(state)[:3]}."
         )
-    if kind != "auto" and kind not in found:
-        raise InputError(f"kind is {kind!r}, but {path} holds weights of {' or '.join(found)}.")
+    if kind != "auto" and kind not in kinds:
+        raise InputError(f"kind is {kind!r}, but {path} holds weights of {' or '.join(kinds)}.")
     if load is not _goujon and (sigma is not None or config is not None):
         raise InputError(f"sigma and config are for priors of Goujon et al., but {path} is another's; leave them out.")
-    if bad := sorted(k for k, v in state.items() if not bool(torch.isfinite(v).all())):
-        raise CheckpointError(f"Weights must be finite, but {path} holds NaN or infinity in {bad[:3]}.")
+    if non_finite := sorted(k for k, v in state.items() if not bool(torch.isfinite(v).all())):
+        raise CheckpointError(f"Weights must be finite, but {path} holds NaN or infinity in {non_finite[:3]}.")
     try:
         if load is _goujon:
             return _goujon(path, state, kind, sigma, config)
@@ -128,8 +128,14 @@ def _chain(state: dict[str, torch.Tensor], first: str, other: str) -> dict[str, 
     return filters
 
 
-_UNSCALED = dict.fromkeys(("log_weight", "log_contrast"), torch.zeros((), dtype=torch.float32, device="cpu"))
-"""The scaling `exp(a) r(exp(s) x)` of a file that has none."""
+T = TypeVar("T", bound=Regularizer)
+
+
+def _load_tensors(reg: T, tensors: dict[str, torch.Tensor]) -> T:
+    """Load tensors into a regularizer; weight and contrast are 1 unless the file has them."""
+    unscaled = {n: torch.zeros((), dtype=torch.float32, device="cpu") for n in ("log_weight", "log_contrast")}
+    reg.load_state_dict(unscaled | tensors)
+    return reg.eval()
 
 
 def _ridge(tensors: dict[str, torch.Tensor], **options: Any) -> MultiConvRidge:
@@ -137,14 +143,7 @@ def _ridge(tensors: dict[str, torch.Tensor], **options: Any) -> MultiConvRidge:
     filters = [v for k, v in tensors.items() if k.startswith("filters.")]
     channels = (filters[0].shape[1], *(w.shape[0] for w in filters))
     reg = MultiConvRidge(channels, tuple(w.shape[-1] for w in filters), **options)
-    reg.load_state_dict(
-        {
-            "log_weight": torch.zeros((), dtype=torch.float32, device="cpu"),
-            "log_contrast": torch.zeros((), dtype=torch.float32, device="cpu"),
-        }
-        | tensors
-    )
-    return reg.eval()
+    return _load_tensors(reg, tensors)
 
 
 def _blocks(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -172,14 +171,7 @@ def _tdv(variant: str, tensors: dict[str, torch.Tensor]) -> TDV:
     multiplier = tensors[steps[0]].shape[0] // first.shape[0] if steps else 1
     sizes = {"multiplier": multiplier, "blocks": blocks, "scales": len(steps) + 1}
     reg = TDV(variant, first.shape[1], first.shape[0], **sizes)
-    reg.load_state_dict(
-        {
-            "log_weight": torch.zeros((), dtype=torch.float32, device="cpu"),
-            "log_contrast": torch.zeros((), dtype=torch.float32, device="cpu"),
-        }
-        | tensors
-    )
-    return reg.eval()
+    return _load_tensors(reg, tensors)
 
 
 def _hertrich(path: Path, state: dict[str, torch.Tensor], kind: str) -> tuple[Regularizer, dict[str, Any]]:
@@ -214,13 +206,13 @@ def _goujon(
         raise CheckpointError(f"The outer knots of {path} must be symmetric about zero, but are {ends}.")
     default = float(settings.get("noise_val", 25.0)) / 255.0
     sigma = checks.number(default if sigma is None else sigma, "sigma", 0.0, open_low=True)
-    grey, low, high = 255.0 * sigma, float(noise_range[0]), float(noise_range[1])
-    if not low <= grey <= high * (1.0 + 1e-9):
-        raise InputError(f"sigma must be at most {high:g}/255 for {path}, but is {grey:.4g}/255.")
+    gray_level, low, high = 255.0 * sigma, float(noise_range[0]), float(noise_range[1])
+    if not low <= gray_level <= high * (1.0 + 1e-9):
+        raise InputError(f"sigma must be at most {high:g}/255 for {path}, but is {gray_level:.4g}/255.")
     table = state["spline_scaling.coefficients"].double()
-    place = (grey - low) * (table.shape[1] - 1) / (high - low)
+    place = (gray_level - low) * (table.shape[1] - 1) / (high - low)
     j = min(int(place), table.shape[1] - 2)
-    log_scales = table[:, j] + (place - j) * (table[:, j + 1] - table[:, j]) - math.log(grey + 1e-5)
+    log_scales = table[:, j] + (place - j) * (table[:, j + 1] - table[:, j]) - math.log(gray_level + 1e-5)
     reach, knots = float(spline["x_max"]), state["activation_cvx.coefficients"].shape[1]
     filters = _chain(state, _GOUJON, "conv_layer.conv_layers.{}.weight")
     # The authors pad the filters' autocorrelation by 127 pixels less its reach before the FFT.

@@ -78,15 +78,15 @@ def pull_back(lin: Any, names: list[str], v: torch.Tensor, in_x: bool, in_params
 def value_in_params(spec: ConvChainSpec, x: torch.Tensor, w: torch.Tensor, params: Tensors, of: list[int]) -> list[Any]:
     """`sum_b w_b dr_b/dtheta` for the parameters `of`, None for the others, from the PyTorch definition."""
 
-    def total(*some: torch.Tensor) -> torch.Tensor:
+    def total(*selected: torch.Tensor) -> torch.Tensor:
         all_params = list(params)
-        for i, p in zip(of, some, strict=True):
+        for i, p in zip(of, selected, strict=True):
             all_params[i] = p
         return (w * spec.energy(x, all_params)).sum()
 
     by_param: list[Any] = [None] * len(params)
-    some = torch.func.grad(total, argnums=tuple(range(len(of))))(*(params[i] for i in of))
-    for i, g in zip(of, some, strict=True):
+    grads = torch.func.grad(total, argnums=tuple(range(len(of))))(*(params[i] for i in of))
+    for i, g in zip(of, grads, strict=True):
         by_param[i] = g
     return by_param
 

@@ -51,7 +51,7 @@ def differentiate(op: Any, function: type[Function], flatten: Callable[..., tupl
     apply = single_level(function)
 
     def kernel(*args: Any) -> Any:
-        if not _needs_autograd_here(args):
+        if not _level_needs_autograd(args):
             with _C._AutoDispatchBelowAutograd():
                 return op(*args)
         out = apply(*flatten(*args))
@@ -60,7 +60,7 @@ def differentiate(op: Any, function: type[Function], flatten: Callable[..., tupl
     LIBRARY.impl(op._opname, kernel, "Autograd")
 
 
-def _needs_autograd_here(args: tuple[Any, ...]) -> bool:
+def _level_needs_autograd(args: tuple[Any, ...]) -> bool:
     # Compiled code enters the levels of torch.func without updating forward_ad.
     if forward_ad._current_level >= 0 or _C._are_functorch_transforms_active():
         return True
@@ -106,6 +106,41 @@ def reenable_autograd() -> Iterator[None]:
         excluded = excluded.remove(key)
     with _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded), torch.no_grad():
         yield
+
+
+def differentiate_linear(op: Any, transpose: Callable[[Any], Any]) -> None:
+    """Register the derivatives of an operator `op(t, which, *constants)` that is linear in t: the tangent is the
+    operator itself, the cotangent the operator `transpose(which)`. So every order of derivative is defined."""
+
+    class LinearProduct(Function):
+        @staticmethod
+        def forward(*args: Any) -> torch.Tensor:
+            with below_autograd():
+                return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+            _, ctx.which, *constants = inputs
+            tensors = [c if isinstance(c, torch.Tensor) else None for c in constants]
+            ctx.constants = [None if isinstance(c, torch.Tensor) else c for c in constants]
+            ctx.save_for_backward(*tensors)
+            ctx.save_for_forward(*tensors)
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Any) -> Any:
+            (c,) = cotangents
+            grad = None if c is None else op(c, transpose(ctx.which), *constants_of(ctx))
+            return grad, None, *[None] * len(ctx.constants)
+
+        @staticmethod
+        def jvp(ctx: Any, t: torch.Tensor | None, *rest: Any) -> Any:
+            return None if t is None else op(t, ctx.which, *constants_of(ctx))
+
+    def constants_of(ctx: Any) -> list[Any]:
+        return [c if t is None else t for t, c in zip(ctx.saved_tensors, ctx.constants, strict=True)]
+
+    differentiate(op, LinearProduct)
 
 
 def fold_vmap_dim(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:

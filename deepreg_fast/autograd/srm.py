@@ -22,15 +22,15 @@ from ..ambient import full_precision, outside_inference
 from ..batched.linalg import expand
 from ..errors import InputError
 from ..functional import srm as definition
-from .library import below_autograd, define, differentiate, fold_vmap_dim, unfold_vmap_dim
+from .library import below_autograd, define, differentiate, differentiate_linear, fold_vmap_dim, unfold_vmap_dim
 
-_TAIL = "Tensor rows, Tensor? signs, Tensor? perm, int[] shape, str transform, int block"
+_SRM_SCHEMA = "Tensor rows, Tensor? signs, Tensor? perm, int[] shape, str transform, int block"
 _TRANSPOSE = {"forward": "adjoint", "adjoint": "forward", "normal": "normal"}
 _FORMS: OrderedDict[Any, definition.SrmForm] = OrderedDict()
-_KEPT = 8
+_MAX_FORMS = 8
 
 
-def serve(A: Any, *tensors: torch.Tensor) -> bool:
+def use_operators(A: Any, *tensors: torch.Tensor) -> bool:
     """Whether to use the operators for these tensors, not the PyTorch definition.
 
     True if there are kernels, and under `torch.compile`, which cannot trace the definition's loops; compiled code looks
@@ -71,7 +71,7 @@ def _form(rows: Any, signs: Any, perm: Any, shape: list[int], transform: str, bl
             (detached[0], detached[1], detached[2]), (shape[0], shape[1], shape[2]), transform, block or None
         )
     _FORMS[key] = form
-    while len(_FORMS) > _KEPT:
+    while len(_FORMS) > _MAX_FORMS:
         _FORMS.popitem(last=False)
     return form
 
@@ -103,33 +103,6 @@ def _same_operator(dims: tuple[Any, ...]) -> None:
             "vmap must run over images or measurements of one operator, but the operator's buffers are mapped; "
             "loop over the operators."
         )
-
-
-class _Product(Function):
-    """A linear map: its derivative is the map itself, and its transpose is another product."""
-
-    @staticmethod
-    def forward(*args: Any) -> torch.Tensor:
-        with below_autograd():
-            return _product(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _, ctx.which, *buffers, ctx.shape, ctx.transform, ctx.block = inputs
-        ctx.save_for_backward(*buffers)
-        ctx.save_for_forward(*buffers)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        (c,) = cotangents
-        tail = (*ctx.saved_tensors, ctx.shape, ctx.transform, ctx.block)
-        return None if c is None else _product(c, _TRANSPOSE[ctx.which], *tail), *[None] * 7
-
-    @staticmethod
-    def jvp(ctx: Any, t: torch.Tensor | None, *rest: Any) -> Any:
-        tail = (*ctx.saved_tensors, ctx.shape, ctx.transform, ctx.block)
-        return None if t is None else _product(t, ctx.which, *tail)
 
 
 @full_precision
@@ -204,9 +177,12 @@ def _residual(x: torch.Tensor, y: torch.Tensor, tail: tuple[Any, ...]) -> torch.
     return _product(y - _product(x, "forward", *tail), "adjoint", *tail)
 
 
-_product = define(f"srm(Tensor t, str which, {_TAIL}) -> Tensor", _compute_product, _fake_product, _vmap_product)
+_product = define(f"srm(Tensor t, str which, {_SRM_SCHEMA}) -> Tensor", _compute_product, _fake_product, _vmap_product)
 _correct = define(
-    f"srm_correct(Tensor x, Tensor y, Tensor weight, {_TAIL}) -> Tensor", _compute_correct, _fake_correct, _vmap_correct
+    f"srm_correct(Tensor x, Tensor y, Tensor weight, {_SRM_SCHEMA}) -> Tensor",
+    _compute_correct,
+    _fake_correct,
+    _vmap_correct,
 )
-differentiate(_product, _Product)
+differentiate_linear(_product, _TRANSPOSE.__getitem__)
 differentiate(_correct, _Correct)

@@ -11,9 +11,9 @@ from ..errors import InputError
 from .library import below_autograd, define, single_level
 
 THIRD_DERIVATIVE = (
-    "The kernels have the first and second derivatives of the regularizer, but this asks for one more (of a "
-    "Hessian-vector or parameter product in x or the parameters); detach x and the parameters where it is not wanted, "
-    "or differentiate reg.energy(x), torch's definition."
+    "The kernels have the first and second derivatives of the regularizer, but this call needs one more (of "
+    "a Hessian-vector or parameter product in x or the parameters); detach x and the parameters if it is not needed, "
+    "or differentiate reg.energy(x), the PyTorch definition."
 )
 
 

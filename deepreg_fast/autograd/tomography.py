@@ -6,16 +6,16 @@ time, even in compiled code.
 
 from __future__ import annotations
 
+from operator import not_
 from typing import Any
 
 import torch
-from torch.autograd.function import Function
 
 from .. import backend
 from ..ambient import full_precision
 from ..functional import tomography as definition
 from ..functional.tomography import Geometry
-from .library import below_autograd, define, differentiate, fold_vmap_dim, unfold_vmap_dim
+from .library import define, differentiate_linear, fold_vmap_dim, unfold_vmap_dim
 
 
 def project(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
@@ -53,28 +53,5 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], t: torch.Tensor, *args: Any) -> t
     return unfold_vmap_dim(_product(fold_vmap_dim(t, in_dims[0], info.batch_size), *args), info.batch_size), 0
 
 
-class _Product(Function):
-    """A linear map: its derivative is the map itself, and its transpose is the other product."""
-
-    @staticmethod
-    def forward(*args: Any) -> torch.Tensor:
-        with below_autograd():
-            return _product(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _, ctx.adjoint, ctx.sizes, ctx.angles = inputs
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        (c,) = cotangents
-        return None if c is None else _product(c, not ctx.adjoint, ctx.sizes, ctx.angles), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, t: torch.Tensor | None, *rest: Any) -> Any:
-        return None if t is None else _product(t, ctx.adjoint, ctx.sizes, ctx.angles)
-
-
 _product = define("tomography(Tensor t, bool adjoint, int[] sizes, float[] angles) -> Tensor", _compute, _fake, _vmap)
-differentiate(_product, _Product)
+differentiate_linear(_product, not_)

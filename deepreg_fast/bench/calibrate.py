@@ -36,10 +36,10 @@ def loosest(error: Error, target: float, start: float = 1e-2, last: float = 1e-7
     return best
 
 
-def _loosened(error: Error, target: float, found: Setting) -> Setting:
+def _loosened(error: Error, target: float, setting: Setting) -> Setting:
     for third in (2, 1):
-        t = found.tolerance * 10 ** (third / 3)
+        t = setting.tolerance * 10 ** (third / 3)
         e = error(t)
         if e <= target:
             return Setting(t, e)
-    return found
+    return setting

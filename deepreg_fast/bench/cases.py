@@ -41,13 +41,13 @@ def gradient(p: Workload) -> Case:
         compiled(xs[0])
         candidates["torch.compile"] = p.turns(compiled, xs)
     except Exception as error:  # a failing compiler is reported, not raised
-        missing["torch.compile"] = told(error)
+        missing["torch.compile"] = one_line(error)
     reg64 = double(reg)
     exact = [p.exactly(lambda x: reg64.value_and_grad(x)[1], x) for x in xs]
     return Case("gradient", candidates, exact, counts.sweep_flops(p), counts.image_bytes(p, 2), missing=missing)
 
 
-def told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error as one line of a table."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
 
@@ -68,7 +68,7 @@ def hvp(p: Workload) -> Case:
         candidates["jax"] = jax.hvp(x, vs)
     reg64 = double(reg)
     exact = [p.exactly(lambda x, v: reg64.linearize(x).hvp(v), x, v) for v in vs]
-    moved = counts.image_bytes(p, 3) + counts.kept_bytes_cpu(p)
+    moved = counts.image_bytes(p, 3) + counts.saved_bytes_cpu(p)
     return Case("hvp", candidates, exact, counts.sweep_flops(p), moved, missing=missing)
 
 

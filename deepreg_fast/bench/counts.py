@@ -33,7 +33,7 @@ def image_bytes(p: Workload, images: float) -> float:
     return 4 * images * p.pixels
 
 
-def kept_bytes_cpu(p: Workload) -> int:
+def saved_bytes_cpu(p: Workload) -> int:
     """Bytes that the C++ kernels save of the hidden layers and of h (csrc/cpu/sweep.h)."""
     return p.pixels * 4 * (2 * (p.depth - 2) * p.channels + 2 * (p.depth - 1) * (p.norm == "pixel") + 1)
 

@@ -68,7 +68,7 @@ def _srm(transform: str) -> Callable[[Workload], Iterator[Case]]:
         "normal": (lambda op, x, y: op.normal(x), 2),
     }
 
-    def found(p: Workload) -> Iterator[Case]:
+    def cases_of(p: Workload) -> Iterator[Case]:
         A = p.operator(transform)
         for name, (product, transforms) in products.items():
             case = cases.srm_case(p, transform, name, product)
@@ -78,7 +78,7 @@ def _srm(transform: str) -> Callable[[Workload], Iterator[Case]]:
                 _fast_walsh(case, p, A.block or 1, transforms)
             yield _finished(p, case, counts.srm(p, A, name, transforms))
 
-    return found
+    return cases_of
 
 
 def _fast_walsh(case: Case, p: Workload, block: int, times: int) -> None:
@@ -172,7 +172,7 @@ def _finished(p: Workload, case: Case, count: counts.Count) -> Case:
     try:
         case.candidates[GRAPH] = peers_cuda.replayed(case.candidates["ours"], p.inputs)
     except Exception as error:  # a failing capture is reported, not raised
-        case.missing[GRAPH] = cases.told(error)
+        case.missing[GRAPH] = cases.one_line(error)
     return case
 
 

@@ -66,7 +66,7 @@ def why_no_fast_walsh(block: int) -> str | None:
     """None if fast_hadamard_transform is installed and supports that block size, otherwise the reason."""
     if importlib.util.find_spec("fast_hadamard_transform") is None:
         return "pip install fast-hadamard-transform, which builds CUDA sources"
-    return None if block <= 32768 else f"its blocks end at 32768, and {block} is asked for"
+    return None if block <= 32768 else f"its blocks end at 32768, and {block} is required"
 
 
 def compiled_products(reg: RED, x: Images) -> dict[str, Callable[[], Callable[[Images], Images]]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .cases import CASES, told
+from .cases import CASES, one_line
 from .ceilings import Ceilings
 from .cuda_cases import CUDA_CASES
 from .machine import Bounds
@@ -145,7 +145,7 @@ def _drop_broken(case: Case) -> None:
                 f(0)
             except Exception as error:
                 del case.candidates[name]
-                case.missing[name] = told(error)
+                case.missing[name] = one_line(error)
 
 
 def to_csv(results: Iterable[Result]) -> str:

@@ -115,7 +115,7 @@ def step(p: Workload) -> Case:
         delta, _ = beta_hat(r, x, delta).power_step(delta.flatten(1).norm(dim=1))
         return list(beta_hat(r, x, delta).grad_theta(x.new_ones(len(x))).values())
 
-    def visit(r: Regularizer) -> Timed:
+    def step(r: Regularizer) -> Timed:
         def both(k: int) -> list[torch.Tensor]:
             k %= len(xs)
             return [a + b for a, b in zip(implicit(k, r), pushed(xs[k], deltas[k], r), strict=True)]
@@ -123,8 +123,8 @@ def step(p: Workload) -> Case:
         return both
 
     best = as_regularizer(peers.BestTorch(reg))
-    candidates: dict[str, Timed] = {n: timed_under(b, visit(reg)) for n, b in backends(p)}
-    candidates["torch, best"] = timed_under("reference", visit(best))
+    candidates: dict[str, Timed] = {n: timed_under(b, step(reg)) for n, b in backends(p)}
+    candidates["torch, best"] = timed_under("reference", step(best))
     reg64, A64, exact, hypergradients = double(reg), copy.deepcopy(A).double(), [], []
 
     def tight(x: torch.Tensor) -> torch.Tensor:
@@ -184,7 +184,7 @@ def _reached(case: Case, name: str, setting: Setting) -> bool:
     assert case.tolerance is not None
     if setting.error <= case.tolerance:
         return True
-    case.missing[name] = f"reaches {setting.error:.1e} at best, and {case.tolerance:.1e} is asked for"
+    case.missing[name] = f"reaches {setting.error:.1e} at best, and {case.tolerance:.1e} is required"
     return False
 
 

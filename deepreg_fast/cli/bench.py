@@ -10,9 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..bench import Bounds, Ceilings, Result
+    from ..bench import Bounds, Ceilings, Result, Workload
     from ..bench.runner import Row
     from ..bench.target import Target
+
+
+LearnedRegularizersOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="A checkout of github.com/johertrich/LearnedRegularizers, a peer of the case step.", metavar="PATH"
+    ),
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Folder for results.json, results.csv and roofline.svg (of kernels).")
+]
 
 
 def bench(  # noqa: PLR0913 - one argument an option
@@ -25,15 +36,8 @@ def bench(  # noqa: PLR0913 - one argument an option
     norm: Annotated[str, typer.Option(help="none or pixel.")] = "pixel",
     device: Annotated[str, typer.Option(help="cpu, or cuda: the current NVIDIA GPU.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads; 0 leaves torch's number.")] = 0,
-    learned_regularizers: Annotated[
-        Path | None,
-        typer.Option(
-            help="A checkout of github.com/johertrich/LearnedRegularizers, a peer of the case step.", metavar="PATH"
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for results.json, results.csv and roofline.svg (of kernels).")
-    ] = None,
+    learned_regularizers: LearnedRegularizersOption = None,
+    out: OutOption = None,
 ) -> None:
     """Time the C++ kernels and compare with torch, JAX, scipy, deepinv and LearnedRegularizers. Each result is first
     checked against float64. Each competing solver runs at the loosest tolerance that matches our accuracy. Missing
@@ -50,11 +54,11 @@ def bench(  # noqa: PLR0913 - one argument an option
     import torch
 
     from .. import checks
-    from ..bench import Workload, check_learned_regularizers, run
+    from ..bench import Workload, check_learned_regularizers
     from ..bench.runner import to_json
     from ..bench.target import TARGETS
     from ..files import make_folder
-    from ..terminal import Pulse, width
+    from ..terminal import width
 
     checks.choice(device, "--device", tuple(TARGETS))
     checks.integer(rounds, "--rounds", 3)
@@ -72,18 +76,29 @@ def bench(  # noqa: PLR0913 - one argument an option
     if out is not None:
         # Created before anything is timed, so that minutes of work are not lost if the folder cannot be created.
         make_folder(out)
-    with Pulse("bench", len(names), "cases") as pulse, target.fair():
-        pulse.begin("bounds of the machine")
-        machine, bounds = target.describe(learned_path), target.bounds()
-        results = []
-        for name in names:
-            results += run(problem, [name], rounds, pulse.begin)
-            pulse.done()
+    machine, bounds, results = _run(problem, target, names, rounds, learned_path)
     print(_text(results, bounds, width(sys.stdout)))
     if out is not None:
         _write(out, results, to_json(results, problem, bounds, machine), bounds)
     if any(r.wrong for r in results):
         raise typer.Exit(1)
+
+
+def _run(
+    problem: Workload, target: Target, names: list[str], rounds: int, learned_path: Path | None
+) -> tuple[dict[str, object], Bounds | Ceilings, list[Result]]:
+    """The machine, its bounds, and the results of the cases."""
+    from ..bench import run
+    from ..terminal import Pulse
+
+    results: list[Result] = []
+    with Pulse("bench", len(names), "cases") as pulse, target.fair():
+        pulse.begin("bounds of the machine")
+        machine, bounds = target.describe(learned_path), target.bounds()
+        for name in names:
+            results += run(problem, [name], rounds, pulse.begin)
+            pulse.done()
+    return machine, bounds, results
 
 
 def _names(cases: str, target: Target) -> list[str]:
@@ -132,7 +147,7 @@ def _text(results: list[Result], bounds: Bounds | Ceilings, columns: int | None)
                 f"{row.spread:.0%}",
                 str(row.ratio),
                 f"{row.error:.0e}" if row.error else "",
-                *(_more(row) if on_device else ()),
+                *(_device_columns(row) if on_device else ()),
             )
             for row in result.rows
         ]
@@ -148,7 +163,7 @@ def _text(results: list[Result], bounds: Bounds | Ceilings, columns: int | None)
     return "\n".join(out)
 
 
-def _more(row: Row) -> tuple[str, str]:
+def _device_columns(row: Row) -> tuple[str, str]:
     return (
         "" if row.cold is None else f"{row.cold:.3g}",
         "" if row.peak is None else f"{row.peak / 1e6:.0f}",

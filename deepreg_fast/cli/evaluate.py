@@ -30,32 +30,45 @@ if TYPE_CHECKING:
     from ..evaluation.compare import Experiment, Method
 
 
+WeightsOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Weight file, or the name of a shipped one such as cs5-beta10; repeat for several methods."),
+]
+SplitOption = Annotated[
+    str,
+    typer.Option(
+        help="JSON split file, 'bsd400' or 'none': its test part is evaluated, its training part tunes. "
+        "Default: bsd400 for a folder with the file names of BSD400, else none.",
+        show_default=False,
+    ),
+]
+TuneOnOption = Annotated[
+    str,
+    typer.Option(
+        help="Folder of images to tune on, or 'embedded'; then all images of --data are evaluated. Default: images "
+        "of the split's training part or of --data.",
+        metavar="FOLDER",
+        show_default=False,
+    ),
+]
+TuneMuOption = Annotated[
+    bool,
+    typer.Option(
+        "--tune-mu",
+        help="Tune mu of bi-level weights too. By default they keep the mu they were trained with, or with more noise "
+        "lam sigma^2 if their card contains lam.",
+    ),
+]
+
+
 def evaluate(  # noqa: PLR0913 - one argument for each option of the command line
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(help="Weight file, or the name of a shipped one such as cs5-beta10; repeat for several methods."),
-    ] = None,
+    weights: WeightsOption = None,
     data: Annotated[str, typer.Option(help="Folder of images, or 'embedded'.")] = "embedded",
-    split: Annotated[
-        str,
-        typer.Option(
-            help="JSON split file, 'bsd400' or 'none': its test part is evaluated, its training part tunes. "
-            "Default: bsd400 for a folder with the file names of BSD400, else none.",
-            show_default=False,
-        ),
-    ] = "",
+    split: SplitOption = "",
     limit: Annotated[int, typer.Option(help="Only the first N test images; 0 for all.")] = 0,
-    crop: Annotated[int, typer.Option(help="Centre crop of the images; 0 takes them whole.")] = 0,
-    validation: Annotated[int, typer.Option(help="Images on which weights mu are tuned, apart from the others.")] = 12,
-    tune_on: Annotated[
-        str,
-        typer.Option(
-            help="Folder of images to tune on, or 'embedded'; then all images of --data are evaluated. Default: images "
-            "of the split's training part or of --data.",
-            metavar="FOLDER",
-            show_default=False,
-        ),
-    ] = "",
+    crop: Annotated[int, typer.Option(help="Side of the images' center crop; 0 for whole images.")] = 0,
+    validation: Annotated[int, typer.Option(help="Number of held-out images on which weights mu are tuned.")] = 12,
+    tune_on: TuneOnOption = "",
     problem: ProblemOption = "cs",
     ratio: Annotated[float, typer.Option(help="Measurements per pixel of cs.")] = 0.2,
     transform: Annotated[str, typer.Option(help="dct, hadamard or walsh.")] = "dct",
@@ -64,14 +77,7 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     operator_seed: Annotated[int, typer.Option(help="Seed of the operator.")] = 0,
     sigma: Annotated[float, typer.Option(help="Standard deviation of the measurement noise.")] = 0.0,
     tune: Annotated[bool, typer.Option(help="Tune mu of the trained baselines on validation images.")] = True,
-    tune_mu: Annotated[
-        bool,
-        typer.Option(
-            "--tune-mu",
-            help="Tune mu of bi-level weights too. Without this they keep the mu they were trained with, or with more "
-            "noise lam sigma^2 where their card tells lam.",
-        ),
-    ] = False,
+    tune_mu: TuneMuOption = False,
     acceleration: AccelerationOption = "",
     tolerance: Annotated[float, typer.Option(help="Relative residual at which a recovery has converged.")] = 1e-4,
     max_iterations: Annotated[int, typer.Option(min=0, help=MAX_ITERATIONS)] = 0,
@@ -140,7 +146,7 @@ def _compare(
             if chosen["tune_mu"] or (chosen["tune"] and not bilevel):
                 method = tuned(method, *tuning)
             elif bilevel:
-                _tell(method, unlike_training(meta, experiment))
+                _note_mismatch(method, unlike_training(meta, experiment))
             methods.append(method)
         pulse.done()
         result: dict[str, Any] = dict(compare(methods, measured.x, measured.y, measured.A, pulse.done))
@@ -165,15 +171,15 @@ def _split(data: str, split: str) -> str:
         return ""
     typer.echo(
         f"{data} holds the images of BSD400: its 30 test images are evaluated, as by --split bsd400 "
-        "(--split none takes them all).",
+        "(--split none evaluates all images).",
         err=True,
     )
     return "bsd400"
 
 
-def _name(given: str, meta: dict[str, Any], others: list[Method]) -> str:
+def _name(source: str, meta: dict[str, Any], others: list[Method]) -> str:
     """A unique name of the row: the name of shipped weights, otherwise the method that trained the weights."""
-    path = Path(given)
+    path = Path(source)
     name = str(card_of(meta).get("name") or meta.get("method", path.stem))
     # The JSON object has one key per name, and the key "settings".
     taken = {"settings", *(m.name for m in others)}
@@ -183,8 +189,8 @@ def _name(given: str, meta: dict[str, Any], others: list[Method]) -> str:
     return unique
 
 
-def _tell(method: Method, differs: str) -> None:
-    """Print on stderr that a method is used with its trained mu on a problem that it was not trained for."""
+def _note_mismatch(method: Method, differs: str) -> None:
+    """Note on stderr that a method was trained for another problem, but keeps its trained mu."""
     if differs:
         typer.echo(
             f"{method.name} was trained for another problem (here {differs}): mu is {method.mu:.2g}, see --tune-mu.",

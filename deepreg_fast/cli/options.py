@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
     from ..solvers import PGDOptions
 
-DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 or auto (CUDA if it is here).")]
+DeviceOption = Annotated[
+    str, typer.Option(help="Where to compute: cpu, cuda, cuda:1 or auto (CUDA if it is available).")
+]
 
 AccelerationOption = Annotated[
     str,
     typer.Option(
-        help="none (the paper's), fista or anderson [default: what the weights' card tells, else fista].",
+        help="none (the paper's), fista or anderson [default: as in the weights' card, else fista].",
         show_default=False,
     ),
 ]
@@ -59,7 +61,7 @@ def _trained(meta: dict[str, Any]) -> dict[str, Any]:
 
 LIMIT = 500
 """Default number of gradients of a recovery, if neither the command nor the weight file sets it."""
-MAX_ITERATIONS = f"Gradients per image; 0 takes what the weights' file tells, else {LIMIT}."
+MAX_ITERATIONS = f"Gradients per image; 0 for the limit in the weights' file, else {LIMIT}."
 
 
 def pgd_options(meta: dict[str, Any], acceleration: str, max_iterations: int, **others: Any) -> PGDOptions:

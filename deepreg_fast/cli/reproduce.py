@@ -5,12 +5,23 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..problem import PROBLEM_HELP
 from .options import DeviceOption
+
+if TYPE_CHECKING:
+    from ..experiments import Reproduction
+
+ProblemOption = Annotated[
+    str, typer.Option(help=f"{PROBLEM_HELP} Default: what the settings name.", show_default=False)
+]
+SigmaOption = Annotated[
+    float | None,
+    typer.Option(help="Standard deviation of the noise; default: what the settings name.", show_default=False),
+]
 
 
 def reproduce(  # noqa: PLR0913 - one argument for each option of the command line
@@ -18,13 +29,8 @@ def reproduce(  # noqa: PLR0913 - one argument for each option of the command li
     out: Annotated[Path, typer.Option(help="Folder of the reproduction.")] = Path("reproduction"),
     settings: Annotated[str, typer.Option(help="bsd400, quick, ledger, or a TOML file.")] = "bsd400",
     quick: Annotated[bool, typer.Option("--quick", help="The settings 'quick': minutes, on embedded images.")] = False,
-    problem: Annotated[
-        str, typer.Option(help=f"{PROBLEM_HELP} Default: what the settings name.", show_default=False)
-    ] = "",
-    sigma: Annotated[
-        float | None,
-        typer.Option(help="Standard deviation of the noise; default: what the settings name.", show_default=False),
-    ] = None,
+    problem: ProblemOption = "",
+    sigma: SigmaOption = None,
     rows: Annotated[str, typer.Option(help="Only these rows, separated by commas, and those they begin from.")] = "",
     group: Annotated[str, typer.Option(help="Only the rows of this group: paper, beyond or ledger.")] = "",
     workers: Annotated[int, typer.Option(help="Processes at a time; 0: one a core, or one on a GPU.")] = 0,
@@ -61,6 +67,11 @@ def reproduce(  # noqa: PLR0913 - one argument for each option of the command li
         report_only=report_only,
         command=shlex.join(["deepreg-fast", *sys.argv[1:]]),
     )
+    _print_outcome(outcome, out)
+
+
+def _print_outcome(outcome: Reproduction, out: Path) -> None:
+    """Print the table and what failed; exit with a code other than 0 if the reproduction is not complete."""
     if outcome.results:
         _table(outcome.results)
     if outcome.report is not None:

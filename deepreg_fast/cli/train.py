@@ -41,7 +41,7 @@ _CONFIG = inspect.Parameter(
 )
 
 
-def _settings(method: str, cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None) -> TrainConfig:
+def _settings(method: str, cls: type[TrainConfig], chosen: dict[str, Any], **extra: Path | None) -> TrainConfig:
     """Settings from the checkpoint or the file, overridden by those from the command line."""
     config, resume = extra["config"], extra["resume"]
     base: dict[str, Any] = {}
@@ -66,20 +66,20 @@ def _settings(method: str, cls: type[TrainConfig], given: dict[str, Any], **extr
             ) from error
         except ValueError as error:
             raise InputError(f"{config} must be a JSON object of settings: {error}") from error
-    return cls.from_values({**base, **given})
+    return cls.from_values({**base, **chosen})
 
 
-def _run(name: str, cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None) -> None:
+def _run(name: str, cls: type[TrainConfig], chosen: dict[str, Any], **extra: Path | None) -> None:
     from ..training.world import joined
 
     with joined() as world:
-        _train(world, getattr(training, name), cls, given, **extra)
+        _train(world, getattr(training, name), cls, chosen, **extra)
 
 
-def _train(world: World, trainer: Any, cls: type[TrainConfig], given: dict[str, Any], **extra: Path | None) -> None:
+def _train(world: World, trainer: Any, cls: type[TrainConfig], chosen: dict[str, Any], **extra: Path | None) -> None:
     from ..training.world import was_restarted
 
-    settings = _settings(trainer.method, cls, given, **extra)
+    settings = _settings(trainer.method, cls, chosen, **extra)
     if was_restarted() and (Path(settings.out) / "last.safetensors").exists():
         # torchrun starts the same command again: what the failed one saved goes on.
         extra = {"config": None, "resume": extra["resume"] or Path(settings.out)}
@@ -131,8 +131,8 @@ def _stopped_by_signals(run: Trainer) -> Iterator[None]:
 
 
 def _register(name: str, trainer: str, config: type[TrainConfig], text: str) -> None:
-    def body(given: dict[str, Any], **extra: Any) -> None:
-        _run(trainer, config, given, **extra)
+    def body(chosen: dict[str, Any], **extra: Any) -> None:
+        _run(trainer, config, chosen, **extra)
 
     body.__doc__ = text
     app.command(name)(command_from(config, body, [_RESUME, _CONFIG]))

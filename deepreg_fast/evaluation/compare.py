@@ -135,7 +135,7 @@ def evaluation_images(experiment: Experiment, tune_on: str = "") -> tuple[ImageS
         raise DataError(
             f"Images for testing and tuning must be of one shape, but {test.names[0]} has "
             f"{'x'.join(map(str, test.shape[1:]))} pixels and {tuning.names[0]} has "
-            f"{'x'.join(map(str, tuning.shape[1:]))}; give a {_CROP} to take the centre crop of each."
+            f"{'x'.join(map(str, tuning.shape[1:]))}; give a {_CROP} to take the center crop of each."
         )
     return test, tuning.x
 
@@ -259,13 +259,13 @@ def figures(
     return means(result) | result, image
 
 
-def means(found: dict[str, Any]) -> dict[str, float]:
+def means(result: dict[str, Any]) -> dict[str, float]:
     """`psnr_mean`, `psnr_median` and `ssim_mean` of the per-image results."""
-    p = np.array(found["psnr"])
+    p = np.array(result["psnr"])
     return {
         "psnr_mean": float(p.mean()),
         "psnr_median": float(np.median(p)),
-        "ssim_mean": float(np.mean(found["ssim"])),
+        "ssim_mean": float(np.mean(result["ssim"])),
     }
 
 

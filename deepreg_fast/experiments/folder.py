@@ -60,7 +60,7 @@ class Folder:
         path = self.stage(row, stage) / "weights.safetensors"
         return path.exists() and load(path)[1].get("step") == stage.config["steps"]
 
-    def begun(self, row: Row) -> bool:
+    def started(self, row: Row) -> bool:
         """Whether a row has been started."""
         return self.row(row).exists()
 
@@ -87,16 +87,16 @@ def agree(folder: Folder, new: Settings) -> Settings:
     old = Settings.from_json(folder.settings.read_text(encoding="utf-8"), str(folder.settings))
     changed = []
     for row in new.rows:
-        if row.name in old and folder.begun(row) and (differences := changes(old[row.name], row)):
+        if row.name in old and folder.started(row) and (differences := changes(old[row.name], row)):
             changed.append(f"row {row.name!r} ({'; '.join(differences)})")
     if changed:
         raise InputError(
-            f"A reproduction must go on with the settings it was begun with, but {', '.join(changed)} changed; restore "
-            f"them, remove {folder.path / 'rows'}/<row> to train such a row anew, or name another folder with --out "
-            "(nothing was changed)."
+            f"A reproduction must continue with the settings with which it started, but {', '.join(changed)} changed; "
+            f"restore them, remove {folder.path / 'rows'}/<row> to train such a row again, or name another folder with "
+            "--out (nothing was changed)."
         )
-    begun = tuple(r.name for r in old.rows if folder.begun(r))
-    old_rows = tuple(r for r in old.select(begun).rows if r.name not in new) if begun else ()
+    started = tuple(r.name for r in old.rows if folder.started(r))
+    old_rows = tuple(r for r in old.select(started).rows if r.name not in new) if started else ()
     merged = Settings((*new.rows, *old_rows))
     write_atomically(folder.settings, merged.to_json().encode())
     return merged

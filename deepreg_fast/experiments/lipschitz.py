@@ -31,6 +31,6 @@ def estimates(reg: Regularizer, x: torch.Tensor, radius: float) -> dict[str, lis
         for _ in range(ASCENTS):
             point = beta_hat(reg, x, delta, grad)
             best = torch.maximum(best, point.beta.nan_to_num(0.0))
-            delta, _kept = point.power_step(size)
+            delta, _unchanged = point.power_step(size)
     low, high = spectrum(reg, x, LANCZOS)
     return {"beta_hat": best.tolist(), "lambda_min": low.tolist(), "lambda_max": high.tolist()}

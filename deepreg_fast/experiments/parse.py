@@ -91,16 +91,16 @@ def _without_srm(row: dict[str, Any], dropped: set[Any]) -> dict[str, Any]:
     return row
 
 
-def parse(found: Mapping[str, Any]) -> Settings:
+def parse(tables: Mapping[str, Any]) -> Settings:
     """Settings from the tables `problem`, `defaults` and `row` of a TOML file, with every configuration checked."""
-    _only(found, ("problem", "defaults", "row"), "The settings")
-    problem = _made(Experiment, _table(found.get("problem", {}), "[problem]"), "[problem]")
-    defaults = _table(found.get("defaults", {}), "[defaults]")
+    _only(tables, ("problem", "defaults", "row"), "The settings")
+    problem = _made(Experiment, _table(tables.get("problem", {}), "[problem]"), "[problem]")
+    defaults = _table(tables.get("defaults", {}), "[defaults]")
     _only(defaults, tuple(TRAINED), "[defaults]")
     for method, values in defaults.items():
         # Defaults of a method must be valid even if no row uses them.
         _config(method, problem, _table(values, f"[defaults.{method}]"), f"[defaults.{method}]")
-    row_tables = found.get("row", [])
+    row_tables = tables.get("row", [])
     if not isinstance(row_tables, list) or not row_tables:
         raise InputError("The settings must have at least one [[row]], but have none; add one.")
     rows = tuple(_row(_table(r, "[[row]]"), problem, defaults) for r in row_tables)
@@ -114,8 +114,8 @@ def _table(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _only(found: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in found:
+def _only(settings: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in settings:
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             raise InputError(
@@ -140,7 +140,7 @@ def _config(method: str, problem: Experiment, values: dict[str, Any], where: str
     for key in values:
         if key in OF_MACHINE or key in (*FIELDS, "split"):
             raise InputError(
-                f"{where} must not set {key!r}: the problem's settings stand in [problem], in the row or in a stage "
+                f"{where} must not set {key!r}: the problem's settings belong in [problem], in the row or in a stage "
                 "before its last, those of the machine on the command line."
             )
     cls = TRAINED[method][1]
@@ -149,23 +149,23 @@ def _config(method: str, problem: Experiment, values: dict[str, Any], where: str
     return {k: v for k, v in config.items() if k not in OF_MACHINE}
 
 
-def _row(given: dict[str, Any], problem: Experiment, defaults: dict[str, Any]) -> Row:
+def _row(settings: dict[str, Any], problem: Experiment, defaults: dict[str, Any]) -> Row:
     """Parse one row."""
-    name = given.get("name")
+    name = settings.get("name")
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise InputError(f"A [[row]] must have a name of a-z, 0-9 and hyphens, but has {name!r}.")
     where = f"Row {name!r}"
-    _only(given, ("name", "method", "poster", "tune", "recovery", *TEXTS, *FIELDS, *_TRAINING_KEYS), where)
-    method = given.get("method")
+    _only(settings, ("name", "method", "poster", "tune", "recovery", *TEXTS, *FIELDS, *_TRAINING_KEYS), where)
+    method = settings.get("method")
     if method not in METHODS:
         raise InputError(f"{where}: method must be one of {', '.join(METHODS)}, but is {method!r}.")
     row_problem = _made(
-        Experiment, {**dataclasses.asdict(problem), **{k: given[k] for k in FIELDS if k in given}}, where
+        Experiment, {**dataclasses.asdict(problem), **{k: settings[k] for k in FIELDS if k in settings}}, where
     )
-    chains = _chains(given, method, row_problem, dict(defaults.get(method, {})), where)
-    texts: dict[str, Any] = {k: given[k] for k in TEXTS if k in given}
+    chains = _chains(settings, method, row_problem, dict(defaults.get(method, {})), where)
+    texts: dict[str, Any] = {k: settings[k] for k in TEXTS if k in settings}
     for key in (*TEXTS, "init", "weights"):
-        value = given.get(key, "")
+        value = settings.get(key, "")
         if not isinstance(value, str) and not (key == "value" and isinstance(value, (bool, int, float))):
             raise InputError(f"{where}: {key} must be a text, but is {value!r}.")
     checks.choice(texts.get("group", "paper"), f"{where}: group", GROUPS)
@@ -174,35 +174,35 @@ def _row(given: dict[str, Any], problem: Experiment, defaults: dict[str, Any]) -
         method,
         row_problem,
         **{"label": name, **texts},
-        poster=_poster(given.get("poster"), where),
+        poster=_poster(settings.get("poster"), where),
         chains=chains,
-        init=given.get("init", ""),
-        weights=given.get("weights", ""),
-        tune=_tune(given.get("tune"), method, where),
-        recovery=_recovery(_table(given.get("recovery", {}), f"{where}: recovery"), method, where),
+        init=settings.get("init", ""),
+        weights=settings.get("weights", ""),
+        tune=_tune(settings.get("tune"), method, where),
+        recovery=_recovery(_table(settings.get("recovery", {}), f"{where}: recovery"), method, where),
     )
 
 
 def _chains(
-    given: dict[str, Any], method: str, problem: Experiment, base: dict[str, Any], where: str
+    settings: dict[str, Any], method: str, problem: Experiment, base: dict[str, Any], where: str
 ) -> tuple[Chain, ...]:
     """The trainings of a row."""
-    keys = [k for k in _TRAINING_KEYS if k in given]
+    keys = [k for k in _TRAINING_KEYS if k in settings]
     if method not in TRAINED:
         if keys:
             raise InputError(f"{where}: {method} has nothing to train, so it must not set {', '.join(keys)}.")
         return ()
-    if "weights" in given:
+    if "weights" in settings:
         if len(keys) > 1:
             raise InputError(
                 f"{where} must either take the weights of a row or train, but sets {', '.join(keys)}; remove weights."
             )
         return ()
-    train = {**base, **_table(given.get("train", {}), f"{where}: train")}
-    stages = given.get("stages", [{}])
+    train = {**base, **_table(settings.get("train", {}), f"{where}: train")}
+    stages = settings.get("stages", [{}])
     if not isinstance(stages, list) or not stages:
         raise InputError(f"{where}: stages must be a list of tables, but is {stages!r}.")
-    choose = _table(given.get("choose", {}), f"{where}: choose")
+    choose = _table(settings.get("choose", {}), f"{where}: choose")
     for key, values in choose.items():
         if not isinstance(values, list) or not values:
             raise InputError(f"{where}: choose.{key} must be a list of values, but is {values!r}.")
@@ -224,29 +224,29 @@ def _chains(
     return tuple(chains)
 
 
-def _poster(given: Any, where: str) -> dict[str, float] | None:
-    if given is None:
+def _poster(settings: Any, where: str) -> dict[str, float] | None:
+    if settings is None:
         return None
-    _only(_table(given, f"{where}: poster"), ("psnr", "ssim"), f"{where}: poster")
-    return {k: checks.number(v, f"{where}: poster.{k}", 0.0) for k, v in given.items()}
+    _only(_table(settings, f"{where}: poster"), ("psnr", "ssim"), f"{where}: poster")
+    return {k: checks.number(v, f"{where}: poster.{k}", 0.0) for k, v in settings.items()}
 
 
-def _tune(given: Any, method: str, where: str) -> tuple[str, ...]:
-    if given is None:
+def _tune(settings: Any, method: str, where: str) -> tuple[str, ...]:
+    if settings is None:
         return () if method in ("bilevel", "adjoint", "minimum_norm") else ("mu",)
-    if not isinstance(given, list) or not all(t in ("mu", "scale") for t in given):
-        raise InputError(f"{where}: tune must be a list of 'mu' and 'scale', but is {given!r}.")
-    if method == "tv" and given != ["mu"] or method in ("adjoint", "minimum_norm") and given:
+    if not isinstance(settings, list) or not all(t in ("mu", "scale") for t in settings):
+        raise InputError(f"{where}: tune must be a list of 'mu' and 'scale', but is {settings!r}.")
+    if method == "tv" and settings != ["mu"] or method in ("adjoint", "minimum_norm") and settings:
         raise InputError(f"{where}: {method} must not set tune; its tuning is fixed.")
-    return tuple(given)
+    return tuple(settings)
 
 
-def _recovery(given: dict[str, Any], method: str, where: str) -> dict[str, Any]:
-    if given and method in ("adjoint", "minimum_norm"):
+def _recovery(settings: dict[str, Any], method: str, where: str) -> dict[str, Any]:
+    if settings and method in ("adjoint", "minimum_norm"):
         raise InputError(f"{where}: {method} solves nothing, so it must not set recovery.")
-    _only(given, ("acceleration", "memory", "max_iterations", "tolerance"), f"{where}: recovery")
+    _only(settings, ("acceleration", "memory", "max_iterations", "tolerance"), f"{where}: recovery")
     options = {"acceleration": "fista", "max_iterations": 500, "tolerance": 1e-4} if method in TRAINED else {}
-    options |= given
+    options |= settings
     _made(PGDOptions, options, where)
     return options
 

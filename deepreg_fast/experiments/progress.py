@@ -50,7 +50,7 @@ class Progress:
         name, text = (TextColumn(t, markup=False) for t in ("{task.description}", "{task.fields[text]}"))
         bars = Bars(name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=console(sys.stderr))
         bars.start()
-        self.whole = bars.add_task("all", total=total, text="")
+        self.overall = bars.add_task("all", total=total, text="")
         return bars
 
     def _print(self, text: str) -> None:
@@ -74,7 +74,7 @@ class Progress:
         self.pulse.done()
         if self.bars is not None:
             self.bars.remove_task(self.tasks.pop(task.name))
-            self.bars.advance(self.whole)
+            self.bars.advance(self.overall)
 
     def look(self, running: Iterable[Shown]) -> None:
         """Update the display of the running tasks."""

@@ -75,11 +75,11 @@ def reproduce(  # noqa: PLR0913 - what, where and how
         return Reproduction(results, report, outcome.failed, outcome.fatal, outcome.stopped)
 
 
-def _run(folder: Folder, whole: Settings, chosen: Settings, device: str, workers: int, command: str) -> Outcome:
+def _run(folder: Folder, settings: Settings, chosen: Settings, device: str, workers: int, command: str) -> Outcome:
     for data in sorted({r.problem.data for r in chosen.rows} - {"embedded"}):
         image_names(data)
-    tasks = plan(folder, whole, chosen)
-    progress = Progress(folder, whole, len(tasks))
+    tasks = plan(folder, settings, chosen)
+    progress = Progress(folder, settings, len(tasks))
     count = checks.integer(workers, "workers", 0) or (_cores() if device == "cpu" else 1)
     try:
         return Runner(folder, progress, count, device, command).run(tasks)

@@ -75,7 +75,7 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
-def _against_tv(row: Row, rows: list[Row], found: dict[str, Any]) -> dict[str, Any] | None:
+def _against_tv(row: Row, rows: list[Row], results: dict[str, Any]) -> dict[str, Any] | None:
     """Paired differences to the TV row on the same problem."""
 
     def same(other: Row) -> bool:
@@ -84,7 +84,7 @@ def _against_tv(row: Row, rows: list[Row], found: dict[str, Any]) -> dict[str, A
     tv = next((r for r in rows if r.method == "tv" and same(r)), None)
     if tv is None or tv is row:
         return None
-    return paired(np.array(found[row.name]["psnr"]), np.array(found[tv.name]["psnr"]))
+    return paired(np.array(results[row.name]["psnr"]), np.array(results[tv.name]["psnr"]))
 
 
 def _csv(results: list[dict[str, Any]]) -> str:

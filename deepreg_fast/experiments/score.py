@@ -62,7 +62,7 @@ class Scorer:
     def __init__(self, folder: Folder, settings: Settings, row: Row, device: torch.device) -> None:
         self.folder, self.settings, self.row, self.device = folder, settings, row, device
         self.problem: Measured = measure(row.problem, device)
-        self.kept = folder.row(row) / f"parts-{self._fingerprint()}"
+        self.parts = folder.row(row) / f"parts-{self._fingerprint()}"
 
     @property
     def ratio(self) -> float:
@@ -129,7 +129,7 @@ class Scorer:
             return _Candidate(Method(row.method), -np.inf, None, {})
         tuning = problem.x_tuning, problem.y_tuning, problem.A
         if row.method == "tv":
-            scores = _SavedScores(self.kept / "scores.json")
+            scores = _SavedScores(self.parts / "scores.json")
             method = tuned_tv(*tuning, scores=scores)
             method = replace(method, options=replace(method.options, **row.recovery))
             return _Candidate(method, max(scores.values()), None, {})
@@ -137,7 +137,7 @@ class Scorer:
         for i, (chain, path) in enumerate(self._sources()):
             reg, meta = load(path)
             method = Method(row.method, reg.to(self.device), float(meta["mu"]), PGDOptions(**row.recovery))
-            tuner = Tuner(*tuning, scores=_SavedScores(self.kept / f"scores-{i}.json"))
+            tuner = Tuner(*tuning, scores=_SavedScores(self.parts / f"scores-{i}.json"))
             for setting in (*row.tune, *(["mu"] if "scale" in row.tune and "mu" in row.tune else [])):
                 method = tuner.mu(method) if setting == "mu" else tuner.scale(method)
             candidates.append(_Candidate(method, tuner.score(method), chain, meta))
@@ -179,7 +179,7 @@ class Scorer:
         """Results and images of each piece, computed or loaded."""
         size = _PIECE[self.device.type]
         for i in range(0, len(self.problem.x), size):
-            path = self.kept / f"images-{i}.npz"
+            path = self.parts / f"images-{i}.npz"
             if not path.exists():
                 x, y = self.problem.x[i : i + size], self.problem.y[i : i + size]
                 results, image = _measured(method, x, y, self.problem.A, radius)

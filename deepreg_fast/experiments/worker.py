@@ -36,10 +36,10 @@ class _Stop:
     def __init__(self) -> None:
         self.trainer: Any = None
         for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._told)
+            signal.signal(name, self._on_signal)
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def _told(self, *_: object) -> None:
+    def _on_signal(self, *_: object) -> None:
         if self.trainer is None:
             for name in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(name, signal.SIG_IGN)
@@ -113,7 +113,7 @@ def score(folder: Folder, settings: Settings, row: Row, job: Job) -> None:
     }
     tail = {"machine": describe(placement.device), "version": __version__, "command": job.command}
     write_atomically(folder.result(row), json.dumps({**head, **results, "vs_tv": None, **tail}).encode())
-    shutil.rmtree(scorer.kept, ignore_errors=True)
+    shutil.rmtree(scorer.parts, ignore_errors=True)
 
 
 def _full(error: BaseException | None) -> bool:

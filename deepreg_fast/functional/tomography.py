@@ -60,9 +60,9 @@ def project(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         image = transposed if rays.transposed else upright
         n, m = image.shape[-2], image.shape[-1] - 2 * _PAD
         place = rays.slope * d + geometry.first_places(rays, x.device)[:, None]
-        whole = place.floor()
-        part = place - whole
-        k = (whole.long() + _PAD).clamp(0, m + _PAD) + torch.arange(n, dtype=torch.int64, device=x.device)[
+        lower = place.floor()
+        part = place - lower
+        k = (lower.long() + _PAD).clamp(0, m + _PAD) + torch.arange(n, dtype=torch.int64, device=x.device)[
             :, None
         ] * image.shape[-1]
         flat = image.flatten(-2)

@@ -87,12 +87,12 @@ class JacobianFree:
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Backpropagation through the last plain steps of the recovery: the oracle for the implicit gradient.
+    """Backpropagation through the last plain steps of the recovery: the reference for the implicit gradient.
 
     Parameters
     ----------
     steps : int
-        PGD steps that are differentiated; memory grows with them.
+        Number of PGD steps that are differentiated; memory grows with it.
 
     Raises
     ------

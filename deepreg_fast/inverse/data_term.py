@@ -35,7 +35,7 @@ def resolve_mu(
     if (mu is None) != has_pair or (mu is not None and (lam is not None or sigma is not None)):
         raise InputError(
             "The weight must be given as mu, or as lam and sigma (mu = lam sigma^2), "
-            f"but mu={mu!r}, lam={lam!r}, sigma={sigma!r} came; give one of the two."
+            f"but got mu={mu!r}, lam={lam!r}, sigma={sigma!r}; give one of the two."
         )
     mu, lam, sigma = (v if isinstance(v, torch.Tensor) else checks.plain(v) for v in (mu, lam, sigma))
     if isinstance(mu, np.ndarray):

@@ -158,8 +158,8 @@ def unrolled_gradients(  # noqa: PLR0913 - a problem, a start and a schedule
     weights: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Gradients of `sum_b w_b ||x_b - x_true_b||^2` in theta and log mu, by backpropagation through `steps` plain PGD
-    steps of size `tau/2` from `x0`. `weights` is `w` `[B]`, 1 by default. This is the oracle for the implicit gradient.
-    Memory grows with the number of steps."""
+    steps of size `tau/2` from `x0`. `weights` is `w` `[B]`, 1 by default. This is the reference for the implicit
+    gradient. Memory grows with the number of steps."""
     named = [(n, p) for n, p in reg.named_parameters() if p.requires_grad]
     names, params = [n for n, _ in named], [p for _, p in named]
     x_true, y, x0, tau = (detached(t) for t in (x_true, y, x0, tau))

@@ -141,14 +141,14 @@ class _Recover(torch.autograd.Function):
         v = torch.where(expand(failed, v), 0.0, v)
         lin = p.reg.linearize(x)
         gamma = solve_adjoint(lin, p.A, mu, v, p.adjoint, None, 1.0 + p.reg.alpha).x
-        bad = ~torch.isfinite(gamma).flatten(1).all(1)
-        _warn(bad, "linear solve", "its gradients are zero")
-        gamma = torch.where(expand(bad, gamma), 0.0, gamma)
-        wants_y, wants_mu, *wants_theta = ctx.needs_input_grad[1:]
-        by_y = p.A.A(gamma) if wants_y else None
-        by_mu = (-dot(lin.grad, gamma)).to(mu.dtype) if wants_mu else None
+        non_finite = ~torch.isfinite(gamma).flatten(1).all(1)
+        _warn(non_finite, "linear solve", "its gradients are zero")
+        gamma = torch.where(expand(non_finite, gamma), 0.0, gamma)
+        needs_y, needs_mu, *needs_theta = ctx.needs_input_grad[1:]
+        by_y = p.A.A(gamma) if needs_y else None
+        by_mu = (-dot(lin.grad, gamma)).to(mu.dtype) if needs_mu else None
         by_theta: list[torch.Tensor | None] = [None] * len(p.names)
-        if any(wants_theta):
+        if any(needs_theta):
             products = lin.param_vjp(-expand(mu, gamma) * gamma)
             by_theta = [products[name] for name in p.names]
         return (None, by_y, by_mu, *by_theta)

@@ -1,47 +1,36 @@
-"""Base class and registry of linear operators (docs/math.md, M2)."""
+"""The base class of linear operators (docs/math.md, M2)."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import math
-import weakref
-from collections.abc import Callable, Hashable
-from operator import is_
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from .. import checks
 from ..ambient import full_precision, outside_inference
-from ..backend.gpu.graphs import Signature
 from ..batched.linalg import expand
 from ..errors import InputError
-from ..solvers.cg import CGOptions, cg
 from ..solvers.lanczos import extreme_eigenvalues
 from ..solvers.linear_system import Map
-from ..solvers.protocols import fails_per_image
-from ..status import Status
+from .products import Products
+from .registry import from_description, register
+from .systems import Gamma, per_image_numbers, solve_by_cg
 
-_REGISTRY: dict[str, Callable[..., LinearOperator]] = {}
-Gamma = float | torch.Tensor
-T = TypeVar("T")
 _LANCZOS_STEPS = 30
 _SMALLEST = 1e-30
-_DERIVED = ("_derived", "_transformed")
-"""Attributes that are computed from the buffers and stored."""
 
 
-class LinearOperator(nn.Module):
+class LinearOperator(Products):
     """Base class of linear operators from images `[B, C, H, W]` to measurements `[B, *measurement_shape]`.
 
-    A subclass defines `_forward` and `_adjoint`. Everything else follows, by a closed form where there is one
+    A subclass defines `_forward` and `_adjoint`. Everything else follows, in closed form if there is one
     (docs/math.md, M2):
 
-    * If `A A^T = g I`, the subclass sets `gram_scale = g`.
+    * If `A A^T = g I`, the subclass sets `gram_scale = g`. If `A A^T = g P` with a projection P, it sets
+      `projection_scale = g`.
     * If `(A A^T + c I)^{-1}` has a closed form, it defines `_gram_solve(r, c)` with `c` `[B]` or `[1]`, from which
       `prox_l2`, `shifted_inverse` and `A_dagger` follow.
     * Otherwise CG solves these systems. `_precondition(v, c)`, an approximation of `(A^T A + c I)^{-1} v` that is
@@ -59,10 +48,10 @@ class LinearOperator(nn.Module):
     measurement_shape : tuple of int
     measurements : int
         The number of measurements per image.
-    gram_scale : float or None
+    gram_scale, projection_scale : float or None
     batch : int or None
-        The number of images for which the operator holds parameters of their own, such as one mask for each image; None
-        if all images have the same. The names of those buffers are in `per_image`.
+        The number of images for which the operator has separate parameters, such as one mask per image; None if all
+        images share them. `per_image` has the names of the separate buffers.
 
     Raises
     ------
@@ -85,86 +74,48 @@ class LinearOperator(nn.Module):
     """
 
     gram_scale: float | None = None
-    batch: int | None = None
+    projection_scale: float | None = None
     per_image: tuple[str, ...] = ()
 
-    def __init__(self, image_shape: tuple[int, int, int], measurements: int | tuple[int, ...]) -> None:
-        super().__init__()
-        shape = tuple(image_shape) if isinstance(image_shape, (tuple, list, np.ndarray)) and len(image_shape) else ()
-        if len(shape) != 3:
-            raise InputError(f"image_shape must be (C, H, W), but is {image_shape!r}; a gray image has C = 1.")
-        c, h, w = (checks.integer(n, "every size in image_shape", 1) for n in shape)
-        self.image_shape: tuple[int, int, int] = (c, h, w)
-        self._measurement_shape = tuple(measurements) if isinstance(measurements, (tuple, list)) else None
-        self.measurements = measurements if isinstance(measurements, int) else math.prod(measurements)
+    # -- closed forms --------------------------------------------------------------------------------------------------
 
-    @property
-    def measurement_shape(self) -> tuple[int, ...]:
-        """The shape of the measurements of one image."""
-        return self._measurement_shape or (self.measurements,)
-
-    # -- what a subclass defines ---------------------------------------------------------------------------------------
-
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define _forward(x).")
-
-    def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define _adjoint(y).")
-
-    def _normal(self, x: torch.Tensor) -> torch.Tensor:
-        return self._adjoint(self._forward(x))
-
-    def _correct(self, z: torch.Tensor, y: torch.Tensor, weight: Gamma) -> torch.Tensor:
-        """`z + weight A^T (y - A z)`."""
-        return z + weight * self._adjoint(y - self._forward(z))
+    def _scale(self) -> float | None:
+        """g if `A A^T` is g times the identity or a projection: then `A^T (A A^T + c I)^{-1} = A^T / (g + c)`."""
+        return self.projection_scale if self.gram_scale is None else self.gram_scale
 
     def _gram_solve(self, r: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """`(A A^T + c I)^{-1} r`, c `[B]` or `[1]`."""
+        s = expand(c, r)
+        if self.projection_scale is not None:
+            in_range = self._forward(self._adjoint(r)) / self.projection_scale
+            return in_range / (self.projection_scale + s) + (r - in_range) / s
         assert self.gram_scale is not None
-        return r / (self.gram_scale + expand(c, r))
+        return r / (self.gram_scale + s)
 
     def _shifted_inverse(self, v: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """`(A^T A + c I)^{-1} v` in closed form, c `[B]` or `[1]`."""
-        if self.gram_scale is not None:
-            s = expand(c, v)
-            return (v - self._normal(v) / (self.gram_scale + s)) / s
-        return (v - self._adjoint(self._gram_solve(self._forward(v), c))) / expand(c, v)
+        s, scale = expand(c, v), self._scale()
+        if scale is not None:
+            return (v - self._normal(v) / (scale + s)) / s
+        return (v - self._adjoint(self._gram_solve(self._forward(v), c))) / s
 
     def _prox(self, z: torch.Tensor, y: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         """`prox_l2` in closed form, gamma `[B]` or `[1]`."""
-        if self.gram_scale is not None:
+        scale = self._scale()
+        if scale is not None:
             g = expand(gamma, z)
-            return self._correct(z, y, g / (1.0 + g * self.gram_scale))
+            return self._correct(z, y, g / (1.0 + g * scale))
         return z + self._adjoint(self._gram_solve(y - self._forward(z), 1.0 / gamma))
 
     def _precondition(self, v: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """An approximation of `(A^T A + c I)^{-1} v`, symmetric positive definite; c `[B]` or `[1]`."""
         raise NotImplementedError
 
-    # -- products ------------------------------------------------------------------------------------------------------
-
-    @full_precision
-    def A(self, x: torch.Tensor) -> torch.Tensor:
-        """`A x`, `[B, C, H, W] -> [B, *measurement_shape]`."""
-        return self._forward(self._image(x, "x"))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`A x`."""
-        return self.A(x)
-
-    @full_precision
-    def A_adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        """`A^T y`, `[B, *measurement_shape] -> [B, C, H, W]`."""
-        return self._adjoint(self._measured(y, "y"))
-
-    @full_precision
-    def normal(self, x: torch.Tensor) -> torch.Tensor:
-        """`A^T A x`."""
-        return self._normal(self._image(x, "x"))
+    # -- the norm ------------------------------------------------------------------------------------------------------
 
     def sqnorm(self) -> float:
-        """`||A||^2`, the largest eigenvalue of `A^T A`: exact where it is known, otherwise an estimate by Lanczos'
-        method from below. For an operator with parameters for each image, the largest of all images."""
+        """`||A||^2`, the largest eigenvalue of `A^T A`: exact if it is known, otherwise a lower estimate by Lanczos'
+        method. For an operator with parameters for each image, the maximum over the images."""
         return float(self.sqnorms().max())
 
     def sqnorms(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -179,26 +130,12 @@ class LinearOperator(nn.Module):
         return self._derive(("sqnorms", dtype), buffers, lambda: self._square_norms(device, dtype))
 
     @outside_inference
-    @torch.no_grad()
-    def _derive(self, key: Hashable, buffers: list[torch.Tensor], compute: Callable[[], T]) -> T:
-        """`compute()`, stored under `key` until one of the buffers is replaced or changed."""
-        versions = [b._version for b in buffers]
-        stored = self.__dict__.setdefault("_derived", {})
-        if key in stored:
-            # The tensors themselves are compared: a new one may have the address of one that is gone.
-            known, known_versions, value = stored[key]
-            if len(known) == len(buffers) and all(map(is_, known, buffers)) and known_versions == versions:
-                return value
-        value = compute()
-        stored[key] = list(buffers), versions, value
-        return value
-
-    @outside_inference
     @full_precision
     @torch.no_grad()
     def _square_norms(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        if self.gram_scale is not None:
-            return torch.full((1,), self.gram_scale, dtype=torch.float64, device=device)
+        scale = self._scale()
+        if scale is not None:
+            return torch.full((1,), scale, dtype=torch.float64, device=device)
         # The same start for every image, so that the result does not depend on an image's place in the batch.
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.image_shape, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype)
@@ -214,7 +151,7 @@ class LinearOperator(nn.Module):
     @property
     def has_shifted_inverse(self) -> bool:
         """Whether `gram_solve`, `shifted_inverse` and `prox_l2` have closed forms."""
-        return self.gram_scale is not None or self._defines("_gram_solve")
+        return self._scale() is not None or self._defines("_gram_solve")
 
     def _defines(self, name: str) -> bool:
         """Whether a subclass defines the method."""
@@ -228,40 +165,41 @@ class LinearOperator(nn.Module):
     @full_precision
     def precondition(self, v: torch.Tensor, c: Gamma) -> torch.Tensor:
         """`(A^T A + c I)^{-1} v`, or an approximation of it that is symmetric positive definite, for use in CG."""
-        number = _numbers(c, self._image(v, "v"), "c", zero=False)
+        number = per_image_numbers(c, self._image(v, "v"), "c", zero=False)
         return self._shifted_inverse(v, number) if self.has_shifted_inverse else self._precondition(v, number)
 
     @full_precision
     def A_dagger(self, y: torch.Tensor) -> torch.Tensor:
         """The minimum-norm solution `A^T (A A^T)^{-1} y`.
 
-        With `gram_scale = g` it is `A^T y / g`. Otherwise it is the limit `A^T (A A^T + c I)^{-1} y`, with c the
-        square root of the machine epsilon times `sqnorm()`.
+        With `gram_scale` or `projection_scale` g it is `A^T y / g`. Otherwise it is approximated by
+        `A^T (A A^T + c I)^{-1} y`, with c the square root of the machine epsilon times `sqnorm()`.
         """
         self._measured(y, "y")
-        if self.gram_scale is not None:
-            return self.A_adjoint(y) / self.gram_scale
+        scale = self._scale()
+        if scale is not None:
+            return self.A_adjoint(y) / scale
         return self._adjoint(self.gram_solve(y, torch.finfo(y.dtype).eps ** 0.5 * self.sqnorm()))
 
     @full_precision
     def gram_solve(self, r: torch.Tensor, c: Gamma) -> torch.Tensor:
         """`(A A^T + c I)^{-1} r`, `c > 0` a number or `[B]`."""
-        number = _numbers(c, self._measured(r, "r"), "c", zero=False)
+        number = per_image_numbers(c, self._measured(r, "r"), "c", zero=False)
         if self.has_shifted_inverse:
             return self._gram_solve(r, number)
         # (A A^T + c I)^{-1} r = (r - A (A^T A + c I)^{-1} A^T r) / c would lose digits for a small c.
         s = expand(number, r)
-        return self._by_cg(lambda p: self._forward(self._adjoint(p)) + s * p, r, None, None, "gram_solve")
+        return self._by_cg("gram_solve", lambda p: self._forward(self._adjoint(p)) + s * p, r)
 
     @full_precision
     def shifted_inverse(self, v: torch.Tensor, c: Gamma) -> torch.Tensor:
         """`(A^T A + c I)^{-1} v`, `c > 0` a number or `[B]`."""
-        number = _numbers(c, self._image(v, "v"), "c", zero=False)
+        number = per_image_numbers(c, self._image(v, "v"), "c", zero=False)
         if self.has_shifted_inverse:
             return self._shifted_inverse(v, number)
         s = expand(number, v)
         preconditioner = (lambda p: self._precondition(p, number)) if self.preconditioned else None
-        return self._by_cg(lambda p: self._normal(p) + s * p, v, None, preconditioner, "shifted_inverse")
+        return self._by_cg("shifted_inverse", lambda p: self._normal(p) + s * p, v, preconditioner=preconditioner)
 
     @full_precision
     def prox_l2(self, z: torch.Tensor, y: torch.Tensor, gamma: Gamma, x0: torch.Tensor | None = None) -> torch.Tensor:
@@ -278,53 +216,18 @@ class LinearOperator(nn.Module):
         if self.gram_scale is not None and not isinstance(gamma, torch.Tensor):
             gamma = checks.number(gamma, "gamma", 0.0)
             return self._correct(z, y, gamma / (1.0 + gamma * self.gram_scale))
-        number = _numbers(gamma, z, "gamma")
+        number = per_image_numbers(gamma, z, "gamma")
         if self.has_shifted_inverse:
             return self._prox(z, y, number)
         g = expand(number, z)
         # With gamma = 0 the system is the identity; the preconditioner must not divide by it.
         c = 1.0 / number.clamp_min(_SMALLEST)
         preconditioner = (lambda p: self._precondition(p, c) * expand(c, p)) if self.preconditioned else None
-        start = z if x0 is None else x0
-        return self._by_cg(
-            lambda p: p + g * self._normal(p), z + g * self._adjoint(y), start, preconditioner, "prox_l2"
-        )
+        b, start = z + g * self._adjoint(y), z if x0 is None else x0
+        return self._by_cg("prox_l2", lambda p: p + g * self._normal(p), b, x0=start, preconditioner=preconditioner)
 
-    def _by_cg(
-        self, matvec: Map, b: torch.Tensor, x0: torch.Tensor | None, preconditioner: Map | None, method: str
-    ) -> torch.Tensor:
-        if torch.is_grad_enabled() and b.requires_grad:
-            raise InputError(
-                f"{method} of {type(self).__name__} is solved by CG, which autograd does not follow; "
-                "detach the tensors, or define a closed form."
-            )
-        tolerance = 1e-13 if b.dtype == torch.float64 else 1e-6
-        with torch.no_grad():
-            sol = cg(matvec, b, CGOptions(500, tolerance), x0=x0, preconditioner=preconditioner)
-        failed = (sol.residual > 1e-3) & (sol.status != int(Status.NON_FINITE))
-        if not bool(failed.any()):
-            return sol.x
-        if not fails_per_image() and bool(failed.all()):
-            raise InputError(
-                f"{method} of {type(self).__name__} must be solved to 1e-3, but CG stopped at residual "
-                f"{float(sol.residual.max()):.1e}; scale the operator to norm one or define a closed form."
-            )
-        return torch.where(expand(failed, sol.x), torch.nan, sol.x)
-
-    def _transform_once(
-        self, y: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor], stamp: object = None
-    ) -> torch.Tensor:
-        """`transform(y)`, stored while the same tensor y comes again, as in the rounds of a recovery."""
-        if type(y) is not torch.Tensor or y.requires_grad or y.is_inference():
-            return transform(y)
-        reference, key, value = self.__dict__.get("_transformed", (None, None, None))
-        if reference is None or reference() is not y or key != (y._version, stamp):
-            value = transform(y)
-            self.__dict__["_transformed"] = weakref.ref(y), (y._version, stamp), value
-        return value
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in _DERIVED}
+    def _by_cg(self, method: str, matvec: Map, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        return solve_by_cg(f"{method} of {type(self).__name__}", matvec, b, **options)
 
     # -- parameters for each image -------------------------------------------------------------------------------------
 
@@ -332,7 +235,7 @@ class LinearOperator(nn.Module):
     def select(self, idx: torch.Tensor) -> LinearOperator:
         """The operator of the images `idx` `[b]`; this operator itself if its parameters are the same for all images.
 
-        Solvers use it when some images of a batch have ended.
+        Solvers use it when some images of a batch have finished.
         """
         if self.batch is None:
             return self
@@ -342,52 +245,13 @@ class LinearOperator(nn.Module):
         part.batch = len(idx)
         return part
 
-    # -- measurements as people see them -------------------------------------------------------------------------------
+    # -- display -------------------------------------------------------------------------------------------------------
 
     def as_image(self, y: torch.Tensor) -> torch.Tensor:
         """Measurements as images `[B, C', H', W']` for display: themselves if they have the shape of an image,
         otherwise the minimum-norm solution."""
         self._measured(y, "y")
         return y if len(self.measurement_shape) == 3 else self.A_dagger(y)
-
-    # -- checks --------------------------------------------------------------------------------------------------------
-
-    def _image(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return self._here(checks.images(x, name, self.image_shape), name)
-
-    def _measured(self, y: torch.Tensor, name: str) -> torch.Tensor:
-        return self._here(checks.measured(y, self.measurement_shape, name), name)
-
-    def _here(self, t: torch.Tensor, name: str) -> torch.Tensor:
-        """Check that `t` is on the device of the operator's buffers and has as many images; return it."""
-        device = next((b.device for b in self._buffers.values() if b is not None), None)
-        if device is None:
-            device = next((b.device for b in self.buffers()), t.device)
-        if t.device != device:
-            raise InputError(
-                f"{name} must be on the operator's device {device}, but is on {t.device}; "
-                f"move one of them with .to({str(device)!r})."
-            )
-        if self.batch is not None and len(t) != self.batch:
-            raise InputError(
-                f"{name} must hold {self.batch} images, for each of which the operator has parameters, but holds "
-                f"{len(t)}; use A.select(indices) for a part of them."
-            )
-        return t
-
-    def capturable(self, like: torch.Tensor) -> bool:
-        """Whether the products and closed forms, for images like these, can be captured in a CUDA graph: they do not
-        synchronize and were warmed up by a first call. False unless a subclass overrides this."""
-        return False
-
-    def signature(self, like: torch.Tensor) -> Signature | None:
-        """Everything that recorded products and closed forms depend on besides the images, so that later solves can
-        reuse a CUDA graph. None (the default) if it is unknown; a graph then ends with its solve."""
-        return None
-
-    def _just(self, kind: type[LinearOperator]) -> bool:
-        """Whether this is exactly a `kind`, without replaced methods."""
-        return type(self) is kind and not any(callable(getattr(kind, name, None)) for name in vars(self))
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -420,33 +284,4 @@ class LinearOperator(nn.Module):
     __rmul__ = __mul__
 
 
-def _numbers(value: Gamma, like: torch.Tensor, name: str, *, zero: bool = True) -> torch.Tensor:
-    """A number as `[1]`, or `[B]`, in the dtype of `like`. A tensor's sign is not checked: that would synchronize."""
-    if isinstance(value, torch.Tensor):
-        if value.ndim > 1 or (value.ndim == 1 and len(value) not in (1, len(like))):
-            raise InputError(
-                f"{name} must be one number or one for each of the {len(like)} images, "
-                f"but has shape {list(value.shape)}."
-            )
-        return value.to(dtype=like.dtype, device=like.device).reshape(-1)
-    value = checks.number(value, name, 0.0, open_low=not zero)
-    return torch.full((1,), value, dtype=like.dtype, device=like.device)
-
-
-def register(kind: str, cls: Callable[..., LinearOperator]) -> None:
-    """Register a class (or a function) for files: `describe()['kind'] == kind`, and the rest are its arguments."""
-    _REGISTRY[kind] = cls
-
-
-def from_description(description: dict[str, Any]) -> LinearOperator:
-    """Rebuild an operator from the result of `describe()`."""
-    kind = description.get("kind") if isinstance(description, dict) else description
-    if not isinstance(kind, str) or kind not in _REGISTRY:
-        raise InputError(
-            f"The operator's kind must be one of {sorted(_REGISTRY)}, but is {kind!r}; "
-            "register your class with deepreg_fast.operators.register(kind, cls) first."
-        )
-    try:
-        return _REGISTRY[kind](**{k: v for k, v in description.items() if k != "kind"})
-    except TypeError as error:
-        raise InputError(f"The description of a {kind!r} operator does not fit its class: {error}.") from error
+__all__ = ["Gamma", "LinearOperator", "from_description", "register"]

@@ -67,7 +67,7 @@ class Blur(LinearOperator):
         out = (height - h + 1, width - w + 1) if boundary == "valid" else (height, width)
         self._measurement_shape = (c, *out)
         self.measurements = c * out[0] * out[1]
-        # What is added on each side before the valid part is taken: above, below, left, right.
+        # Padding before the valid convolution: above, below, left, right.
         self._margins = (h - 1 - h // 2, h // 2, w - 1 - w // 2, w // 2)
         if boundary == "reflect" and (max(self._margins[:2]) >= height or max(self._margins[2:]) >= width):
             raise InputError(

@@ -32,4 +32,6 @@ def unpack(value: Any) -> Any:
         array = np.unpackbits(raw, count=count).astype(bool) if dtype == "bool" else raw.astype(dtype)
         return torch.from_numpy(array.reshape(shape).copy()).to(_DTYPES[dtype])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"A tensor in a description must have dtype, shape and data, but has not: {error}.") from error
+        raise InputError(
+            f"A tensor in a description must have dtype, shape and data, but does not: {error}."
+        ) from error

@@ -81,7 +81,7 @@ def check_kernel(kernel: object, image_shape: tuple[int, int, int]) -> torch.Ten
     if bool(((sums - 1).abs() > 1e-3).any()):
         worst = sums.flatten()[(sums - 1).abs().flatten().argmax()]
         warnings.warn(
-            f"The kernel should sum to one so that the brightness stays, but sums to {float(worst):.4g}; "
+            f"The kernel should sum to one to preserve the brightness, but sums to {float(worst):.4g}; "
             "use kernel / kernel.sum().",
             stacklevel=4,
         )

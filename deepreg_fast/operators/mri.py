@@ -157,7 +157,7 @@ def _planes(z: torch.Tensor) -> torch.Tensor:
     return torch.stack([z.real, z.imag], 1)
 
 
-# By real products: torch's complex product has other code at the end of a vector (functional/fourier.py).
+# Real products, because PyTorch's complex product has different code at the end of a vector (functional/fourier.py).
 
 
 def _times(s: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -111,13 +111,13 @@ class SRM(LinearOperator):
         kernels = backend.srm_kernels(self, x)
         if kernels is not None:
             return kernels.forward(x)
-        return srm_ops.product("forward", self, x) if srm_ops.serve(self, x) else definition.forward(self, x)
+        return srm_ops.product("forward", self, x) if srm_ops.use_operators(self, x) else definition.forward(self, x)
 
     def _adjoint(self, y: torch.Tensor) -> torch.Tensor:
         kernels = backend.srm_kernels(self, y)
         if kernels is not None:
             return kernels.adjoint(y)
-        return srm_ops.product("adjoint", self, y) if srm_ops.serve(self, y) else definition.adjoint(self, y)
+        return srm_ops.product("adjoint", self, y) if srm_ops.use_operators(self, y) else definition.adjoint(self, y)
 
     def _normal(self, x: torch.Tensor) -> torch.Tensor:
         if self._products_replaced():
@@ -125,7 +125,7 @@ class SRM(LinearOperator):
         kernels = backend.srm_kernels(self, x)
         if kernels is not None:
             return kernels.normal(x)
-        return srm_ops.product("normal", self, x) if srm_ops.serve(self, x) else super()._normal(x)
+        return srm_ops.product("normal", self, x) if srm_ops.use_operators(self, x) else super()._normal(x)
 
     def _correct(self, z: torch.Tensor, y: torch.Tensor, weight: Gamma) -> torch.Tensor:
         if self._products_replaced():
@@ -135,7 +135,9 @@ class SRM(LinearOperator):
         weights = weight.reshape(-1).expand(len(z)) if isinstance(weight, torch.Tensor) else weight
         if kernels is not None:
             return kernels.correct(z, y, weights)
-        return srm_ops.correct(self, z, y, weights) if srm_ops.serve(self, *tensors) else super()._correct(z, y, weight)
+        if srm_ops.use_operators(self, *tensors):
+            return srm_ops.correct(self, z, y, weights)
+        return super()._correct(z, y, weight)
 
     def capturable(self, like: torch.Tensor) -> bool:
         """Whether kernels for such images exist and are capturable."""
@@ -187,7 +189,7 @@ class SRM(LinearOperator):
         saved = state if isinstance(state, dict) else {}
         differing = [k for k in expected if k not in ("seed", "keep_dc") and expected[k] != saved.get(k)]
         if differing:
-            differences = ", ".join(f"{k}={saved.get(k)!r} (here {expected[k]!r})" for k in differing)
+            differences = ", ".join(f"{k}={saved.get(k)!r} (expected {expected[k]!r})" for k in differing)
             raise OperatorMismatch(
                 f"The state must be of an SRM of the same kind, but has {differences}; build that operator."
             )
@@ -196,7 +198,7 @@ class SRM(LinearOperator):
             buffer = buffers[name]
             if buffer is not None and (drawn is None or not torch.equal(buffer.cpu(), drawn)):
                 raise OperatorMismatch(
-                    f"The state's {name} must be what its seed {seed} draws, but differ; the file is damaged or "
+                    f"The state's {name} must be those drawn from its seed {seed}, but differ; the file is damaged or "
                     "was written by another version: build the operator anew."
                 )
 

@@ -59,7 +59,7 @@ def grow(small: RED, large: RED) -> None:
     if not _grows(a, b, _GROWING) or a["norm"] != "none":
         raise InputError(
             "A network can start from one without LayerNorm that has no more channels, no larger filters, and is like "
-            f"it in all else, but this one is {_told(b)} and that one {_told(a)}; change the settings or the weights."
+            f"it in all else, but this one is {_text(b)} and that one {_text(a)}; change the settings or the weights."
         )
     with torch.no_grad():
         for old, new in zip(small.net.convs, large.net.convs, strict=True):
@@ -89,7 +89,7 @@ def grow_ridge(small: Ridge, large: Ridge) -> None:
     if not _grows(a, b, _GROWING_RIDGE):
         raise InputError(
             "A ridge can start from one that has no more filters, no larger ones, and is like it in all else, but this "
-            f"one is {_told(b)} and that one {_told(a)}; change the settings or the weights."
+            f"one is {_text(b)} and that one {_text(a)}; change the settings or the weights."
         )
     count, edge = a["filters"], (b["kernel_size"] - a["kernel_size"]) // 2
     old, new = small.net, large.net
@@ -106,5 +106,5 @@ def _grows(small: dict[str, Any], large: dict[str, Any], growing: tuple[str, ...
     return same and all(small[k] <= large[k] for k in growing)
 
 
-def _told(description: dict[str, Any]) -> str:
+def _text(description: dict[str, Any]) -> str:
     return ", ".join(f"{k}={v}" for k, v in description.items() if k != "kind")

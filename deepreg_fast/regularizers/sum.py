@@ -46,7 +46,7 @@ class Sum(Regularizer):
         centers = sorted({p.center for p in built})
         if len(centers) != 1:
             raise InputError(
-                f"Sum takes one regularizer or more with the same center, but {len(built)} came, with the centers "
+                f"Sum takes one regularizer or more with the same center, but got {len(built)} with the centers "
                 f"{centers}; build them with one center."
             )
         self.parts = nn.ModuleList(built)
@@ -87,8 +87,8 @@ class Sum(Regularizer):
 class _SumLinearization:
     """The parts' linearizations at the same x."""
 
-    def __init__(self, whole: Sum, parts: list[Linearization]) -> None:
-        self._whole, self._parts = whole, parts
+    def __init__(self, total: Sum, parts: list[Linearization]) -> None:
+        self._sum, self._parts = total, parts
         self.x = parts[0].x
         self.value = _total([p.value for p in parts])
         self.grad = _total([p.grad for p in parts])
@@ -100,9 +100,9 @@ class _SumLinearization:
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
         # A parameter that several parts share has one name in the sum and another in each part.
-        names = {id(p): n for n, p in self._whole.named_parameters()}
+        names = {id(p): n for n, p in self._sum.named_parameters()}
         total: dict[str, torch.Tensor] = {}
-        for part, lin in zip(self._whole, self._parts, strict=True):
+        for part, lin in zip(self._sum, self._parts, strict=True):
             name_in_sum = {n: names[id(p)] for n, p in part.named_parameters()}
             for k, g in lin.param_vjp(v).items():
                 name = name_in_sum[k]

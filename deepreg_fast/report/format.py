@@ -21,18 +21,20 @@ def signed(value: float | None, digits: int = 2) -> str:
     return NONE if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
-def difference(found: Mapping[str, Any] | None) -> str:
+def difference(comparison: Mapping[str, Any] | None) -> str:
     """Mean of paired differences with its interval: `+0.75 [+0.61, +0.90]`."""
-    if not found:
+    if not comparison:
         return NONE
-    interval = found.get("interval")
+    interval = comparison.get("interval")
     ends = f" [{signed(interval[0])}, {signed(interval[1])}]" if isinstance(interval, Sequence) else ""
-    return signed(found.get("mean")) + ends
+    return signed(comparison.get("mean")) + ends
 
 
-def wins(found: Mapping[str, Any] | None) -> str:
+def wins(comparison: Mapping[str, Any] | None) -> str:
     """Number of wins: `27 of 30`."""
-    return f"{found['wins']} of {found['images']}" if found and "wins" in found and "images" in found else NONE
+    if not comparison or "wins" not in comparison or "images" not in comparison:
+        return NONE
+    return f"{comparison['wins']} of {comparison['images']}"
 
 
 def whole(value: float | None) -> str:

@@ -35,4 +35,4 @@ def css() -> str:
 def themed(svg: str) -> str:
     """The figure with the page's CSS variables instead of the light colors."""
     pattern = "|".join(map(re.escape, _NAMES))
-    return re.sub(pattern, lambda found: f"var(--{_NAMES[found[0]]})", svg)
+    return re.sub(pattern, lambda match: f"var(--{_NAMES[match[0]]})", svg)

@@ -95,13 +95,13 @@ class Lanes:
         self.count, self.lanes, self.seed = count, lanes, seed
         self.per_lane = min(batch, count) // lanes if lanes == 1 else batch // lanes
         self.steps_per_epoch = max(1, count // lanes // self.per_lane)
-        self.mine = range(rank, lanes, world)
+        self.local_lanes = range(rank, lanes, world)
 
     @cached_property
     def owned(self) -> np.ndarray:
         """The samples of this process, in ascending order."""
         samples = np.arange(self.count)
-        return samples[np.isin(samples % self.lanes, np.array(self.mine))]
+        return samples[np.isin(samples % self.lanes, np.array(self.local_lanes))]
 
     def local(self, samples: np.ndarray) -> np.ndarray:
         """Rows of these samples in the tables of this process."""
@@ -111,7 +111,7 @@ class Lanes:
         """The samples of step `step` in each lane of this process: a function of (seed, step, lane), so that a resumed
         run continues unchanged."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        return [self._order(epoch, lane)[position * self.per_lane :][: self.per_lane] for lane in self.mine]
+        return [self._order(epoch, lane)[position * self.per_lane :][: self.per_lane] for lane in self.local_lanes]
 
     def _order(self, epoch: int, lane: int) -> np.ndarray:
         key = [self.seed, 2, epoch, lane] if self.lanes > 1 else [self.seed, 2, epoch]
@@ -120,7 +120,7 @@ class Lanes:
 
     def positions(self, per_lane: int) -> np.ndarray:
         """Places of this process's images in a batch with `per_lane` images of each lane."""
-        return np.concatenate([np.arange(per_lane) + lane * per_lane for lane in self.mine])
+        return np.concatenate([np.arange(per_lane) + lane * per_lane for lane in self.local_lanes])
 
     def epoch(self, step: int) -> float:
         """Number of epochs completed after `step` steps."""

@@ -50,7 +50,7 @@ class RunLog:
             try:
                 self._board = _Board(folder / "tensorboard", start)
             except Exception as error:  # no failure of TensorBoard stops the training
-                self._tell("TensorBoard's events", error)
+                self._report("TensorBoard's events", error)
         self._bar: Any = None
         self._pulse: Pulse | None = None
         if progress or (progress is None and is_terminal(sys.stderr)):
@@ -91,7 +91,7 @@ class RunLog:
                 self._board.write(step, {k: v for k, v in metrics.items() if isinstance(v, (int, float))})
             except Exception as error:
                 self._board = None
-                self._tell("TensorBoard's events", error)
+                self._report("TensorBoard's events", error)
         text = f"loss {metrics['loss']:.3g}" if "loss" in metrics else ""
         if "val_psnr" in metrics:
             text = f"validation {metrics['val_psnr']:.2f} dB"
@@ -109,11 +109,11 @@ class RunLog:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) or 0 :]
         except OSError as error:
-            self._tell(f"the log {self.path}", error)
+            self._report(f"the log {self.path}", error)
             if len(self._pending) > _PENDING:
                 self._pending = b""
 
-    def _tell(self, what: str, error: Exception) -> None:
+    def _report(self, what: str, error: Exception) -> None:
         if what not in self._failed:
             self._failed.add(what)
             text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -127,7 +127,7 @@ class RunLog:
             try:
                 close()
             except OSError as error:
-                self._tell("the log", error)
+                self._report("the log", error)
         if self._pulse is not None:
             self._pulse.close()
         if self._bar is not None:

@@ -44,13 +44,13 @@ class Reduction:
         """What this process asks of all at the next exchange: to stop after the step, or to save a checkpoint."""
         self._wishes = (stop, save)
 
-    def agreed_to_stop(self, mine: bool) -> bool:
+    def agreed_to_stop(self, local: bool) -> bool:
         """Whether all processes stop after this step. A process alone decides by itself, later than `wish`."""
-        return mine if self.world.size == 1 else self._agreed[0]
+        return local if self.world.size == 1 else self._agreed[0]
 
-    def agreed_to_save(self, mine: bool) -> bool:
+    def agreed_to_save(self, local: bool) -> bool:
         """Whether all processes save a checkpoint after this step."""
-        return mine if self.world.size == 1 else self._agreed[1]
+        return local if self.world.size == 1 else self._agreed[1]
 
     def metrics(self) -> dict[str, float]:
         """Seconds that this process waited for the others in the last step, if there are any."""
@@ -89,7 +89,7 @@ class Reduction:
 
     def _columns(self, parts: list[LaneGradients], images: int) -> torch.Tensor:
         """`[lanes, columns]`: the numbers of each lane, then those of its images. What was not computed is 0."""
-        lanes, out = len(self.lanes.mine), []
+        lanes, out = len(self.lanes.local_lanes), []
         for names, width in ((self.lane_columns, 1), (self.image_columns, images)):
             for name in names:
                 values = [p.stats[name].double().reshape(-1) for p in parts if name in p.stats]
@@ -109,13 +109,13 @@ class Reduction:
         size = sum(p.numel() for p in self.params)
         width = len(self.lane_columns) + images * len(self.image_columns)
         flags = [float(error is not None), *map(float, self._wishes), self._digest()]
-        mine = torch.zeros(len(self.lanes.mine), size + width + len(flags), dtype=torch.float64, device="cpu")
-        mine[:, -len(flags) :] = torch.tensor(flags, dtype=torch.float64, device="cpu")
+        packed = torch.zeros(len(self.lanes.local_lanes), size + width + len(flags), dtype=torch.float64, device="cpu")
+        packed[:, -len(flags) :] = torch.tensor(flags, dtype=torch.float64, device="cpu")
         if error is None:
-            mine[:, :size] = torch.stack([self._vector(theta) for part in parts for theta in part.theta])
-            mine[:, size : size + width] = self._columns(parts, images)
+            packed[:, :size] = torch.stack([self._vector(theta) for part in parts for theta in part.theta])
+            packed[:, size : size + width] = self._columns(parts, images)
         began = time.perf_counter()
-        whole = self.world.interleave(mine, self.lanes.lanes)
+        whole = self.world.interleave(packed, self.lanes.lanes)
         self._wait = time.perf_counter() - began
         self._steps += 1
         failed, stop, save, digest = whole[:, -len(flags) :].cpu().unbind(1)

@@ -33,12 +33,12 @@ def bilevel_scores(config: BilevelConfig, run: Trainer, hyper: Hypergradients) -
     A = run.operator((x.shape[-2], x.shape[-1]))
     y = add_noise(A.A(x), config.sigma, seed=config.seed + 1)
     scores = _Scores(config, run, hyper, A, x, y)
-    mine = torch.arange(run.world.rank, len(x), run.world.size, dtype=torch.int64, device=x.device)
+    local = torch.arange(run.world.rank, len(x), run.world.size, dtype=torch.int64, device=x.device)
     # Alone, an image has the same bits whatever the number of processes.
     joint = config.lanes == 1 or run.reg.backend_for(x).batch_invariant
-    pieces = [mine] if joint else list(mine.split(1))
-    own = torch.cat([scores(rows) for rows in pieces]) if len(mine) else x.new_zeros(0, len(_COLUMNS))
-    columns = dict(zip(_COLUMNS, run.world.interleave(own.double().cpu(), len(x)).unbind(1), strict=True))
+    pieces = [local] if joint else list(local.split(1))
+    values = torch.cat([scores(rows) for rows in pieces]) if len(local) else x.new_zeros(0, len(_COLUMNS))
+    columns = dict(zip(_COLUMNS, run.world.interleave(values.double().cpu(), len(x)).unbind(1), strict=True))
     low, high = spectrum(run.reg, x, steps=12)
     total = float(columns["score"].sum() if config.loss in UNSUPERVISED else columns["psnr"].mean())
     return {

@@ -172,11 +172,12 @@ def _notes(path: Path, header: dict[str, str]) -> tuple[dict[str, Any], dict[str
         description, meta = json.loads(header["regularizer"]), json.loads(header["meta"])
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"The header of {path} must tell its regularizer and meta as JSON, but does not ({error!r}); copy it again."
+            f"The header of {path} must contain its regularizer and meta as JSON, but does not ({error!r}); "
+            "copy it again."
         ) from error
     if not isinstance(description, dict) or not isinstance(meta, dict):
         raise CheckpointError(
-            f"The header of {path} must tell its regularizer and meta as JSON objects, but does not; copy it again."
+            f"The header of {path} must contain its regularizer and meta as JSON objects, but does not; copy it again."
         )
     return description, meta
 

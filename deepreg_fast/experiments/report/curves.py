@@ -176,10 +176,10 @@ def _spectrum_row(record: Record, row: Row) -> tuple[str, ...]:
     beta, low, high = (row.numbers("lipschitz", k) for k in ("beta_hat", "lambda_min", "lambda_max"))
     convex = _convex(record, row)
     smallest = w.largest(-low)
-    asked = row.number("beta")
+    bound = row.number("beta")
     return (
         row.label,
-        w.NONE if asked is None else f"{asked:g}" if asked else "none",
+        w.NONE if bound is None else f"{bound:g}" if bound else "none",
         w.fixed(row.number("lipschitz", "beta_hat_train"), 2),
         w.fixed(w.median(beta), 2),
         w.fixed(w.largest(beta), 2),

@@ -60,9 +60,7 @@ def pictures(report: Report, record: Record) -> None:
         return
     end = scene.scale
     report.scale(
-        Picture(
-            png(np.linspace(-end, end, 256)[None], "error", end), "Colour bar of the errors.", "", _scale_text(end)
-        ),
+        Picture(png(np.linspace(-end, end, 256)[None], "error", end), "Color bar of the errors.", "", _scale_text(end)),
         (f"−{end:g}", "0", f"+{end:g}"),
     )
     rows = _shown(record, best)
@@ -83,7 +81,7 @@ def _shown(record: Record, best: Row) -> list[Row]:
 
 
 def _scale_text(end: float) -> str:
-    return f"Errors x̂ − x, one scale for all maps; beyond ±{end:g} the colour is that of the end."
+    return f"Errors x̂ − x, one scale for all maps; beyond ±{end:g} the color is that of the end."
 
 
 def _scene(record: Record, best: Row) -> _Scene | str:

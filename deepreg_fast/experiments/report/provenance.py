@@ -45,7 +45,7 @@ def statuses(report: Report, record: Record) -> None:
 def settings(report: Report, record: Record) -> None:
     """Add settings, seeds, machine, versions and commands."""
     report.section("Settings, seeds, machine")
-    _key_values(report, "The problem", record.problem, "neither results.json nor settings.json tells it")
+    _key_values(report, "The problem", record.problem, "neither results.json nor settings.json contains it")
     _trainings(report, [r for r in record.rows if r.config])
     tuned = [r for r in record.rows if r.number("mu") is not None]
     if tuned:
@@ -55,7 +55,7 @@ def settings(report: Report, record: Record) -> None:
     machine = record.results.get("machine")
     if not isinstance(machine, dict):
         machine = next((m for r in record.rows if (m := r.table("machine"))), {})
-    _key_values(report, "The machine", machine, "no row tells it")
+    _key_values(report, "The machine", machine, "no row contains it")
     report.subsection("Versions and commands")
     for title, key in (("version", "version"), ("command", "command")):
         values = _shared(record.rows, lambda r, key=key: r.text(key) or "(not recorded)")

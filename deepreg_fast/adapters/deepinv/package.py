@@ -1,14 +1,15 @@
-"""deepinv itself, or the sentence that says how to get it."""
+"""The import of deepinv, and the error message if it fails."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ...errors import InputError
 
 _PARTS = ("optim", "physics", "models", "utils")
 
@@ -50,7 +51,7 @@ def deepinv() -> Any:
 
 
 class _Missing(nn.Module):
-    """What the adapters' classes are based on where deepinv is missing: it cannot be constructed."""
+    """Base class of the adapters if deepinv is missing: constructing one raises the error."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         deepinv()
@@ -58,11 +59,8 @@ class _Missing(nn.Module):
 
 
 def base(path: str) -> Any:
-    """The class `deepinv.<path>` to inherit from, or one that raises the sentence when it is constructed."""
-    found = _DEEPINV
-    for part in path.split(".") if _DEEPINV is not None else ():
-        found = getattr(found, part)
-    return _Missing if found is None else found
+    """The class `deepinv.<path>` to inherit from; without deepinv, a class whose constructor raises the error."""
+    return _Missing if _DEEPINV is None else attrgetter(path)(_DEEPINV)
 
 
 def flatten(y: Any) -> torch.Tensor:
