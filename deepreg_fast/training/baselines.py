@@ -169,7 +169,7 @@ class AdversarialTrainer(_Baseline):
         return self.reg.net(x - self.reg.center)
 
     def _naive(self, x: torch.Tensor) -> torch.Tensor:
-        A = self.A if x.shape[1:] == self.A.image_shape else self._operator((x.shape[-2], x.shape[-1]))
+        A = self.A if x.shape[1:] == self.A.image_shape else self._operator(x)
         c = torch.full_like(x, self.reg.center)
         return c + A.A_dagger(A.A(x - c))
 

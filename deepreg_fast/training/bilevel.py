@@ -92,7 +92,7 @@ class BilevelTrainer(Trainer):
         super().__init__(config, progress)
         self.config: BilevelConfig = config
         count = len(self.samples)
-        self.store = WarmStarts(count, (1, *self.samples.size), self.placement, config.memory_budget_mb, self.folder)
+        self.store = WarmStarts(count, self.samples.shape, self.placement, config.memory_budget_mb, self.folder)
         self.noise = Noise(config.seed, (count, self.A.measurements), self.placement)
         # Of the second measurements of noise2noise.
         self.other_noise = Noise(config.seed + 1, (count, self.A.measurements), self.placement)

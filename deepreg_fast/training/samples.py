@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,14 +34,14 @@ from .placement import DeviceSamples, Placement, Rows
 
 @dataclass(frozen=True)
 class Pictures:
-    """Named gray images `[1, H, W]`, each of its own size."""
+    """Named images `[C, H, W]`, each of its own size."""
 
     names: tuple[str, ...]
     x: tuple[torch.Tensor, ...]
 
 
 class Samples:
-    """Crops by sample number, and their order in an epoch."""
+    """Crops by sample number, and their order in an epoch. `shape` is `(C, height, width)` of every crop."""
 
     def __init__(self, images: ImageSet | Pictures, crop: int, orientations: int, seed: int) -> None:
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in images.x]
@@ -55,6 +56,7 @@ class Samples:
                 f"Whole images must be of one size, but {len(set(sizes))} sizes came; set crop to train on crops."
             )
         self.size = (crop, crop) if crop else sizes[0]
+        self.shape = (int(images.x[0].shape[0]), *self.size)
         self.images, self.orientations, self.seed = images, orientations, seed
         rng = np.random.Generator(np.random.PCG64([seed, 1]))
         self.top, self.left = (self._places(rng, [n[k] for n in sizes], self.size[k]) for k in (0, 1))
@@ -82,7 +84,7 @@ class Samples:
         return len(self.top)
 
     def batch(self, indices: np.ndarray) -> torch.Tensor:
-        """Images `[B, 1, crop, crop]` of these samples."""
+        """Images `[B, C, crop, crop]` of these samples."""
         out = []
         for i in indices:
             picture, k = divmod(int(i), self.orientations)
@@ -110,10 +112,10 @@ class PlacedSamples:
 
     @cached_property
     def table(self) -> DeviceSamples | None:
-        """All crops `[N, 1, crop, crop]`, or None. Created at the first use, after the warm starts took their share of
+        """All crops `[N, C, crop, crop]`, or None. Created at the first use, after the warm starts took their share of
         the budget."""
-        count, shape = len(self.samples), (1, *self.samples.size)
-        if not self.placement.take(4 * count * shape[1] * shape[2]):
+        count, shape = len(self.samples), self.samples.shape
+        if not self.placement.take(4 * count * math.prod(shape)):
             return None
         table = DeviceSamples((count, *shape), torch.float32, self.placement.device)
         for piece in np.array_split(np.arange(count), -(-count // 64)):
@@ -121,7 +123,7 @@ class PlacedSamples:
         return table
 
     def batch(self, rows: Rows) -> torch.Tensor:
-        """Images `[B, 1, crop, crop]` of these samples."""
+        """Images `[B, C, crop, crop]` of these samples."""
         if self.table is None:
             return self.placement.upload(self.samples.batch(rows.host))
         return self.table.get(rows)
@@ -158,7 +160,7 @@ class Noise:
 
 
 def load_samples(config: TrainConfig) -> tuple[Samples, torch.Tensor]:
-    """Training samples and validation images `[N, 1, h, w]` of the configured source."""
+    """Training samples and validation images `[N, C, h, w]` of the configured source."""
     names, images = load_training_images(config)
     train_names, val_names = _carve(names, config)
     image_of = dict(zip(names, images, strict=True))
@@ -172,7 +174,7 @@ def load_samples(config: TrainConfig) -> tuple[Samples, torch.Tensor]:
 
 
 def _validation(images: list[torch.Tensor], names: list[str], config: TrainConfig) -> torch.Tensor:
-    """The validation images `[N, 1, h, w]`, cropped to `validation_crop` or to the smallest side if that is less."""
+    """The validation images `[N, C, h, w]`, cropped to `validation_crop` or to the smallest side if that is less."""
     if not images:
         return torch.zeros(0, 1, 1, 1, dtype=torch.float32, device="cpu")
     if config.validation_crop:
@@ -214,7 +216,7 @@ def _carve(names: tuple[str, ...], config: TrainConfig) -> tuple[list[str], list
 
 
 def load_training_images(config: TrainConfig) -> tuple[tuple[str, ...], Sequence[torch.Tensor]]:
-    """Names and images `[1, H, W]` of the configured source, without the test part of its split."""
+    """Names and images `[C, H, W]` of the configured source, without the test part of its split."""
     if config.data == "embedded":
         images = embedded_images(max(96, config.crop, config.validation_crop)).train
         return images.names, images.x.unbind()

@@ -68,7 +68,7 @@ class Trainer:
         self.samples, validation = load_samples(config)
         self.validation = validation.to(self.device)
         self.placed = PlacedSamples(self.samples, self.placement)
-        self.A = self._operator(self.samples.size)
+        self.A = build_operator(config, self.samples.shape).to(self.device)
         self.reg = self.build()
         self.reg = self.reg.to(self.device)
         self.params = [p for p in self.reg.parameters() if p.requires_grad]
@@ -274,7 +274,7 @@ class Trainer:
         from ..evaluation.metrics import ssim
 
         x = self.validation
-        A = self._operator((x.shape[-2], x.shape[-1]))
+        A = self._operator(x)
         y = add_noise(A.A(x), self.config.sigma, seed=self.config.seed + 1)
         sol = recover(y, A, self.reg, self.mu, options=PGDOptions(300, 1e-4, acceleration="fista"))
         score = psnr(sol.x, x)
@@ -302,8 +302,9 @@ class Trainer:
             "config": json.loads(self.config.to_json()),
         }
 
-    def _operator(self, size: tuple[int, int]) -> LinearOperator:
-        return build_operator(self.config, (1, *size)).to(self.device)
+    def _operator(self, x: torch.Tensor) -> LinearOperator:
+        """The operator for images like `x` `[B, C, H, W]`."""
+        return build_operator(self.config, (x.shape[1], x.shape[2], x.shape[3])).to(self.device)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
