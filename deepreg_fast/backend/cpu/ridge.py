@@ -34,6 +34,8 @@ def unsupported_reason(form: RidgeForm, x: torch.Tensor) -> str | None:
     side = form.net.filters.shape[-1]
     if side > _MAX_SIDE:
         return f"it has filters up to {_MAX_SIDE} x {_MAX_SIDE}; these are {side} x {side}."
+    if x.shape[1] != form.net.filters.shape[1]:
+        return f"the images have {x.shape[1]} channels, but the filters take {form.net.filters.shape[1]}."
     return None if x.shape[1] == 1 else f"it has one image channel, not {x.shape[1]}."
 
 
