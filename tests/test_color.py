@@ -209,3 +209,30 @@ def test_a_ridge_of_color_images() -> None:
         reg.energy(x[:, :1])
     with dr.use_backend("cpu"), pytest.raises(dr.errors.BackendUnavailable, match="one image channel, not 3"):
         reg.float().value_and_grad(x.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vectorial_tv(dtype: torch.dtype) -> None:
+    """One root per pixel: a rotation of the colors changes nothing, and equal channels count sqrt C times."""
+    x, eps = images(2, 3, 8, 9, dtype=dtype), 0.05
+    tv = dr.TV(eps)
+    down, across = x.diff(dim=2), x.diff(dim=3)
+    square = torch.zeros(2, 8, 9, dtype=dtype)
+    square[:, :-1] += down.square().sum(1)
+    square[..., :-1] += across.square().sum(1)
+    accuracy = 1e-5 if dtype == torch.float32 else 1e-13
+    value, grad = tv.value_and_grad(x)
+    assert relative(value, ((square + eps**2).sqrt() - eps).sum((1, 2))) < accuracy
+    turned, turned_grad = tv.value_and_grad(opponent(x))
+    assert relative(turned, value) < accuracy and relative(opponent_adjoint(turned_grad), grad) < accuracy
+    gray = dr.TV(eps / 3**0.5).value_and_grad(x[:, :1])[0]
+    assert relative(tv.value_and_grad(x[:, :1].expand(2, 3, 8, 9))[0], 3**0.5 * gray) < accuracy
+    v = normal(2, 3, 8, 9).to(dtype)
+    product = opponent_adjoint(tv.linearize(opponent(x)).hvp(opponent(v)))
+    assert relative(product, tv.linearize(x).hvp(v)) < 10 * accuracy
+
+
+def test_vectorial_tv_against_differences() -> None:
+    x, v, tv = images(2, 3, 7, 6), normal(2, 3, 7, 6), dr.TV(0.1)
+    assert relative(tv.linearize(x).hvp(v), central(lambda t: tv.value_and_grad(x + t * v)[1])) <= 1e-6
+    assert tv.backend_for(x.float()[:, [0, 1, 2, 0, 1]]).name == "reference"
