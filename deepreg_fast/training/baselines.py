@@ -162,7 +162,8 @@ class AdversarialTrainer(_Baseline):
     def build(self) -> Regularizer:
         """Build the input-convex network."""
         c = self.config
-        return ICNN(c.channels, c.depth, c.rho, gain=c.gain, center=c.center, seed=c.seed)
+        options = {"gain": c.gain, "center": c.center, "image_channels": c.image_channels, "seed": c.seed}
+        return ICNN(c.channels, c.depth, c.rho, **options)
 
     def _critic(self, x: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.reg, ICNN)

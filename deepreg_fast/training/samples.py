@@ -176,7 +176,7 @@ def load_samples(config: TrainConfig) -> tuple[Samples, torch.Tensor]:
 def _validation(images: list[torch.Tensor], names: list[str], config: TrainConfig) -> torch.Tensor:
     """The validation images `[N, C, h, w]`, cropped to `validation_crop` or to the smallest side if that is less."""
     if not images:
-        return torch.zeros(0, 1, 1, 1, dtype=torch.float32, device="cpu")
+        return torch.zeros(0, config.image_channels, 1, 1, dtype=torch.float32, device="cpu")
     if config.validation_crop:
         side = min(config.validation_crop, *(min(x.shape[-2:]) for x in images))
         images = [center_crop(x, side) for x in images]
@@ -203,7 +203,8 @@ def _carve(names: tuple[str, ...], config: TrainConfig) -> tuple[list[str], list
     if config.validation == 0:
         return list(names), []
     pictures = sorted({n.rpartition("-")[0] for n in names})
-    validation_pictures = set(carve_validation(tuple(pictures), 2, config.seed)[1])
+    # Two of the eight photographs, or one of the three in color.
+    validation_pictures = set(carve_validation(tuple(pictures), max(1, len(pictures) // 4), config.seed)[1])
     train = [n for n in names if n.rpartition("-")[0] not in validation_pictures]
     val = [n for n in names if n.rpartition("-")[0] in validation_pictures]
     if config.validation > len(val):
@@ -211,13 +212,14 @@ def _carve(names: tuple[str, ...], config: TrainConfig) -> tuple[list[str], list
             f"The embedded images give at most {len(val)} validation crops, but validation is {config.validation}; "
             "lower it or name a folder of images."
         )
-    # Spread over both photographs, in a fixed order.
+    # Spread over these photographs, in a fixed order.
     return train, [val[i * len(val) // config.validation] for i in range(config.validation)]
 
 
 def load_training_images(config: TrainConfig) -> tuple[tuple[str, ...], Sequence[torch.Tensor]]:
     """Names and images `[C, H, W]` of the configured source, without the test part of its split."""
     if config.data == "embedded":
-        images = embedded_images(max(96, config.crop, config.validation_crop)).train
+        images = embedded_images(max(96, config.crop, config.validation_crop), color=config.color).train
         return images.names, images.x.unbind()
-    return load_images(config.data, names=load_split(config.split).train if config.split else None)
+    names = load_split(config.split).train if config.split else None
+    return load_images(config.data, names=names, color=config.color)
