@@ -35,7 +35,7 @@ class Ridge(Regularizer):
         Gray value subtracted from the image; the padding has this value.
     image_channels : int
         Channels C of the images. The filters span all of them, and each channel of a filter has mean zero if
-        `zero_mean`. The kernels take gray images.
+        `zero_mean`.
     seed : int
         Seed of the noise on the initial filters, which are DCT bases.
 
