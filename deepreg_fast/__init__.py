@@ -30,6 +30,10 @@ _HOME = {
     "TV": "regularizers",
     "DenoiserField": "regularizers",
     "EnergyRegularizer": "regularizers",
+    "PerChannel": "regularizers",
+    "Luma": "regularizers",
+    "RealImag": "regularizers",
+    "Magnitude": "regularizers",
     "Regularizer": "regularizers",
     "PGDOptions": "solvers",
     "Solution": "solvers",
@@ -94,7 +98,20 @@ if TYPE_CHECKING:
         SuperResolution,
         Tomography,
     )
-    from .regularizers import ICNN, RED, TV, DenoiserField, EnergyRegularizer, Regularizer, Ridge, Sum
+    from .regularizers import (
+        ICNN,
+        RED,
+        TV,
+        DenoiserField,
+        EnergyRegularizer,
+        Luma,
+        Magnitude,
+        PerChannel,
+        RealImag,
+        Regularizer,
+        Ridge,
+        Sum,
+    )
     from .regularizers.lipschitz import beta_hat, spectrum
     from .solvers import CGOptions, MinresOptions, PGDOptions, Solution, cg, minres
     from .status import Status

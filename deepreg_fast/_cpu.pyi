@@ -51,7 +51,16 @@ class ConvChain:
 
 class Ridge:
     def __init__(
-        self, filters: int, side: int, steps: int, center: float, w: Tensor, c: Tensor, s: Tensor, isa: str
+        self,
+        filters: int,
+        channels: int,
+        side: int,
+        steps: int,
+        center: float,
+        w: Tensor,
+        c: Tensor,
+        s: Tensor,
+        isa: str,
     ) -> None: ...
     def saved_floats(self, height: int, width: int) -> int: ...
     def gradient(

@@ -51,6 +51,8 @@ class Problem:
         Seed of the SRM and of the random masks.
     sigma : float
         Standard deviation of the measurement noise; 1 is the range from black to white.
+    color : bool
+        Whether the images are read in color, with three channels, instead of gray.
 
     Raises
     ------
@@ -65,6 +67,7 @@ class Problem:
     keep_dc: bool | None = option(None, "Keep the SRM's coefficients of the means; none: for a permutation only.")
     operator_seed: int = option(0, "Seed of the operator.")
     sigma: float = option(0.0, "Standard deviation of the measurement noise.")
+    color: bool = option(False, "Read images in color (red, green, blue) instead of gray.")
 
     def __post_init__(self) -> None:
         checks.plain_fields(self)
@@ -81,6 +84,11 @@ class Problem:
                 "is compressive sensing."
             )
 
+    @property
+    def image_channels(self) -> int:
+        """The channels of the images."""
+        return 3 if self.color else 1
+
     @classmethod
     def of(cls, source: Any) -> Self:
         """The problem in a larger object or mapping, such as a training's settings; absent fields take defaults."""
@@ -92,6 +100,7 @@ class Problem:
         words = PROBLEMS.get(self.problem, f"the operator of {self.problem}")
         if self.problem == "cs":
             words += f" ({self.transform}, {self.ratio:g} measurements per pixel)"
+        words += ", in color" if self.color else ""
         return words + (f", noise of {255 * self.sigma:.3g}/255" if self.sigma else "")
 
 

@@ -338,7 +338,7 @@ def test_a_wrong_buffer_is_an_exception() -> None:
     with pytest.raises(IndexError, match=r"idx must lie in \[0, 2\)"):
         vectors.secant(2, 4, 1, idx, 2, a, a, a, a, four)
     w, s = torch.ones(1, 3, 3), torch.ones(1)
-    ridge = module.Ridge(1, 3, 1, 0.5, w, s, s, "")
+    ridge = module.Ridge(1, 1, 3, 1, 0.5, w, s, s, "")
     x, value = torch.ones(1, 1, 4, 4), torch.zeros(1, dtype=torch.float64)
     with pytest.raises(ValueError, match="the memory must be"):
         ridge.gradient(x, value, torch.ones_like(x), torch.ones(3), 1, 4, 4, 1)

@@ -79,7 +79,7 @@ def test_psnr_loss_weighs_each_images_hypergradient(folder: Path, tmp_path: Path
     x = batch.x
     metrics = trainer.gradients(batch)
     reg, d = trainer.reg.double(), x[0].numel()
-    A, x = dr.SRM((1, *trainer.samples.size), c.ratio, seed=c.operator_seed).double(), x.double()
+    A, x = dr.SRM(trainer.samples.shape, c.ratio, seed=c.operator_seed).double(), x.double()
     theta = {k: torch.zeros_like(p) for k, p in reg.named_parameters()}
     log_mu, losses = 0.0, []
     for image in x.split(1):
@@ -271,7 +271,7 @@ def test_baselines_improve_on_their_own_criterion(
     assert meta["method"] == t.method
     x = t.validation
     assert torch.equal(loaded.value_and_grad(x)[1], reg.value_and_grad(x)[1])
-    sol = dr.recover(t.operator((16, 16)).A(x), t.operator((16, 16)), reg, 0.01)
+    sol = dr.recover(t.operator(x).A(x), t.operator(x), reg, 0.01)
     assert bool(torch.isfinite(sol.x).all())
 
 

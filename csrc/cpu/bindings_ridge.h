@@ -9,16 +9,17 @@ namespace dr::bindings {
 // A ridge energy with copies of its parameters.
 class Ridge {
   public:
-    // Floats: filters [filters, side, side], coefficients [filters, steps], scales [steps].
-    Ridge(int filters, int side, int steps, float center, py::handle w, py::handle c, py::handle s, const std::string& isa)
+    // Floats: filters [filters, channels, side, side], coefficients [filters, steps], scales [steps].
+    Ridge(int filters, int channels, int side, int steps, float center, py::handle w, py::handle c, py::handle s,
+          const std::string& isa)
         : kernels_(&dr::dispatch(isa, DR_TABLES(ridge))) {
-        if (filters < 1 || steps < 1 || side < 3 || side > dr::MAX_SIDE || side % 2 == 0)
-            throw std::invalid_argument("an odd side from 3 to 15, and at least one filter and one step");
+        if (filters < 1 || channels < 1 || steps < 1 || side < 3 || side > dr::MAX_SIDE || side % 2 == 0)
+            throw std::invalid_argument("an odd side from 3 to 15, and at least one filter, one channel and one step");
         const std::size_t n = filters;
-        copy(w_, w, n * side * side);
+        copy(w_, w, n * channels * side * side);
         copy(c_, c, n * steps);
         copy(s_, s, steps);
-        ridge_ = {filters, side, steps, center, w_.data(), c_.data(), s_.data()};
+        ridge_ = {filters, channels, side, steps, center, w_.data(), c_.data(), s_.data()};
     }
     Ridge(const Ridge&) = delete;
     Ridge& operator=(const Ridge&) = delete;
@@ -28,15 +29,15 @@ class Ridge {
 
     void gradient(py::handle x, py::handle value, py::handle grad, py::handle saved, int b, int height, int width,
                   int threads) const {
-        const Batch size = batch(b, height, width, threads);
+        const Batch size = batch(b, height, width, threads, ridge_.channels);
         run_gradient(*kernels_, ridge_, size, b * saved_floats(height, width), x, value, grad, saved);
     }
     void hvp(py::handle v, py::handle saved, py::handle out, int b, int height, int width, int threads) const {
-        const Batch size = batch(b, height, width, threads);
+        const Batch size = batch(b, height, width, threads, ridge_.channels);
         run_hvp(*kernels_, ridge_, size, b * saved_floats(height, width), v, saved, out);
     }
     void param_vjp(py::handle x, py::handle v, py::handle dw, py::handle dc, int b, int height, int width, int threads) const {
-        const Batch size = batch(b, height, width, threads);
+        const Batch size = batch(b, height, width, threads, ridge_.channels);
         const float *in = dr::memory<float>(x, size.numbers(), "x"), *along = dr::memory<float>(v, size.numbers(), "v");
         double *by_w = dr::memory<double>(dw, w_.size(), "dw"), *by_c = dr::memory<double>(dc, c_.size(), "dc");
         run([&] { kernels_->param_vjp(ridge_, size, in, along, by_w, by_c); });
@@ -55,7 +56,7 @@ class Ridge {
 
 inline void bind_ridge(py::module_& m) {
     py::class_<Ridge>(m, "Ridge")
-        .def(py::init<int, int, int, float, py::handle, py::handle, py::handle, const std::string&>())
+        .def(py::init<int, int, int, int, float, py::handle, py::handle, py::handle, const std::string&>())
         .def("saved_floats", &Ridge::saved_floats)
         .def("gradient", &Ridge::gradient)
         .def("hvp", &Ridge::hvp)

@@ -10,7 +10,8 @@ namespace dr::bindings {
 class Tv {
   public:
     Tv(int channels, double eps, const std::string& isa) : kernels_(&dr::dispatch(isa, DR_TABLES(tv))), tv_{channels, eps} {
-        if (channels < 1 || !(eps > 0)) throw std::invalid_argument("at least one channel, and eps > 0");
+        if (channels < 1 || channels > dr::Tv::max_channels || !(eps > 0))
+            throw std::invalid_argument("one to four channels, and eps > 0");
     }
 
     // Floats per image that `gradient` saves for `hvp` if `saved` is passed.

@@ -1,4 +1,4 @@
-// Innermost loops of a ridge energy: correlations of one channel with many filters, and the profiles.
+// Innermost loops of a ridge energy: correlations of an image with many filters, and the profiles.
 //
 // Included once per instruction set (DR_ISA names it). Lines are padded to complete registers and images by the
 // filter's reach, so no loop here tests for the end of the image.
@@ -10,12 +10,20 @@ namespace DR_ISA {
 constexpr int GROUP = LANES == 16 ? 8 : 4;  // filters, or rows, summed at once
 constexpr int WIDE = 3;                     // registers of pixels summed at once
 
-// raw[filter][register] = w_filter * u over V registers of one row: u at the first tap of the first pixel, filters
-// [tap][GROUP].
+// The channels of a centered, padded image around a row: at the first tap of the first pixel of the first channel.
+struct Channels {
+    const float* at;
+    int count;
+    size_t plane, line;  // floats from channel to channel, and from row to row
+};
+
+// raw[filter][register] = w_filter * u over V registers of one row, summed over the channels: filters
+// [channel][tap][GROUP].
 template <int V>
-static DR_CALL void responses(const float* u, size_t line, int side, const float* w, float (*raw)[WIDE * LANES]) {
+static DR_CALL void responses(const Channels& image, int side, const float* w, float (*raw)[WIDE * LANES]) {
     Vec acc[GROUP][V] = {};
-    for (int a = 0; a < side; ++a, u += line)
+    for (int row = 0; row < image.count * side; ++row) {
+        const float* u = image.at + row / side * image.plane + row % side * image.line;
         for (int b = 0; b < side; ++b, w += GROUP) {
             Vec d[V];
 #pragma GCC unroll 3
@@ -27,6 +35,7 @@ static DR_CALL void responses(const float* u, size_t line, int side, const float
                 for (int v = 0; v < V; ++v) acc[f][v] += wv * d[v];
             }
         }
+    }
 #pragma GCC unroll 8
     for (int f = 0; f < GROUP; ++f)
 #pragma GCC unroll 3

@@ -6,9 +6,10 @@
 
 namespace dr {
 
-// r(x) = sum_p sqrt(|D x|_p^2 + eps^2) - eps over the pixels of all channels, D the forward differences, zero across the
-// border.
+// r(x) = sum_p sqrt(|D x|_p^2 + eps^2) - eps over the pixels, |D x|_p the norm over all channels, D the forward differences,
+// zero across the border.
 struct Tv {
+    static constexpr int max_channels = 4;
     int channels;
     double eps;
 };

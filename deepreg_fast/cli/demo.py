@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DeviceOption, ProblemOption, use_device
+from .options import ColorOption, DeviceOption, ProblemOption, use_device
 
 
-def demo(
+def demo(  # noqa: PLR0913 - one argument for each option of the command line
     out: Annotated[Path, typer.Option(help="Folder for the report and the run.")] = Path("demo-report"),
     steps: Annotated[int, typer.Option(help="Training steps.")] = 250,
     size: Annotated[int, typer.Option(help="Side of the held-out images.")] = 128,
@@ -22,6 +22,7 @@ def demo(
             help="Standard deviation of the measurement noise [default: 0 for cs, else 2.55/255].", show_default=False
         ),
     ] = None,
+    color: ColorOption = False,
     device: DeviceOption = "cpu",
 ) -> None:
     """Train a small regularizer on photographs, recover held-out ones, compare with TV and with shipped weights, and
@@ -41,7 +42,7 @@ def demo(
     checks.integer(steps, "--steps", 1)
     checks.integer(size, "--size", 64, 300)
     noise = (0.0 if problem == "cs" else NOISE) if sigma is None else sigma
-    described = Problem(problem, sigma=noise)
+    described = Problem(problem, sigma=noise, color=color)
     outcome = run_demo(out, steps, size, device=str(use_device(device)), problem=described)
     rows = [
         (name, f"{f['psnr_mean']:.2f} dB", f"{f['psnr_median']:.2f} dB", f"{f['ssim_mean']:.3f}")

@@ -17,6 +17,7 @@ from ..weights.cards import card_of
 from .options import (
     MAX_ITERATIONS,
     AccelerationOption,
+    ColorOption,
     DeviceOption,
     KeepDcOption,
     ProblemOption,
@@ -76,6 +77,7 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     keep_dc: KeepDcOption = None,
     operator_seed: Annotated[int, typer.Option(help="Seed of the operator.")] = 0,
     sigma: Annotated[float, typer.Option(help="Standard deviation of the measurement noise.")] = 0.0,
+    color: ColorOption = False,
     tune: Annotated[bool, typer.Option(help="Tune mu of the trained baselines on validation images.")] = True,
     tune_mu: TuneMuOption = False,
     acceleration: AccelerationOption = "",
@@ -96,6 +98,8 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     deepreg-fast evaluate --weights cs5-beta10 --data three-pictures --crop 180 --tune-on embedded
 
     deepreg-fast evaluate --weights cs5-ridge-net --problem deblur-gaussian --sigma 0.01 --tune-mu
+
+    deepreg-fast evaluate --weights cs5-ridge-weak --problem deblur-gaussian --sigma 0.03 --tune-mu --color
     """
     from ..evaluation.compare import Experiment
 
@@ -105,9 +109,8 @@ def evaluate(  # noqa: PLR0913 - one argument for each option of the command lin
     split = _split(data, split)
     if out is not None:
         _check_out(out, data, split, weights or [])
-    experiment = Experiment(
-        problem, ratio, transform, randomizer, keep_dc, operator_seed, sigma, data, split, crop, validation
-    )
+    images = {"data": data, "split": split, "test_crop": crop, "tuning": validation}
+    experiment = Experiment(problem, ratio, transform, randomizer, keep_dc, operator_seed, sigma, color, **images)
     recovery = {"acceleration": acceleration, "tolerance": tolerance, "max_iterations": max_iterations}
     chosen = {"limit": limit, "tune_on": tune_on, "tune": tune, "tune_mu": tune_mu, "device": str(use_device(device))}
     result = _compare(experiment, weights or [], recovery, chosen)
@@ -125,6 +128,7 @@ def _compare(
     from ..evaluation.compare import evaluate as compare
     from ..evaluation.tuning import tune_mu as tuned
     from ..evaluation.tuning import tuned_tv
+    from ..regularizers import for_channels
     from ..weights.io import load
 
     device = chosen["device"]
@@ -139,7 +143,9 @@ def _compare(
         for source, reg, meta in loaded:
             options = pgd_options(meta, **recovery)
             mu = default_mu(meta, experiment.sigma)
-            method = Method(_name(source, meta, methods), reg.to(device), mu, options)
+            method = Method(
+                _name(source, meta, methods), for_channels(reg, experiment.image_channels).to(device), mu, options
+            )
             pulse.done(text=f"tuning {method.name}")
             # Only bi-level training learns mu.
             bilevel = meta.get("method") == "bilevel"
@@ -211,7 +217,7 @@ def _check_out(out: Path, data: str, split: str, weights: list[str]) -> None:
 
 
 def _table(result: dict[str, Any]) -> None:
-    head = ("method", "PSNR mean", "median", "SSIM", "vs TV", "wins", "gradients", "status", "mu")
+    head = ("method", "PSNR mean", "median", "SSIM", "vs TV", "wins", "gradients", "s/image", "status", "mu")
     rows = []
     for name, f in result.items():
         if name == "settings":
@@ -226,6 +232,7 @@ def _table(result: dict[str, Any]) -> None:
                 f"{vs_tv['mean']:+.2f}" if vs_tv else "",
                 f"{vs_tv['wins']}/{vs_tv['images']}" if vs_tv else "",
                 f"{sum(f['gradients']) / len(f['gradients']):.0f}",
+                f"{f['seconds'] / len(f['psnr']):.2f}",
                 ", ".join(f"{v} {k}" for k, v in f["status"].items()),
                 "" if f["mu"] is None else f"{f['mu']:.2g}",
             )

@@ -32,6 +32,10 @@ AccelerationOption = Annotated[
 ]
 
 ProblemOption = Annotated[str, typer.Option(help=PROBLEM_HELP)]
+ColorOption = Annotated[
+    bool,
+    typer.Option("--color", help="Read images in color. Weights of gray images are applied to each channel."),
+]
 KeepDcOption = Annotated[
     bool | None,
     typer.Option(

@@ -15,6 +15,7 @@ from ..files import check_outputs, make_folder, write_atomically
 from .options import (
     MAX_ITERATIONS,
     AccelerationOption,
+    ColorOption,
     DeviceOption,
     KeepDcOption,
     ProblemOption,
@@ -47,6 +48,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     mu: Annotated[float | None, typer.Option(help=MU)] = None,
     lam: Annotated[float | None, typer.Option(help="With --sigma: mu = lam sigma^2.")] = None,
     sigma: Annotated[float, typer.Option(help="Noise added to simulated measurements.")] = 0.0,
+    color: ColorOption = False,
     problem: ProblemOption = "cs",
     measured: Annotated[
         bool,
@@ -70,6 +72,8 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
 
     deepreg-fast recover blurred.png --measured --problem kernel.png --sigma 0.01 --weights cs5-ridge-weak
 
+    deepreg-fast recover blurred.png --color --measured --problem kernel.png --sigma 0.01 --weights cs5-ridge-weak
+
     deepreg-fast recover measured.npz --weights runs/beta10/weights.safetensors --mu 1e-3 --out recovered
     """
     from ..adapters.peers import load_peer
@@ -81,7 +85,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     from ..problem import Problem
     from ..weights.io import load, locate
 
-    described = Problem(problem, ratio, transform, randomizer, keep_dc, operator_seed, sigma)
+    described = Problem(problem, ratio, transform, randomizer, keep_dc, operator_seed, sigma, color)
     torch_device = use_device(device)
     way_out = "name another --out or rename the source"
     # Checked before anything is computed, so that minutes of work are not lost.
@@ -96,14 +100,15 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
         y, A, noise = load_measurements(source)
         described = _described(A, noise)
     else:
-        picture, noise = load_image(source)[None], sigma
-        shape = (1, picture.shape[-2], picture.shape[-1])
+        picture, noise = load_image(source, color=color)[None], sigma
+        shape = (picture.shape[1], picture.shape[2], picture.shape[3])
         if measured:
             A = operator_measuring(described, shape)
             y = picture
         else:
             A = build_operator(described, shape)
             y, truth = add_noise(A.A(picture), sigma, seed=1), picture
+    reg = _lifted(reg, A)
     names = [source.stem] if len(y) == 1 else [f"{source.stem}_{i:03d}" for i in range(len(y))]
     check_outputs([out / f"{n}{s}" for n in names for s in (".npy", ".png")] + summary_files, [source], way_out)
     make_folder(out)
@@ -122,7 +127,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     sol.x = sol.x.cpu()
     for name, image in zip(names, sol.x, strict=True):
         write_atomically(out / f"{name}.npy", _npy(image.float()))
-        write_atomically(out / f"{name}.png", png(image.clamp(0, 1)))
+        write_atomically(out / f"{name}.png", png(_shown(image).clamp(0, 1)))
     results = {**_results(sol, truth), "mu": weight, "device": str(torch_device)}
     write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
     write_atomically(out / "figure.png", _figure(sol, truth, A, y))
@@ -136,10 +141,28 @@ def _described(A: LinearOperator, sigma: float) -> Problem:
     """The problem of a measurement file."""
     from ..problem import Problem
 
-    kind = A.describe()["kind"]
+    kind, color = A.describe()["kind"], A.image_shape[0] == 3
     if kind == "srm":
-        return Problem(ratio=A.measurements / math.prod(A.image_shape), sigma=sigma)
-    return Problem(kind, sigma=sigma)
+        return Problem(ratio=A.measurements / math.prod(A.image_shape), sigma=sigma, color=color)
+    return Problem(kind, sigma=sigma, color=color)
+
+
+def _lifted(reg: Regularizer, A: LinearOperator) -> Regularizer:
+    """The regularizer for the operator's images: one of gray images on each channel, or on both parts of a complex
+    image."""
+    from ..operators import MRI
+    from ..regularizers import RealImag, for_channels
+
+    if isinstance(A, MRI) and reg.image_channels == 1:
+        return RealImag(reg)
+    return for_channels(reg, A.image_shape[0])
+
+
+def _shown(image: torch.Tensor) -> torch.Tensor:
+    """An image `[C, H, W]` as a picture, gray or in color: the magnitude of two channels, the first of other ones."""
+    if image.shape[0] == 2:
+        return image.norm(dim=0, keepdim=True)
+    return image if image.shape[0] == 3 else image[:1]
 
 
 def _as_weights(
@@ -194,14 +217,20 @@ def _figure(sol: Solution, truth: torch.Tensor | None, A: LinearOperator, y: tor
     from matplotlib.figure import Figure
 
     shown = len(A.measurement_shape) == 3
-    first = ("measured", A.as_image(y)[0, 0].cpu()) if shown else ("Aᵀy", A.A_adjoint(y)[0, 0].cpu())
-    panels = [first, ("recovered", sol.x[0, 0])]
+    first = ("measured", A.as_image(y)[0].cpu()) if shown else ("Aᵀy", A.A_adjoint(y)[0].cpu())
+    panels = [first, ("recovered", sol.x[0])]
     if truth is not None:
-        panels += [("truth", truth[0, 0]), ("error × 5", 0.5 + 5 * (sol.x - truth)[0, 0])]
+        panels += [("truth", truth[0]), ("error × 5", 0.5 + 5 * (sol.x[0] - truth[0]))]
     figure = Figure(figsize=(3.2 * len(panels), 3.5), layout="constrained")
-    for axis, (title, image) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axis, (title, channels) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        image = _shown(channels)
         low, high = (float(image.min()), float(image.max())) if title in ("Aᵀy", "measured") else (0.0, 1.0)
-        axis.imshow(image.numpy(), cmap="gray", vmin=low, vmax=high)
+        # Colors are scaled here, because the figure scales gray values only.
+        level = ((image - low) / max(high - low, 1e-9)).clamp(0.0, 1.0)
+        if len(image) == 3:
+            axis.imshow(level.permute(1, 2, 0).numpy())
+        else:
+            axis.imshow(image[0].numpy(), cmap="gray", vmin=low, vmax=high)
         axis.set_title(title)
         axis.set_axis_off()
     buffer = io.BytesIO()

@@ -25,6 +25,8 @@ TRAIN_PICTURES = (
     "rocket.jpg",
 )
 HELD_OUT_PICTURES = ("camera.png", "chelsea.png", "coffee.png")
+COLOR_PICTURES = ("astronaut.png", "motorcycle_left.png", "rocket.jpg", "chelsea.png", "coffee.png")
+"""Those of both lists that are in color."""
 
 
 class EmbeddedImages(NamedTuple):
@@ -34,8 +36,10 @@ class EmbeddedImages(NamedTuple):
     held_out: ImageSet
 
 
-def embedded_images(size: int | tuple[int, int], train_crops: int = 9, held_out_crops: int = 2) -> EmbeddedImages:
-    """Gray crops of eight training and three held-out photographs of scikit-image. The crops are always the same.
+def embedded_images(
+    size: int | tuple[int, int], train_crops: int = 9, held_out_crops: int = 2, color: bool = False
+) -> EmbeddedImages:
+    """Crops of eight training and three held-out photographs of scikit-image. The crops are always the same.
 
     A photograph is first halved by averaging 2x2 pixels if it is then still at least twice as large as the crop in each
     direction: the originals are soft at full size, and a small crop then shows more of the scene. The crops lie on an
@@ -47,6 +51,8 @@ def embedded_images(size: int | tuple[int, int], train_crops: int = 9, held_out_
         Height and width of the crops, an integer or a pair; at most 300x384, the smallest extents of the photographs.
     train_crops, held_out_crops
         Crops per photograph. Crop `i` of `camera.png` is named `camera-i`.
+    color
+        Crops in color, of the three training and two held-out photographs that are in color, instead of gray ones.
 
     Raises
     ------
@@ -58,8 +64,10 @@ def embedded_images(size: int | tuple[int, int], train_crops: int = 9, held_out_
     held_out_crops = checks.integer(held_out_crops, "held_out_crops", 1)
     folder = _folder()
     return EmbeddedImages(
-        _crop_all(folder, TRAIN_PICTURES, size, train_crops),
-        _crop_all(folder, HELD_OUT_PICTURES, size, held_out_crops),
+        *(
+            _crop_all(folder, tuple(p for p in pictures if p in COLOR_PICTURES or not color), size, crops, color)
+            for pictures, crops in ((TRAIN_PICTURES, train_crops), (HELD_OUT_PICTURES, held_out_crops))
+        )
     )
 
 
@@ -74,12 +82,14 @@ def _folder() -> Path:
     return Path(spec.origin).parent / "data"
 
 
-def _crop_all(folder: Path, pictures: tuple[str, ...], size: int | tuple[int, int], crops: int) -> ImageSet:
+def _crop_all(
+    folder: Path, pictures: tuple[str, ...], size: int | tuple[int, int], crops: int, color: bool
+) -> ImageSet:
     height, width = pair(size)
     names: list[str] = []
     images: list[torch.Tensor] = []
     for picture in pictures:
-        image = load_image(folder / picture)
+        image = load_image(folder / picture, color=color)
         h, w = image.shape[-2:]
         if h < height or w < width:
             raise DataError(

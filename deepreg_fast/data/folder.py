@@ -20,7 +20,7 @@ from .images import SUFFIXES, Size, load_image
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Named gray images of one shape: `names` (length N) and `x` `[N, 1, H, W]`, float32 in [0, 1]."""
+    """Named images of one shape: `names` (length N) and `x` `[N, C, H, W]`, float32 in [0, 1]."""
 
     names: tuple[str, ...]
     x: torch.Tensor
@@ -68,7 +68,11 @@ class Split:
 
 
 def load_folder(
-    path: str | os.PathLike[str], size: Size = None, names: Sequence[str] | None = None, option: str = "size"
+    path: str | os.PathLike[str],
+    size: Size = None,
+    names: Sequence[str] | None = None,
+    option: str = "size",
+    color: bool = False,
 ) -> ImageSet:
     """Read the images of a folder (without subfolders), sorted by name, as one `ImageSet`.
 
@@ -82,6 +86,8 @@ def load_folder(
         Read only these files, in this order.
     option
         Name of the option that sets the size, for error messages.
+    color
+        Read colors instead of gray values (`load_image`).
 
     Raises
     ------
@@ -90,7 +96,7 @@ def load_folder(
         or the shapes differ and `size` is None.
     """
     folder = Path(path)
-    chosen, images = load_images(folder, size, names, option)
+    chosen, images = load_images(folder, size, names, option, color)
     for name, image in zip(chosen, images, strict=True):
         if image.shape != images[0].shape:
             first, other = (f"{t.shape[1]}x{t.shape[2]}" for t in (images[0], image))
@@ -102,9 +108,13 @@ def load_folder(
 
 
 def load_images(
-    path: str | os.PathLike[str], size: Size = None, names: Sequence[str] | None = None, option: str = "size"
+    path: str | os.PathLike[str],
+    size: Size = None,
+    names: Sequence[str] | None = None,
+    option: str = "size",
+    color: bool = False,
 ) -> tuple[tuple[str, ...], list[torch.Tensor]]:
-    """Names and images `[1, H, W]` of a folder, read as by `load_folder`. Shapes may differ.
+    """Names and images `[C, H, W]` of a folder, read as by `load_folder`. Shapes may differ.
 
     Raises
     ------
@@ -114,7 +124,7 @@ def load_images(
     folder = Path(path)
     files = image_names(folder)
     chosen = files if names is None else _known(folder, files, names)
-    return chosen, [load_image(folder / name, size, option) for name in chosen]
+    return chosen, [load_image(folder / name, size, option, color) for name in chosen]
 
 
 def image_names(path: str | os.PathLike[str]) -> tuple[str, ...]:

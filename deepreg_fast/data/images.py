@@ -1,4 +1,4 @@
-"""Defensive image loading: one file to a gray float32 tensor `[1, H, W]` in [0, 1]."""
+"""Defensive image loading: one file to a float32 tensor in [0, 1], gray `[1, H, W]` or color `[3, H, W]`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ _SIXTEEN_BIT = 65535
 Size = int | tuple[int, int] | None
 
 
-def load_image(path: str | os.PathLike[str], size: Size = None, option: str = "size") -> torch.Tensor:
-    """Read one image as gray values, a float32 tensor `[1, H, W]` in [0, 1].
+def load_image(
+    path: str | os.PathLike[str], size: Size = None, option: str = "size", color: bool = False
+) -> torch.Tensor:
+    """Read one image as gray values or colors, a float32 tensor in [0, 1].
 
-    8-bit values are divided by 255 and 16-bit values by 65535; float values must lie in [0, 1]. Color is converted to
-    ITU-R BT.601 luma, `0.299 R + 0.587 G + 0.114 B`, without rounding to 8 bits. Transparency is dropped, only the
-    first frame is read, and the EXIF orientation is applied.
+    8-bit values are divided by 255 and 16-bit values by 65535; float values must lie in [0, 1]. For gray values, color
+    is converted to ITU-R BT.601 luma, `0.299 R + 0.587 G + 0.114 B`, without rounding to 8 bits. Transparency is
+    dropped, only the first frame is read, and the EXIF orientation is applied.
 
     Parameters
     ----------
@@ -44,10 +46,12 @@ def load_image(path: str | os.PathLike[str], size: Size = None, option: str = "s
         None for the whole image, `n` for the center `n x n` pixels, or `(height, width)`. Images are never scaled.
     option : str
         Name of the option that sets the size, for the error message of an image that is too small.
+    color : bool
+        Keep red, green and blue; the three are equal for a gray file.
 
     Returns
     -------
-    Tensor `[1, H, W]`
+    Tensor `[1, H, W]`, or `[3, H, W]` with `color`
 
     Raises
     ------
@@ -69,12 +73,12 @@ def load_image(path: str | os.PathLike[str], size: Size = None, option: str = "s
         raise DataError(f"Expected an image file, but {path} is a folder; name one file in it, or load the folder.")
     try:
         with path.open("rb") as file:
-            gray = _decode(file, path)
+            values = _decode(file, path, color)
     except FileNotFoundError:
         raise DataError(f"There is no image file {path}; check the name and the folder.") from None
     except PermissionError as error:
         raise DataError(f"The image file {path} cannot be read ({error.strerror}); check its permissions.") from error
-    return center_crop(torch.from_numpy(gray)[None], size, str(path), option)
+    return center_crop(torch.from_numpy(values), size, str(path), option)
 
 
 def center_crop(image: torch.Tensor, size: Size, name: str = "the image", option: str = "size") -> torch.Tensor:
@@ -109,7 +113,9 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def save_image(path: str | os.PathLike[str], image: torch.Tensor) -> Path:
-    """Write a gray image `[1, H, W]` or `[H, W]`, clipped to [0, 1], as an 8-bit PNG; return its path.
+    """Write an image, clipped to [0, 1], as an 8-bit PNG; return its path.
+
+    The image is gray, `[1, H, W]` or `[H, W]`, or color, `[3, H, W]`.
 
     The file is written atomically: under a temporary name, then renamed.
 
@@ -139,21 +145,23 @@ def png(image: torch.Tensor) -> bytes:
     InputError
         If `image` has another shape or is not finite.
     """
-    plane = image.detach().cpu()
-    plane = plane[0] if plane.ndim == 3 and plane.shape[0] == 1 else plane
-    if plane.ndim != 2 or not bool(torch.isfinite(plane).all()):
+    values = image.detach().cpu()
+    is_image = values.ndim == 2 or (values.ndim == 3 and values.shape[0] in (1, 3))
+    if not is_image or not bool(torch.isfinite(values).all()):
         raise InputError(
-            f"Expected a finite gray image [1, H, W] or [H, W], but a tensor of shape {list(image.shape)} came"
-            f"{'' if plane.ndim != 2 else ' with NaN or infinite pixels'}; write one image at a time."
+            f"Expected a finite image, gray [1, H, W] or [H, W] or color [3, H, W], but a tensor of shape "
+            f"{list(image.shape)} came{' with NaN or infinite pixels' if is_image else ''}; write one image at a time."
         )
-    pixels = (plane.double().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    if values.ndim == 3:
+        values = values[0] if values.shape[0] == 1 else values.permute(1, 2, 0)
+    pixels = (values.double().clamp(0, 1) * 255).round().to(torch.uint8).contiguous().numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def _decode(file: BinaryIO, path: Path) -> np.ndarray:
-    """Gray float32 values `[H, W]` of an open file; any damage raises a `DataError`."""
+def _decode(file: BinaryIO, path: Path, color: bool) -> np.ndarray:
+    """Float32 values `[1, H, W]` or `[3, H, W]` of an open file; any damage raises a `DataError`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about size and odd metadata; the size is checked below.
@@ -163,7 +171,8 @@ def _decode(file: BinaryIO, path: Path) -> np.ndarray:
             file.seek(0)
             with Image.open(file, formats=FORMATS) as image:
                 image.load()
-                return _gray(_upright(image), path)
+                image = _upright(image)
+                return _colors(image, path) if color else _gray(image, path)[None]
     except DataError:
         raise
     except Image.DecompressionBombError:
@@ -198,7 +207,20 @@ def _bomb(path: Path) -> DataError:
     )
 
 
+def _has_color(image: Image.Image) -> bool:
+    return not (image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"))
+
+
+def _colors(image: Image.Image, path: Path) -> np.ndarray:
+    """`[3, H, W]`."""
+    if not _has_color(image):
+        return np.repeat(_gray(image, path)[None], 3, 0)
+    rgb = np.asarray(image.convert("RGB"), dtype=np.float32)
+    return np.ascontiguousarray(rgb.transpose(2, 0, 1) / 255)
+
+
 def _gray(image: Image.Image, path: Path) -> np.ndarray:
+    """`[H, W]`."""
     mode = image.mode
     if mode == "1" or mode in ("L", "LA", "La"):
         return np.asarray(image.convert("L"), dtype=np.float32) / 255

@@ -35,7 +35,7 @@ class Experiment(Problem):
 
     Parameters
     ----------
-    problem, ratio, transform, randomizer, keep_dc, operator_seed, sigma
+    problem, ratio, transform, randomizer, keep_dc, operator_seed, sigma, color
         As in `Problem`.
     data : str
         Folder of images, or "embedded".
@@ -65,7 +65,7 @@ class Experiment(Problem):
 
 @dataclass(frozen=True)
 class Measured:
-    """An experiment's operator, its test images `x` `[N, 1, H, W]` with their `names` and measurements `y`, one per
+    """An experiment's operator, its test images `x` `[N, C, H, W]` with their `names` and measurements `y`, one per
     row, and the tuning images with their measurements."""
 
     A: LinearOperator
@@ -96,7 +96,7 @@ _CROP = "--crop (test_crop)"
 
 
 def evaluation_images(experiment: Experiment, tune_on: str = "") -> tuple[ImageSet, torch.Tensor]:
-    """Test images and tuning images `[M, 1, H, W]`, which are disjoint. Tuning images come from the training part, or
+    """Test images and tuning images `[M, C, H, W]`, which are disjoint. Tuning images come from the training part, or
     from the folder `tune_on` ("embedded" for scikit-image's photographs), cropped to the size of the test images.
 
     Raises
@@ -106,9 +106,9 @@ def evaluation_images(experiment: Experiment, tune_on: str = "") -> tuple[ImageS
     InputError
         If a folder without split leaves no test image, or `tune_on` is the data folder.
     """
-    data, crop, count = experiment.data, experiment.test_crop, experiment.tuning
+    data, crop, count, color = experiment.data, experiment.test_crop, experiment.tuning, experiment.color
     if data == "embedded":
-        train, test = embedded_images(crop or 96)
+        train, test = embedded_images(crop or 96, color=color)
         tuning = train.x[:: max(1, len(train.x) // count)][:count]
         return test, _tuning_images(tune_on, test, count) if tune_on else tuning
     if tune_on and same_file(Path(tune_on), Path(data)):
@@ -116,7 +116,7 @@ def evaluation_images(experiment: Experiment, tune_on: str = "") -> tuple[ImageS
     size = crop or None
     if experiment.split:
         names = load_split(experiment.split)
-        test = load_folder(data, size, names.test, _CROP)
+        test = load_folder(data, size, names.test, _CROP, color)
         pool = names.train
     else:
         pool = image_names(data)
@@ -126,11 +126,11 @@ def evaluation_images(experiment: Experiment, tune_on: str = "") -> tuple[ImageS
                 "another folder to tune on (--tune-on, or --tune-on embedded), or tune on fewer (--validation)."
             )
         test_names = pool if tune_on else carve_validation(pool, count, 0)[0]
-        test = load_folder(data, size, test_names, _CROP)
+        test = load_folder(data, size, test_names, _CROP, color)
     if tune_on:
         return test, _tuning_images(tune_on, test, count)
     tuning_names = carve_validation(pool, count, 0, "--validation (tuning)")[1]
-    tuning = load_folder(data, size, tuning_names, _CROP)
+    tuning = load_folder(data, size, tuning_names, _CROP, color)
     if tuning.shape != test.shape:
         raise DataError(
             f"Images for testing and tuning must be of one shape, but {test.names[0]} has "
@@ -142,13 +142,14 @@ def evaluation_images(experiment: Experiment, tune_on: str = "") -> tuple[ImageS
 
 def _tuning_images(tune_on: str, test: ImageSet, count: int) -> torch.Tensor:
     """At most `count` images from another folder, cropped to the size of the test images."""
-    height, width = test.shape[1:]
+    channels, height, width = test.shape
+    color = channels == 3
     if tune_on == "embedded":
-        x = embedded_images((height, width)).train.x
+        x = embedded_images((height, width), color=color).train.x
         return x[:: max(1, len(x) // count)][:count]
     names = image_names(tune_on)
     chosen = carve_validation(names, count, 0)[1] if count < len(names) else names
-    return load_folder(tune_on, (height, width), chosen, _CROP).x
+    return load_folder(tune_on, (height, width), chosen, _CROP, color).x
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..inverse.data_term import add_noise, mu_with_noise
 from ..inverse.problem import build_operator
 from ..operators import LinearOperator
 from ..problem import Problem
-from ..regularizers import Ridge
+from ..regularizers import Ridge, for_channels
 from ..solvers import PGDOptions
 from ..terminal import Pulse
 from ..training import BilevelConfig, BilevelTrainer
@@ -40,7 +40,7 @@ class Recovery:
 
     method: Method
     images: torch.Tensor
-    """`[N, 1, H, W]`."""
+    """`[N, C, H, W]`."""
     curve: list[float]
     """Mean PSNR in dB at the start and after each gradient; empty for methods without iterations."""
 
@@ -125,9 +125,8 @@ def settings(
 def start(config: BilevelConfig) -> Ridge:
     """The initial regularizer: DCT filters with one common profile, steep at 0 and flatter at large responses like
     trained profiles. A few hundred steps make more progress from it than from the convex profiles of `Ridge`."""
-    reg = Ridge(
-        config.filters, config.kernel_size, config.scales, config.convex, center=config.center, seed=config.seed
-    )
+    options = {"center": config.center, "image_channels": config.image_channels, "seed": config.seed}
+    reg = Ridge(config.filters, config.kernel_size, config.scales, config.convex, **options)
     with torch.no_grad():
         reg.net.raw.copy_(
             inverse_softplus(torch.tensor(PROFILE, dtype=torch.float32, device="cpu")).expand_as(reg.net.raw)
@@ -164,7 +163,7 @@ def _run_demo(config: BilevelConfig, out: Path, size: int, progress: bool | None
     trainer = BilevelTrainer(config, reg, progress=progress)
     trainer.fit()
     seconds = time.perf_counter() - began
-    train, test = embedded_images(size if config.problem == "cs" else size // 6 * 6)
+    train, test = embedded_images(size if config.problem == "cs" else size // 6 * 6, color=config.color)
     test = ImageSet(test.names, test.x.to(trainer.device))
     A = build_operator(config, test.shape).to(trainer.device)
     y = add_noise(A.A(test.x), config.sigma, seed=1)
@@ -199,7 +198,8 @@ def _shipped(config: BilevelConfig, x: torch.Tensor, y: torch.Tensor, A: LinearO
     """The shipped weights with their own mu in the problem that they were trained for, otherwise with a tuned one."""
     name = shipped_for(config)
     reg, meta = load(name)
-    method = Method(f"shipped {name}", reg.to(x.device), meta["mu"], PGDOptions(**meta["card"]["recovery"]))
+    reg = for_channels(reg, config.image_channels).to(x.device)
+    method = Method(f"shipped {name}", reg, meta["mu"], PGDOptions(**meta["card"]["recovery"]))
     if name == shipped_for(Problem()):
         return method
     options = replace(method.options, max_iterations=min(method.options.max_iterations, TUNING_LIMIT))

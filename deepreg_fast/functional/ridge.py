@@ -35,11 +35,12 @@ def scales_of(count: int) -> tuple[float, ...]:
     return tuple(COARSEST * (FINEST / COARSEST) ** (k / (count - 1)) for k in range(count))
 
 
-def nested_dct(count: int, size: int) -> torch.Tensor:
-    """`[count, 1, size, size]`: the orthonormal 2-D DCT bases of sides 3, 5, ..., `size` without their constants.
+def nested_dct(count: int, size: int, channels: int = 1) -> torch.Tensor:
+    """`[count, channels, size, size]`: orthonormal 2-D DCT bases of sides 3, 5, ..., `size` without their constants.
 
     Each is centered in a filter. They are sorted by frequency within each side, and repeated if `count` is larger. The
-    low frequencies of the largest basis alone would not penalize the finest details of an image.
+    low frequencies of the largest basis alone would not penalize the finest details of an image. Each of them takes
+    turns over the channels' DCT: of three colors, that is luma and two chromas.
     """
     bases = []
     for side in range(3, size + 1, 2):
@@ -47,7 +48,9 @@ def nested_dct(count: int, size: int) -> torch.Tensor:
         order = sorted(((i, j) for i in range(side) for j in range(side) if i + j), key=lambda ij: (sum(ij), ij))
         edge = (size - side) // 2
         bases += [F.pad(torch.outer(c[i], c[j]), [edge] * 4) for i, j in order]
-    return torch.stack([bases[n % len(bases)] for n in range(count)])[:, None].float()
+    mix = dct_matrix(channels, torch.float64, torch.device("cpu")) if channels > 1 else bases[0].new_ones(1, 1)
+    turns = (divmod(n, channels) for n in range(count))
+    return torch.stack([mix[c][:, None, None] * bases[n % len(bases)] for n, c in turns]).float()
 
 
 def inverse_softplus(a: torch.Tensor) -> torch.Tensor:
@@ -68,11 +71,20 @@ class RidgeNet(nn.Module):
     """
 
     @outside_inference
-    def __init__(self, filters: int, kernel_size: int, scales: int, convex: bool, zero_mean: bool, seed: int) -> None:
+    def __init__(  # noqa: PLR0913 - one argument for each setting of the network
+        self,
+        filters: int,
+        kernel_size: int,
+        scales: int,
+        convex: bool,
+        zero_mean: bool,
+        seed: int,
+        image_channels: int = 1,
+    ) -> None:
         super().__init__()
         self.convex, self.zero_mean = convex, zero_mean
         self.scales = scales_of(scales)
-        start = nested_dct(filters, kernel_size)
+        start = nested_dct(filters, kernel_size, image_channels)
         g = torch.Generator().manual_seed(seed)
         new: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         noise = torch.randn(start.shape, generator=g, **new) / kernel_size
@@ -83,7 +95,7 @@ class RidgeNet(nn.Module):
         self.raw = nn.Parameter(inverse_softplus(steps))
 
     def numbers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The filters `[F, 1, k, k]` and the `c_ik` `[F, K]`, attached to autograd's graph."""
+        """The filters `[F, C, k, k]` and the `c_ik` `[F, K]`, attached to autograd's graph."""
         w = self.filters
         if self.zero_mean:
             w = w - w.mean((-2, -1), keepdim=True)
@@ -99,9 +111,19 @@ def ridge_alteration(net: object) -> str | None:
     if (reason := alteration(net, RidgeNet, ("filters", "raw"))) is not None:
         return reason
     assert isinstance(net, RidgeNet)
-    count, side = len(net.filters), net.filters.shape[-1]
-    same = net.filters.shape == (count, 1, side, side) and net.raw.shape == (count, len(net.scales))
-    if not same or side % 2 == 0 or side < 3 or not count or not net.scales or not plain_numbers(*net.scales):
+    if net.filters.ndim != 4:
+        return "filters or profiles of another shape"
+    count, channels, side = net.filters.shape[:3]
+    same = net.filters.shape == (count, channels, side, side) and net.raw.shape == (count, len(net.scales))
+    if (
+        not same
+        or side % 2 == 0
+        or side < 3
+        or not count
+        or not channels
+        or not net.scales
+        or not plain_numbers(*net.scales)
+    ):
         return "filters or profiles of another shape"
     return None
 

@@ -15,9 +15,12 @@ def eps_of(energy: Any) -> float | None:
 
 
 def smoothed_tv(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """`sum_p (sqrt(|D x|_p^2 + eps^2) - eps)` with forward differences, zero at the border; `[B,C,H,W] -> [B]`."""
+    """`sum_p (sqrt(|D x|_p^2 + eps^2) - eps)` with forward differences, zero at the border; `[B,C,H,W] -> [B]`.
+
+    `|D x|_p` is the norm over both differences of all channels (vectorial TV; Bresson and Chan 2008).
+    """
     dv = torch.zeros_like(x)
     dh = torch.zeros_like(x)
     dv[..., :-1, :] = x[..., 1:, :] - x[..., :-1, :]
     dh[..., :, :-1] = x[..., :, 1:] - x[..., :, :-1]
-    return per_image(torch.sqrt(dv.square() + dh.square() + eps**2) - eps)
+    return per_image(torch.sqrt((dv.square() + dh.square()).sum(1) + eps**2) - eps)

@@ -25,6 +25,8 @@ class Regularizer(nn.Module):
         `Lip(grad s) <= beta`, then `(1+alpha-beta) I <= hess r <= (1+alpha+beta) I`.
     center : float
         The gray value about which the regularizer is centered.
+    image_channels : int or None
+        The channels that its images must have; None for any number.
 
     Raises
     ------
@@ -44,6 +46,7 @@ class Regularizer(nn.Module):
 
     alpha: float = 0.0
     center: float = 0.5
+    image_channels: int | None = None
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`r(x_b)`, `[B, C, H, W] -> [B]`, differentiable twice in x and once in the parameters."""
@@ -94,6 +97,12 @@ class Regularizer(nn.Module):
 
     def _check(self, x: torch.Tensor) -> None:
         checks.images(x)
+        if self.image_channels not in (None, x.shape[1]):
+            remedy = "PerChannel applies it to each channel" if self.image_channels == 1 else "convert the images"
+            raise InputError(
+                f"{type(self).__name__} takes images [B, {self.image_channels}, H, W], but x has shape "
+                f"{list(x.shape)}; {remedy}."
+            )
         for p in self.parameters():
             checks.same_kind(x, p, f"x and the parameters of {type(self).__name__}")
 

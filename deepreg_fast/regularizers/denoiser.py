@@ -24,7 +24,7 @@ class DenoiserField(Regularizer):
     ----------
     channels, depth, kernel_size : int
         Width, number of convolutions and odd filter size of n.
-    norm, norm_place, gain, center, eps, seed
+    norm, norm_place, gain, center, eps, image_channels, seed
         As in `RED`.
 
     Raises
@@ -51,6 +51,7 @@ class DenoiserField(Regularizer):
         gain: float = 10.0,
         center: float = 0.5,
         eps: float = 1e-2,
+        image_channels: int = 1,
         seed: int = 0,
         norm_place: str = "before",
     ) -> None:
@@ -71,10 +72,13 @@ class DenoiserField(Regularizer):
         kernel_size = checks.odd(kernel_size, "kernel_size")
         seed = checks.integer(seed, "seed", 0)
         checks.choice(norm_place, "norm_place", NORM_PLACES)
-        self.net = ConvChain(channels, depth, norm, kernel_size, gain, eps, 1, seed, norm_place)
+        self.image_channels = checks.integer(image_channels, "image_channels", 1)
+        self.net = ConvChain(channels, depth, norm, kernel_size, gain, eps, self.image_channels, seed, norm_place)
         # Omit default values, so that older versions can read files of such networks.
         if kernel_size != 3:
             self._description["kernel_size"] = kernel_size
+        if self.image_channels != 1:
+            self._description["image_channels"] = self.image_channels
         if self.net.norm_place != "before":
             self._description["norm_place"] = norm_place
 

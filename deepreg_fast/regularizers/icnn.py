@@ -64,6 +64,7 @@ class ICNN(Regularizer):
         gain, seed = checks.number(gain, "gain", 0.0, open_low=True), checks.integer(seed, "seed", 0)
         self.rho = checks.number(rho, "rho", 0.0)
         self.center = checks.number(center, "center", -1e6)
+        self.image_channels = image_channels
         self.net = InputConvex(channels, depth, image_channels, gain, seed)
         self._description = {
             "kind": "icnn",

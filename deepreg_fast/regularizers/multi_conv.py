@@ -87,6 +87,7 @@ class MultiConvRidge(Regularizer):
     """
 
     center = 0.0
+    image_channels = 1
     no_kernels = (
         "the responses of a zero-padded chain of convolutions are not those of one filter bank at the border, and no "
         "profile of Ridge is a Huber function or a spline"

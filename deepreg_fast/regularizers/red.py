@@ -99,7 +99,7 @@ class RED(Regularizer):
         seed = checks.integer(seed, "seed", 0)
         self.alpha = checks.number(alpha, "alpha", -1.0)
         self.center = checks.number(center, "center", -1e6)
-        self.head = head
+        self.head, self.image_channels = head, image_channels
         self._description = {
             "kind": "red",
             "channels": channels,

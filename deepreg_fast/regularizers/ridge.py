@@ -33,6 +33,9 @@ class Ridge(Regularizer):
         Subtract each filter's mean, so that r ignores constants except at the border, which is zero-padded.
     center : float
         Gray value subtracted from the image; the padding has this value.
+    image_channels : int
+        Channels C of the images. The filters span all of them, and each channel of a filter has mean zero if
+        `zero_mean`.
     seed : int
         Seed of the noise on the initial filters, which are DCT bases.
 
@@ -58,6 +61,7 @@ class Ridge(Regularizer):
         *,
         zero_mean: bool = True,
         center: float = 0.5,
+        image_channels: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -67,6 +71,7 @@ class Ridge(Regularizer):
         if kernel_size % 2 == 0:
             raise checks.InputError(f"kernel_size must be odd, but is {kernel_size}.")
         self.center = checks.number(center, "center", -1e6)
+        self.image_channels = checks.integer(image_channels, "image_channels", 1)
         self._description = {
             "kind": "ridge",
             "filters": filters,
@@ -76,14 +81,19 @@ class Ridge(Regularizer):
             "zero_mean": zero_mean,
             "center": self.center,
         }
-        self.net = RidgeNet(filters, kernel_size, scales, convex, zero_mean, seed)
+        # Omit the default, so that older versions can read files of gray ridges.
+        if self.image_channels != 1:
+            self._description["image_channels"] = self.image_channels
+        self.net = RidgeNet(filters, kernel_size, scales, convex, zero_mean, seed, self.image_channels)
 
     @full_precision
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """`r(x_b)`, `[B]`."""
-        if x.shape[1] != 1:
+        channels = self.net.filters.shape[1]
+        if x.shape[1] != channels:
+            remedy = "PerChannel applies it to each channel" if channels == 1 else "convert the images"
             raise checks.InputError(
-                f"Ridge takes grey images [B, 1, H, W], but x has shape {list(x.shape)}; use it on each channel."
+                f"Ridge takes images [B, {channels}, H, W], but x has shape {list(x.shape)}; {remedy}."
             )
         return RidgeForm(self.net, self.center).energy(x)
 

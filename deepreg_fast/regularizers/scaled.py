@@ -44,6 +44,7 @@ class Scaled(Regularizer):
         self.scale = checks.number(scale, "scale", 0.0, open_low=True)
         self.alpha = self.reg.alpha
         self.center = self.reg.center
+        self.image_channels = self.reg.image_channels
 
     def _inner(self, x: torch.Tensor) -> torch.Tensor:
         """`z = c + s u`."""

@@ -29,7 +29,7 @@ class Sum(Regularizer):
     Raises
     ------
     InputError
-        If there is no part, or the centers differ.
+        If there is no part, or the centers or the channels of their images differ.
 
     Examples
     --------
@@ -49,6 +49,13 @@ class Sum(Regularizer):
                 f"Sum takes one regularizer or more with the same center, but got {len(built)} with the centers "
                 f"{centers}; build them with one center."
             )
+        channels = {p.image_channels for p in built if p.image_channels is not None}
+        if len(channels) > 1:
+            raise InputError(
+                f"The parts of a Sum must take the same images, but take images of {sorted(channels)} channels; wrap "
+                "those of gray images in PerChannel."
+            )
+        self.image_channels = next(iter(channels), None)
         self.parts = nn.ModuleList(built)
         self.center = centers[0]
         self.alpha = sum(1.0 + p.alpha for p in built) - 1.0

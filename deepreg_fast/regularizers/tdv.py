@@ -59,6 +59,7 @@ class TDV(Regularizer):
         sizes = {k: checks.integer(v, k, 1) for k, v in (sizes | {"blocks": blocks, "scales": scales}).items()}
         self._description = {"kind": "tdv", "variant": variant, **sizes}
         self.variant, self.features, self.scales = variant, features, scales
+        self.image_channels = in_channels
         g = torch.Generator().manual_seed(0)
         self.first = weight((features, in_channels, 3), g)
         widths = [features * multiplier**i for i in range(scales)]

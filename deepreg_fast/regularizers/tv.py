@@ -16,7 +16,9 @@ from .base import Regularizer, register
 class TV(Regularizer):
     """Smoothed isotropic total variation `r(x) = sum_p (sqrt(|Dx|_p^2 + eps^2) - eps)`, without trainable parameters.
 
-    `D` takes forward differences (Rudin, Osher, Fatemi 1992; docs/math.md, M13).
+    `D` takes forward differences (Rudin, Osher, Fatemi 1992; docs/math.md, M13). `|Dx|_p` is the norm over the
+    differences of all channels, which aligns the edges of the colors (vectorial TV; Bresson and Chan 2008);
+    `PerChannel(TV(eps))` treats each channel alone.
 
     Parameters
     ----------

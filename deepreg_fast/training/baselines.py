@@ -120,14 +120,15 @@ class Adversarial(Baseline):
     def build(self) -> Regularizer:
         """Build the input-convex network."""
         c = self.config
-        return ICNN(c.channels, c.depth, c.rho, gain=c.gain, center=c.center, seed=c.seed)
+        options = {"gain": c.gain, "center": c.center, "image_channels": c.image_channels, "seed": c.seed}
+        return ICNN(c.channels, c.depth, c.rho, **options)
 
     def _critic(self, x: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.run.reg, ICNN)
         return self.run.reg.net(x - self.run.reg.center)
 
     def _naive(self, x: torch.Tensor) -> torch.Tensor:
-        A = self.run.operator((x.shape[-2], x.shape[-1]))
+        A = self.run.operator(x)
         c = torch.full_like(x, self.run.reg.center)
         return c + A.A_dagger(A.A(x - c))
 

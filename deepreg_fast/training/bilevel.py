@@ -89,10 +89,8 @@ class Bilevel(Objective[BilevelConfig]):
         """Allocate the per-sample state."""
         super().attach(run)
         c = self.config
-        image = (1, *run.samples.size)
-        self.store = WarmStarts(
-            len(run.lanes.owned), image, run.placement, c.memory_budget_mb, run.folder, run.world.rank
-        )
+        count, rank = len(run.lanes.owned), run.world.rank
+        self.store = WarmStarts(count, run.samples.shape, run.placement, c.memory_budget_mb, run.folder, rank)
         self.recover = Recoveries(c, run, self.store)
         self.hypergradients = Hypergradients(c, run, self.store, self.recover, self._loss)
         self.penalty = Penalty(c, run, self.store)

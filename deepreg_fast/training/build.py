@@ -19,7 +19,8 @@ def regularizer_of(c: TrainConfig) -> Regularizer:
     """
     if c.regularizer == "red":
         return RED(**c.chain(), alpha=c.alpha, head=c.head)
-    ridge = Ridge(c.filters, c.kernel_size or 9, c.scales, c.convex, center=c.center, seed=c.seed)
+    options = {"center": c.center, "image_channels": c.image_channels, "seed": c.seed}
+    ridge = Ridge(c.filters, c.kernel_size or 9, c.scales, c.convex, **options)
     return ridge if c.regularizer == "ridge" else Sum([ridge, RED(**c.chain(), alpha=-1.0, head=c.head)])
 
 

@@ -108,7 +108,7 @@ class TrainConfig(Problem):
 
     def chain(self) -> dict[str, Any]:
         """Network arguments shared by `RED` and `DenoiserField`."""
-        shared = ("channels", "depth", "norm", "norm_place", "gain", "center", "seed")
+        shared = ("channels", "depth", "norm", "norm_place", "gain", "center", "seed", "image_channels")
         return {name: getattr(self, name) for name in shared} | {
             "kernel_size": self.kernel_size if self.kernel_size and self.regularizer == "red" else 3,
             "eps": self.norm_eps,

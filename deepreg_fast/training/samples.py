@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,14 +35,14 @@ from .placement import DeviceSamples, Placement
 
 @dataclass(frozen=True)
 class Pictures:
-    """Named gray images `[1, H, W]`, each of its own size."""
+    """Named images `[C, H, W]`, each of its own size."""
 
     names: tuple[str, ...]
     x: tuple[torch.Tensor, ...]
 
 
 class Samples:
-    """Crops by sample number."""
+    """Crops by sample number. `shape` is `(C, height, width)` of every crop."""
 
     def __init__(self, images: ImageSet | Pictures, crop: int, orientations: int, seed: int) -> None:
         sizes = [(int(x.shape[-2]), int(x.shape[-1])) for x in images.x]
@@ -56,6 +57,7 @@ class Samples:
                 f"Whole images must be of one size, but {len(set(sizes))} sizes came; set crop to train on crops."
             )
         self.size = (crop, crop) if crop else sizes[0]
+        self.shape = (int(images.x[0].shape[0]), *self.size)
         self.images, self.orientations, self.seed = images, orientations, seed
         rng = np.random.Generator(np.random.PCG64([seed, 1]))
         self.top, self.left = (self._places(rng, [n[k] for n in sizes], self.size[k]) for k in (0, 1))
@@ -83,7 +85,7 @@ class Samples:
         return len(self.top)
 
     def batch(self, indices: np.ndarray) -> torch.Tensor:
-        """Images `[B, 1, crop, crop]` of these samples."""
+        """Images `[B, C, crop, crop]` of these samples."""
         out = []
         for i in indices:
             picture, k = divmod(int(i), self.orientations)
@@ -100,10 +102,10 @@ class PlacedSamples:
 
     @cached_property
     def table(self) -> DeviceSamples | None:
-        """The crops of this process `[N, 1, crop, crop]`, or None. Created at the first use, after the warm starts took
+        """The crops of this process `[N, C, crop, crop]`, or None. Created at the first use, after the warm starts took
         their share of the budget."""
-        count, shape = len(self.owned), (1, *self.samples.size)
-        if not self.placement.take(4 * count * shape[1] * shape[2]):
+        count, shape = len(self.owned), self.samples.shape
+        if not self.placement.take(4 * count * math.prod(shape)):
             return None
         table = DeviceSamples((count, *shape), torch.float32, self.placement.device)
         for piece in np.array_split(np.arange(count), -(-count // 64)):
@@ -112,7 +114,7 @@ class PlacedSamples:
         return table
 
     def batch(self, rows: Rows) -> torch.Tensor:
-        """Images `[B, 1, crop, crop]` of these samples."""
+        """Images `[B, C, crop, crop]` of these samples."""
         if self.table is None:
             return self.placement.upload(self.samples.batch(rows.samples))
         return self.table.get(rows)
@@ -150,7 +152,7 @@ class Noise:
 
 
 def load_samples(config: TrainConfig) -> tuple[Samples, torch.Tensor]:
-    """Training samples and validation images `[N, 1, h, w]` of the configured source."""
+    """Training samples and validation images `[N, C, h, w]` of the configured source."""
     names, images = load_training_images(config)
     train_names, val_names = _carve(names, config)
     image_of = dict(zip(names, images, strict=True))
@@ -164,9 +166,9 @@ def load_samples(config: TrainConfig) -> tuple[Samples, torch.Tensor]:
 
 
 def _validation(images: list[torch.Tensor], names: list[str], config: TrainConfig) -> torch.Tensor:
-    """The validation images `[N, 1, h, w]`, cropped to `validation_crop` or to the smallest side if that is less."""
+    """The validation images `[N, C, h, w]`, cropped to `validation_crop` or to the smallest side if that is less."""
     if not images:
-        return torch.zeros(0, 1, 1, 1, dtype=torch.float32, device="cpu")
+        return torch.zeros(0, config.image_channels, 1, 1, dtype=torch.float32, device="cpu")
     if config.validation_crop:
         side = min(config.validation_crop, *(min(x.shape[-2:]) for x in images))
         images = [center_crop(x, side) for x in images]
@@ -193,7 +195,8 @@ def _carve(names: tuple[str, ...], config: TrainConfig) -> tuple[list[str], list
     if config.validation == 0:
         return list(names), []
     pictures = sorted({n.rpartition("-")[0] for n in names})
-    validation_pictures = set(carve_validation(tuple(pictures), 2, config.seed)[1])
+    # Two of the eight photographs, or one of the three in color.
+    validation_pictures = set(carve_validation(tuple(pictures), max(1, len(pictures) // 4), config.seed)[1])
     train = [n for n in names if n.rpartition("-")[0] not in validation_pictures]
     val = [n for n in names if n.rpartition("-")[0] in validation_pictures]
     if config.validation > len(val):
@@ -201,13 +204,14 @@ def _carve(names: tuple[str, ...], config: TrainConfig) -> tuple[list[str], list
             f"The embedded images give at most {len(val)} validation crops, but validation is {config.validation}; "
             "lower it or name a folder of images."
         )
-    # Spread over both photographs, in a fixed order.
+    # Spread over these photographs, in a fixed order.
     return train, [val[i * len(val) // config.validation] for i in range(config.validation)]
 
 
 def load_training_images(config: TrainConfig) -> tuple[tuple[str, ...], Sequence[torch.Tensor]]:
-    """Names and images `[1, H, W]` of the configured source, without the test part of its split."""
+    """Names and images `[C, H, W]` of the configured source, without the test part of its split."""
     if config.data == "embedded":
-        images = embedded_images(max(96, config.crop, config.validation_crop)).train
+        images = embedded_images(max(96, config.crop, config.validation_crop), color=config.color).train
         return images.names, images.x.unbind()
-    return load_images(config.data, names=load_split(config.split).train if config.split else None)
+    names = load_split(config.split).train if config.split else None
+    return load_images(config.data, names=names, color=config.color)

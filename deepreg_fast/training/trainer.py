@@ -63,7 +63,7 @@ class Trainer:
         self.lanes = Lanes(len(self.samples), config.batch, config.lanes, config.seed, self.world.rank, self.world.size)
         self.validation = validation.to(self.device)
         self.placed = PlacedSamples(self.samples, self.lanes.owned, self.placement)
-        self.A = self.operator(self.samples.size)
+        self.A = build_operator(config, self.samples.shape).to(self.device)
         self.reg = objective.build().to(self.device)
         trained = {name: p for name, p in self.reg.named_parameters() if p.requires_grad}
         self.names, self.params = list(trained), list(trained.values())
@@ -108,11 +108,10 @@ class Trainer:
         with torch.no_grad():
             self.log_mu.fill_(math.log(mu if self.config.init_mu and mu is not None else self.config.mu0))
 
-    def operator(self, size: tuple[int, int]) -> LinearOperator:
-        """The operator of the problem for images of `size`, on the training's device."""
-        if hasattr(self, "A") and self.A.image_shape == (1, *size):
-            return self.A
-        return build_operator(self.config, (1, *size)).to(self.device)
+    def operator(self, x: torch.Tensor) -> LinearOperator:
+        """The operator of the problem for images like `x` `[B, C, H, W]`, on the training's device."""
+        shape = (x.shape[1], x.shape[2], x.shape[3])
+        return self.A if shape == self.A.image_shape else build_operator(self.config, shape).to(self.device)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ def bilevel_scores(config: BilevelConfig, run: Trainer, hyper: Hypergradients) -
     The best checkpoint is chosen by `val_score`: the mean PSNR, or minus the loss if that needs no true images.
     """
     x = run.validation
-    A = run.operator((x.shape[-2], x.shape[-1]))
+    A = run.operator(x)
     y = add_noise(A.A(x), config.sigma, seed=config.seed + 1)
     scores = _Scores(config, run, hyper, A, x, y)
     local = torch.arange(run.world.rank, len(x), run.world.size, dtype=torch.int64, device=x.device)

@@ -15,7 +15,7 @@ FIELDS = ("x", "gamma", "delta")
 
 
 class WarmStarts:
-    """Images `[N, 1, h, w]` of the samples of this process: on the device if they fit its budget, else in host memory
+    """Images `[N, C, h, w]` of the samples of this process: on the device if they fit its budget, else in host memory
     up to `host_mb`, else in files in the run's folder. Step sizes and numbers of visits are on the device.
 
     `blank` `[N]`, on the host, is true for samples that have no perturbation yet.

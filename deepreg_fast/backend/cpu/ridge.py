@@ -34,7 +34,9 @@ def unsupported_reason(form: RidgeForm, x: torch.Tensor) -> str | None:
     side = form.net.filters.shape[-1]
     if side > _MAX_SIDE:
         return f"it has filters up to {_MAX_SIDE} x {_MAX_SIDE}; these are {side} x {side}."
-    return None if x.shape[1] == 1 else f"it has one image channel, not {x.shape[1]}."
+    if x.shape[1] != form.net.filters.shape[1]:
+        return f"the images have {x.shape[1]} channels, but the filters take {form.net.filters.shape[1]}."
+    return None
 
 
 _MADE: WeakKeyDictionary[nn.Module, tuple[Any, list[torch.Tensor], Ridge]] = WeakKeyDictionary()
@@ -58,7 +60,7 @@ def _make(net: RidgeNet, center: float, isa: str) -> Ridge:
     with torch.no_grad():
         w, c = (plain(t) for t in net.numbers())
     s = w.new_tensor(net.scales)
-    return module.Ridge(len(w), w.shape[-1], len(s), center, w, c, s, isa)
+    return module.Ridge(*w.shape[:3], len(s), center, w, c, s, isa)
 
 
 def value_and_grad(form: RidgeForm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

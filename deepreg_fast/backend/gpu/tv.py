@@ -28,6 +28,8 @@ def unsupported_reason(eps: float, x: Tensor) -> str | None:
         return reason
     if min(x.shape[1:]) < 1:
         return "the images have no pixels."
+    if x.shape[1] not in kernels.TILES:
+        return f"it has up to {max(kernels.TILES)} channels, not {x.shape[1]}."
     if not _EPS[0] <= eps <= _EPS[1]:
         return f"it has smoothings from {_EPS[0]:.1e} to {_EPS[1]:.1e}; this is {eps:.1e}."
     if x.shape[-2] * x.shape[-1] >= 2**31:
@@ -42,15 +44,15 @@ def signature(energy: nn.Module, eps: float) -> Signature:
 
 def _tiles(x: Tensor) -> int:
     """Programs of an image."""
-    th, tw, _ = kernels.TILE
-    return x.shape[1] * -(-x.shape[2] // th) * -(-x.shape[3] // tw)
+    th, tw, _ = kernels.TILES[x.shape[1]]
+    return -(-x.shape[2] // th) * -(-x.shape[3] // tw)
 
 
 def _launch(kernel: Any, eps: float, x: Tensor, given: dict[str, Tensor]) -> None:
-    """One program for each tile of each channel of each image."""
+    """One program for each tile of each image."""
     count, channels, height, width = x.shape
-    th, tw, warps = kernels.TILE
-    size = {"channels": channels, "height": height, "width": width, "TH": th, "TW": tw}
+    th, tw, warps = kernels.TILES[channels]
+    size = {"height": height, "width": width, "CHANNELS": channels, "TH": th, "TW": tw}
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     if count:
         rows = mask_bytes(active_mask(x))

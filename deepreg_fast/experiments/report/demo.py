@@ -72,7 +72,7 @@ def _first(report: Report, data: Outcome, i: int) -> None:
     report.section("Original and recoveries")
     _pictures(report, data, i)
     top, left, side = _detail(data, i)
-    window = slice(top, top + side), slice(left, left + side)
+    window = ..., slice(top, top + side), slice(left, left + side)
     truth = _truth(data, i)
     details = [Picture(png(truth[window], "gray"), f"Detail of {name}", "Detail: original")]
     for method, label in _labels(data).items():
@@ -98,8 +98,8 @@ def _row(data: Outcome, i: int) -> list[Picture]:
     name, truth = data.test.names[i], _truth(data, i)
     row = [Picture(png(truth, "gray"), f"{name}, the original", "Original", name)]
     if not _is_cs(data):
-        y = data.A.select(torch.tensor([i], dtype=torch.int64, device="cpu")).as_image(data.y[i : i + 1])[0, 0]
-        size = " × ".join(str(n) for n in y.shape)
+        y = data.A.select(torch.tensor([i], dtype=torch.int64, device="cpu")).as_image(data.y[i : i + 1])[0]
+        size = " × ".join(str(n) for n in y.shape[-2:])
         row.append(Picture(png(y, "stretched"), f"{name}, measured", "Measured", f"{size} pixels"))
     reference = data.results["tv"]["psnr"][i]
     for method, label in _labels(data).items():
@@ -110,16 +110,16 @@ def _row(data: Outcome, i: int) -> list[Picture]:
 
 
 def _truth(data: Outcome, i: int) -> np.ndarray:
-    return data.test.x[i, 0].cpu().numpy()
+    return data.test.x[i].cpu().numpy()
 
 
 def _image(data: Outcome, method: str, i: int) -> np.ndarray:
-    return data.recoveries[method].images[i, 0].numpy()
+    return data.recoveries[method].images[i].numpy()
 
 
 def _detail(data: Outcome, i: int) -> tuple[int, int, int]:
     """Top, left and side of the detail with the most contrast: a square with a third of the image's shorter side."""
-    truth = _truth(data, i)
+    truth = _truth(data, i).mean(0)
     side = min(truth.shape) // 3
     step = max(1, side // 8)
     places = [
@@ -231,7 +231,7 @@ def _filters(report: Report, data: Outcome) -> None:
         f"{sum(p.numel() for p in data.reg.parameters())} trained numbers in all. These are the filters, the one with "
         "the largest curvature at zero first; gray is 0.",
     )
-    report.pictures([Picture(_filter(filters[i, 0]), f"Filter {int(i)}") for i in order.cpu()], "small", sharp=True)
+    report.pictures([Picture(_filter(filters[i]), f"Filter {int(i)}") for i in order.cpu()], "small", sharp=True)
 
 
 def _filter(w: torch.Tensor) -> str:

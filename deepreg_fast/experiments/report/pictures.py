@@ -28,7 +28,7 @@ SCALES = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 
 @dataclass
 class _Scene:
-    """The test images with their measurements, and the recovered images `[N, H, W]` by row name."""
+    """The test images with their measurements, and the recovered images `[N, C, H, W]` by row name."""
 
     test: Measured
     recovered: dict[str, np.ndarray]
@@ -90,7 +90,7 @@ def _scene(record: Record, best: Row) -> _Scene | str:
         test = measure(_problem(record, best))
     except DeepRegError as error:
         return f"Not shown, because the test images cannot be read: {error}"
-    shape = (len(test.x), *test.x.shape[2:])
+    shape = tuple(test.x.shape)
     recovered = {}
     for row in _shown(record, best):
         x = _images(record.folder / "rows" / row.name / "images.npz", shape)
@@ -106,7 +106,7 @@ def _scene(record: Record, best: Row) -> _Scene | str:
             f"“{best.label}” has {w.fixed(float(np.nanmean(recomputed)), 2)} dB instead of "
             f"{w.fixed(best.number('psnr_mean'), 2)} dB."
         )
-    truth = test.x[:, 0].numpy()
+    truth = test.x.numpy()
     errors = np.concatenate([np.abs(x - truth).ravel()[::7] for x in recovered.values()])
     quantile = float(np.nanquantile(errors, 0.98))
     scale = next((s for s in SCALES if s >= quantile), SCALES[-1])
@@ -131,7 +131,7 @@ def _images(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _psnr(x: np.ndarray, truth: torch.Tensor) -> np.ndarray:
-    return psnr(torch.from_numpy(x)[:, None], truth).numpy()
+    return psnr(torch.from_numpy(x), truth).numpy()
 
 
 def _inputs(scene: _Scene, i: int) -> list[Picture]:
@@ -139,23 +139,25 @@ def _inputs(scene: _Scene, i: int) -> list[Picture]:
     test, name = scene.test, scene.test.names[i]
     y, A, x = test.y[i : i + 1], test.A, test.x[i : i + 1]
     minimum_norm = initial_point(y, A, TV())
-    shown = A.as_image(y)[0, 0]
+    shown = A.as_image(y)[0]
     coefficients = f"{A.measurements:,} of {x.numel():,} coefficients, the darker the larger"
     quality = f"{w.fixed(float(psnr(minimum_norm, x)[0]), 2)} dB"
     return [
-        Picture(png(x[0, 0], "gray"), f"{name}, the true image", "Truth", name),
+        Picture(png(x[0], "gray"), f"{name}, the true image", "Truth", name),
         Picture(
             _measured(y[0], A), f"Measurements of {name}: size of the kept coefficients", "y, as log |y|", coefficients
         )
         if isinstance(A, SRM)
-        else Picture(png(shown, "stretched"), f"Measurements of {name}", "Measured", " × ".join(map(str, shown.shape))),
-        Picture(png(A.A_adjoint(y)[0, 0], "stretched"), f"{name}: back-projection", "Aᵀy", "stretched"),
-        Picture(png(minimum_norm[0, 0], "gray"), f"{name}: minimum-norm solution", "Minimum norm", quality),
+        else Picture(
+            png(shown, "stretched"), f"Measurements of {name}", "Measured", " × ".join(map(str, shown.shape[-2:]))
+        ),
+        Picture(png(A.A_adjoint(y)[0], "stretched"), f"{name}: back-projection", "Aᵀy", "stretched"),
+        Picture(png(minimum_norm[0], "gray"), f"{name}: minimum-norm solution", "Minimum norm", quality),
     ]
 
 
 def _recovered(scene: _Scene, row: Row, i: int, tv: Row | None) -> Picture:
-    x, truth = scene.recovered[row.name][i], scene.test.x[i, 0].numpy()
+    x, truth = scene.recovered[row.name][i], scene.test.x[i].numpy()
     name, value = scene.test.names[i], float(_psnr(x[None], scene.test.x[i : i + 1])[0])
     caption = f"{w.fixed(value, 2)} dB"
     if tv is not None and tv is not row and i < len(tv.psnr):
@@ -169,16 +171,20 @@ def _measured(y: torch.Tensor, A: SRM) -> str:
     size = np.log10(np.abs(y.numpy()) + 1e-6)
     low, high = np.quantile(size, [0.02, 0.999])
     level = np.clip((high - size) / max(high - low, 1e-9), 0.0, 1.0)
-    _, h, width = A.image_shape
-    plane = np.tile(np.array([214, 222, 232], np.uint8), (h * width, 1))
+    # The planes of several channels are one above the other.
+    channels, h, width = A.image_shape
+    plane = np.tile(np.array([214, 222, 232], np.uint8), (channels * h * width, 1))
     rows = A.rows.numpy()
     plane[rows] = np.round(255 * level[:, None]).astype(np.uint8)
-    return _uri(Image.fromarray(plane.reshape(h, width, 3)))
+    return _uri(Image.fromarray(plane.reshape(channels * h, width, 3)))
 
 
 def png(image: np.ndarray | torch.Tensor, kind: str, end: float = 1.0) -> str:
-    """A data URI of an image `[H, W]`: "gray" from 0 to 1, "stretched" to its range, "error" from -end to end."""
+    """A data URI of an image `[H, W]` or `[C, H, W]`: "gray" (or in color, of three channels) from 0 to 1, "stretched"
+    to its range, "error" from -end to end, the mean of the channels."""
     image = np.nan_to_num(np.asarray(image, np.float64))
+    if image.ndim == 3 and (kind == "error" or len(image) != 3):
+        image = image.mean(0)
     if kind == "error":
         from matplotlib import colormaps
 
@@ -188,7 +194,8 @@ def png(image: np.ndarray | torch.Tensor, kind: str, end: float = 1.0) -> str:
         return _uri(indexed)
     low, high = (0.0, 1.0) if kind == "gray" else (float(image.min()), float(image.max()))
     level = np.clip((image - low) / max(high - low, 1e-9), 0.0, 1.0)
-    return _uri(Image.fromarray(np.round(255 * level).astype(np.uint8), "L"))
+    values = np.round(255 * level).astype(np.uint8)
+    return _uri(Image.fromarray(values) if values.ndim == 2 else Image.fromarray(values.transpose(1, 2, 0).copy()))
 
 
 def _uri(image: Image.Image) -> str:
