@@ -15,6 +15,7 @@ _HOME = {
     "BilevelTrainer": "bilevel",
     "DenoiserTrainer": "baselines",
     "GradientStepTrainer": "baselines",
+    "Objective": "objective",
     "TrainConfig": "config",
     "Trainer": "trainer",
 }
@@ -26,6 +27,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "BilevelTrainer",
     "DenoiserTrainer",
     "GradientStepTrainer",
+    "Objective",
     "TrainConfig",
     "Trainer",
 ]
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .baselines import AdversarialTrainer, DenoiserTrainer, GradientStepTrainer
     from .bilevel import BilevelTrainer
     from .config import BaselineConfig, BilevelConfig, TrainConfig
+    from .objective import Objective
     from .trainer import Trainer
 
 
