@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -15,6 +17,15 @@ import deepreg_fast as dr
 from .kill_and_resume import config as killed_config
 
 EPS = 2.0**-23
+
+STEPS = ("batched.linalg", "solvers.cg", "solvers.minres", "solvers.steps", "solvers.criteria", "solvers.acceleration")
+DEFINITIONS: dict[str, Callable[..., Any]] = {
+    name: f.definition
+    for module in STEPS
+    for name, f in vars(importlib.import_module(f"deepreg_fast.{module}")).items()
+    if hasattr(f, "definition")
+}
+"""The definitions of the solvers' steps and decisions, by name."""
 
 
 def random_red(seed: int = 0, scale: float = 0.15, double: bool = True, **options: object) -> dr.RED:

@@ -22,8 +22,9 @@ from .cpu import backend as cpu
 from .gpu import backend as gpu
 from .gpu.backend import gpu_options
 from .gpu.graphs import release_graphs
-from .protocols import Backend, Energy, SrmKernels, VectorKernels
+from .protocols import Backend, Energy, SrmKernels
 from .reference import Linearization
+from .solver_kernels import DecisionKernels, VectorKernels
 
 _TABLE: dict[str, Backend] = {
     "gpu": gpu.GpuBackend(),
@@ -132,15 +133,23 @@ def srm_kernels_for(A: nn.Module, like: torch.Tensor) -> SrmKernels | None:
     return _find("srm", (A, like))
 
 
-def vector_kernels(*tensors: torch.Tensor) -> VectorKernels | None:
-    """Kernels for the solvers' vector work on these tensors, or None, as `srm_kernels`.
+def vector_kernels(*tensors: torch.Tensor) -> object | None:
+    """Kernels for the solvers' vector steps on these tensors, or None, as `srm_kernels`.
 
-    A backend may have a method `vectors(like)` that returns kernels or None.
+    A backend may have a method `vectors(like)` that returns an object with any methods of `VectorKernels`, or None.
     """
     first = tensors[0]
     if any(t.dtype != first.dtype or t.device != first.device for t in tensors[1:]):
         return None
     return _kernels("vectors", tensors, (first,))
+
+
+def decision_kernels(like: torch.Tensor) -> object | None:
+    """Kernels for the solvers' decisions on numbers `[B]` on the device of `like`, or None, as `srm_kernels`.
+
+    A backend may have a method `decisions(like)` that returns an object with any methods of `DecisionKernels`, or None.
+    """
+    return _kernels("decisions", (like,), (like,))
 
 
 def tomography_kernels(geometry: Any, like: torch.Tensor) -> Any:
@@ -178,12 +187,14 @@ def needs_autograd(t: torch.Tensor) -> bool:
 
 __all__ = [
     "Backend",
+    "DecisionKernels",
     "Energy",
     "Linearization",
     "SrmKernels",
     "VectorKernels",
     "backends",
     "choice",
+    "decision_kernels",
     "needs_autograd",
     "gpu_options",
     "active_images",

@@ -1,4 +1,4 @@
-"""Protocols of a backend and of the kernels that it may have."""
+"""Protocols of a backend and of an operator's kernels."""
 
 from __future__ import annotations
 
@@ -65,51 +65,4 @@ class SrmKernels(Protocol):
 
     def correct(self, x: torch.Tensor, y: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
         """`x_b + weight_b A^T (y_b - A x_b)`, `weight` `[B]` or a number."""
-        ...
-
-
-class VectorKernels(Protocol):
-    """The solvers' vector work on images `[B, ...]` of one dtype and device, with few reads of memory.
-
-    `idx` `[b]` are the indices of the active images; `state` are Anderson's dx, df `[B, memory, n]`, x and f.
-    """
-
-    def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """`<a_b, b_b>`, float64."""
-        ...
-
-    def add(
-        self, x: torch.Tensor, s: torch.Tensor, p: torch.Tensor, rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x_b + s_b p_b` if `rows`, otherwise `x_b`; and its squared norm, float64."""
-        ...
-
-    def secant(
-        self, idx: torch.Tensor, candidate: torch.Tensor, candidate_g: torch.Tensor, x: torch.Tensor, g: torch.Tensor
-    ) -> torch.Tensor:
-        """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>`, `[b, 4]`, `dx = candidate - x[idx]`, `dg = candidate_g - g[idx]`."""
-        ...
-
-    def remember(
-        self,
-        idx: torch.Tensor,
-        state: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        slot: torch.Tensor,
-        fresh: torch.Tensor,
-        x: torch.Tensor,
-        f: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the newest differences (zeros unless `fresh`), x and f; return `<df_k, newest df>` and `<df_k, f>`."""
-        ...
-
-    def combine(
-        self,
-        idx: torch.Tensor,
-        state: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        c: torch.Tensor,
-        limit: torch.Tensor,
-        x: torch.Tensor,
-        f: torch.Tensor,
-    ) -> torch.Tensor:
-        """`x + f - sum_k c_k (dx_k + df_k)`, the sum shortened to `limit` `[b]`; slots with c = 0 are not read."""
         ...

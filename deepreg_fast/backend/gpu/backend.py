@@ -24,6 +24,7 @@ from .pixel_norm import DEFAULT, ChainOptions
 
 if TYPE_CHECKING:
     from ...functional.conv_chain import ConvChainForm
+    from .decisions import GpuDecisions
     from .srm import GpuSrm
     from .vectors import GpuVectors
 
@@ -152,6 +153,14 @@ class GpuBackend:
         from . import vectors as gpu_vectors
 
         return gpu_vectors.GpuVectors()
+
+    def decisions(self, like: torch.Tensor) -> GpuDecisions | None:
+        """The solvers' decisions, for images of any dtype."""
+        if like.device.type != "cuda" or _too_old(like.device) is not None:
+            return None
+        from . import decisions as gpu_decisions
+
+        return gpu_decisions.GpuDecisions()
 
 
 def _form(energy: Any) -> ConvChainForm | None:
