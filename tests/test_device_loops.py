@@ -74,10 +74,10 @@ class PoisonedVectors:
         def kernel(*args: Any) -> Any:
             with dr.use_backend("reference"):
                 found = DEFINITIONS[name](*args)
-            donated = [t for k in DONATED[name] for t in tensors(args[k : k + 1])]
+            donated = [t for k in DONATED[name] for t in tensors(args[k])]
             if name == "take":
                 donated = [to for to, _ in args[1:]]
-            results = list(tensors((found,)))
+            results = list(tensors(found))
             for to, source in zip(donated, results, strict=False):
                 to.copy_(source)
             if name in BY_CONTEXT:

@@ -47,56 +47,74 @@ def fused(*images: str, in_place: bool = False) -> Callable[[Callable[P, R]], Fu
     """
 
     def decorate(definition: Callable[P, R]) -> Fused[P, R]:
-        images_of = _selection(definition, images)
+        name = definition.__name__
+        places = _places(definition, images)
 
-        def kernels(arguments: tuple[Any, ...]) -> object | None:
-            tensors = images_of(arguments)
-            first = tensors[0]
+        def kernel(arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
+            first = _first(arguments[places[0]])
+            # Most steps have no kernel on the CPU, so this comes before the other checks.
+            found = getattr(backend.vector_kernels(first), name, None) if len(first) else None
+            if found is None:
+                return None
             kind = (first.shape, first.dtype, first.device)
-            if not len(first) or any((t.shape, t.dtype, t.device) != kind for t in tensors[1:]):
-                return None
-            if in_place and not all(t.is_contiguous() for t in tensors):
-                return None
-            return backend.vector_kernels(*tensors)
+            for place in places:
+                for t in tensors(arguments[place]):
+                    if (t.shape, t.dtype, t.device) != kind or (in_place and not t.is_contiguous()):
+                        return None
+                    if t is not first and backend.needs_autograd(t):
+                        return None
+            return found
 
-        return _dispatching(definition, kernels)
+        return _dispatching(definition, kernel)
 
     return decorate
 
 
 def decision(definition: Callable[P, R]) -> Fused[P, R]:
     """Decorate a decision on numbers `[B]`: call the kernel named like it of a backend for their device, or itself."""
-    return _dispatching(definition, lambda arguments: backend.decision_kernels(next(tensors(arguments))))
+    name = definition.__name__
+
+    def kernel(arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
+        return getattr(backend.decision_kernels(_first(arguments)), name, None)
+
+    return _dispatching(definition, kernel)
 
 
-def _dispatching(definition: Callable[P, R], kernels: Callable[[tuple[Any, ...]], object | None]) -> Fused[P, R]:
-    name, compute = definition.__name__, cast("Callable[..., Any]", definition)
+def _dispatching(
+    definition: Callable[P, R], kernel: Callable[[tuple[Any, ...]], Callable[..., Any] | None]
+) -> Fused[P, R]:
+    compute = cast("Callable[..., Any]", definition)
 
     @wraps(definition)
     def call(*arguments: Any) -> Any:
         # First, so that torch.compile traces the definition alone.
-        kernel = None if torch.compiler.is_compiling() else getattr(kernels(arguments), name, None)
-        return compute(*arguments) if kernel is None else kernel(*arguments)
+        found = None if torch.compiler.is_compiling() else kernel(arguments)
+        return compute(*arguments) if found is None else found(*arguments)
 
     call.definition = definition  # pyright: ignore[reportAttributeAccessIssue]
     return cast("Fused[P, R]", call)
 
 
-def _selection(definition: Callable[..., Any], names: tuple[str, ...]) -> Callable[[tuple[Any, ...]], list[Any]]:
-    """A function from positional arguments to the tensors among those of these names."""
+def _places(definition: Callable[..., Any], names: tuple[str, ...]) -> list[int | slice]:
+    """Where the arguments of these names are among the positional ones."""
     parameters = signature(definition).parameters
     order = {name: i for i, name in enumerate(parameters)}
-    places = [
-        slice(order[name], None if parameters[name].kind is Parameter.VAR_POSITIONAL else order[name] + 1)
-        for name in names
+    return [
+        slice(order[name], None) if parameters[name].kind is Parameter.VAR_POSITIONAL else order[name] for name in names
     ]
-    return lambda arguments: [t for place in places for t in tensors(arguments[place])]
 
 
-def tensors(values: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+def _first(value: Any) -> torch.Tensor:
+    """The first tensor in nested tuples."""
+    while isinstance(value, tuple):
+        value = value[0]
+    return value
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in nested tuples, in order."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from tensors(value)
+    if isinstance(value, tuple):
+        for part in value:
+            yield from tensors(part)
+    elif isinstance(value, torch.Tensor):
+        yield value
