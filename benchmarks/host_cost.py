@@ -81,7 +81,7 @@ def cases() -> dict[str, Callable[[], object]]:
     registry.vector_kernels, registry.decision_kernels = lambda *_: vectors, lambda *_: scalars
     x = torch.rand(8, 1, 16, 16)
     reg: Any = dr.RED(16, 3, "pixel", head="red")
-    form: Any = reg.conv_chain_form()
+    form: Any = reg.kernel_form()
     lin = conv_chain.GpuLinearization(reg, form, x)
     solve = _ConjugateGradients(System(lambda v: v, x, None, 1e-6), None)
 

@@ -33,6 +33,7 @@ from deepreg_fast.backend.gpu import vectors as gpu_vectors
 from deepreg_fast.backend.gpu.decisions import GpuDecisions
 from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
 from deepreg_fast.backend.solver_kernels import PerImageState
+from deepreg_fast.functional.tv import TvForm
 
 
 class Driver:
@@ -151,7 +152,7 @@ def chain(norm: str, head: str, channels: int, depth: int, size: tuple[int, int]
     """A gradient, a linearization and both of its products, of `size` images by pixels a side."""
     batch, side = size
     reg, x = dr.RED(channels, depth, norm, head=head), torch.rand(batch, 1, side, side)
-    form, options = reg.conv_chain_form(), ChainOptions(**options_of)
+    form, options = reg.kernel_form(), ChainOptions(**options_of)
     assert form is not None
     for rows in (None, torch.ones(batch, dtype=torch.bool)):
         with active_images(rows):
@@ -166,8 +167,8 @@ def smoothed_tv(shape: tuple[int, ...]) -> None:
     x = torch.rand(shape)
     for rows in (None, torch.ones(len(x), dtype=torch.bool)):
         with active_images(rows):
-            tv.value_and_grad(0.01, x)
-            tv.GpuTvLinearization(dr.TV(0.01), 0.01, x).hvp(x)
+            tv.value_and_grad(TvForm(0.01), x)
+            tv.GpuTvLinearization(dr.TV(0.01), TvForm(0.01), x).hvp(x)
 
 
 def main() -> None:
