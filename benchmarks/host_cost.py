@@ -65,24 +65,23 @@ def cases() -> dict[str, Callable[[], object]]:
     import torch
 
     import deepreg_fast as dr
-    from deepreg_fast.backend.gpu import conv_chain
+    from deepreg_fast import backend
+    from deepreg_fast.backend.gpu import conv_chain, decisions
     from deepreg_fast.backend.gpu.vectors import GpuVectors
-    from deepreg_fast.batched import fused
     from deepreg_fast.batched.loop import simulate_device
-    from deepreg_fast.solvers import acceleration
     from deepreg_fast.solvers.cg import _ConjugateGradients
     from deepreg_fast.solvers.linear_system import System
     from deepreg_fast.solvers.options import PGDOptions
     from deepreg_fast.solvers.pgd import _Run
 
-    kernels: Any = GpuVectors()
-    fused.kernel_for = lambda name, *_: getattr(kernels, name)
-    pgd_decide: Any = sys.modules["deepreg_fast.solvers.criteria"]
-    pgd_decide.kernel_for = fused.kernel_for
-    acceleration.vector_kernels = lambda *_: kernels  # pyright: ignore[reportAttributeAccessIssue]
+    vectors = GpuVectors()
+    # In checkouts without this class, `GpuVectors` has the decisions.
+    scalars = getattr(decisions, "GpuDecisions", GpuVectors)()
+    registry: Any = backend
+    registry.vector_kernels, registry.decision_kernels = lambda *_: vectors, lambda *_: scalars
     x = torch.rand(8, 1, 16, 16)
     reg: Any = dr.RED(16, 3, "pixel", head="red")
-    form: Any = reg.conv_chain_form()
+    form: Any = reg.kernel_form()
     lin = conv_chain.GpuLinearization(reg, form, x)
     solve = _ConjugateGradients(System(lambda v: v, x, None, 1e-6), None)
 
@@ -91,12 +90,18 @@ def cases() -> dict[str, Callable[[], object]]:
 
         center = 0.0
 
+        def computed_by_backend(self) -> bool:
+            """Its results carry no graph."""
+            return True
+
         def value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             """Arbitrary numbers."""
             return x[:, 0, 0, 0], x
 
     class Nothing:
         """A proximal map that is the identity."""
+
+        has_shifted_inverse = True
 
         def prox_l2(self, z: torch.Tensor, *_: Any) -> torch.Tensor:
             """z."""

@@ -242,7 +242,7 @@ def sweeps(arguments: argparse.Namespace, norm: str) -> dict[str, Callable[[], o
     """The selected sweeps, by name."""
     reg = dr.RED(arguments.channels, arguments.depth, norm, head="red")
     x = torch.zeros(arguments.images, 1, arguments.side, arguments.side)
-    form, options = reg.conv_chain_form(), ChainOptions(arguments.precision)
+    form, options = reg.kernel_form(), ChainOptions(arguments.precision)
     assert form is not None
     lin = conv_chain.GpuLinearization(reg, form, x, options)
     calls: dict[str, Callable[[], object]] = {

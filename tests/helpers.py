@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 import deepreg_fast as dr
+from deepreg_fast.regularizers.base import Regularizer
 
 from .kill_and_resume import config as killed_config
 
 EPS = 2.0**-23
+
+STEPS = ("batched.linalg", "solvers.cg", "solvers.minres", "solvers.steps", "solvers.criteria", "solvers.acceleration")
+DEFINITIONS: dict[str, Callable[..., Any]] = {
+    name: f.definition
+    for module in STEPS
+    for name, f in vars(importlib.import_module(f"deepreg_fast.{module}")).items()
+    if hasattr(f, "definition")
+}
+"""The definitions of the solvers' steps and decisions, by name."""
 
 
 def random_red(seed: int = 0, scale: float = 0.15, double: bool = True, **options: object) -> dr.RED:
@@ -25,6 +37,11 @@ def random_red(seed: int = 0, scale: float = 0.15, double: bool = True, **option
         for p in reg.parameters():
             p.add_(scale * torch.randn(p.shape, generator=g, dtype=torch.float32, device="cpu"))
     return reg.double() if double else reg
+
+
+def grad_s(reg: Regularizer, x: torch.Tensor) -> torch.Tensor:
+    """`grad s(x) = (1+alpha)(x - center) - grad r(x)`."""
+    return (1.0 + reg.alpha) * (x - reg.center) - reg.value_and_grad(x)[1]
 
 
 def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

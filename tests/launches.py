@@ -30,7 +30,10 @@ import deepreg_fast as dr
 from deepreg_fast.backend.active import active_images
 from deepreg_fast.backend.gpu import conv_chain, tv
 from deepreg_fast.backend.gpu import vectors as gpu_vectors
+from deepreg_fast.backend.gpu.decisions import GpuDecisions
 from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
+from deepreg_fast.backend.solver_kernels import PerImageState
+from deepreg_fast.functional.tv import TvForm
 
 
 class Driver:
@@ -106,8 +109,8 @@ def keys(batch: int) -> list[str]:
 
 
 def vectors(B: int, n: int) -> None:
-    """Everything that `GpuVectors` launches, for B images of n entries."""
-    G, memory = gpu_vectors.GpuVectors(), 5
+    """Everything that `GpuVectors` and `GpuDecisions` launch, for B images of n entries."""
+    G, D, memory = gpu_vectors.GpuVectors(), GpuDecisions(), 5
     x = [torch.randn(B, 1, 1, n) for _ in range(8)]
     on, none = torch.ones(B, dtype=torch.bool), torch.zeros(B, dtype=torch.int64)
 
@@ -120,10 +123,10 @@ def vectors(B: int, n: int) -> None:
         G.secant(idx, x[0], x[1], x[2], x[3])
         state = (torch.zeros(B, memory, n), torch.zeros(B, memory, n), x[4], x[5])
         row, rhs = G.remember(idx, state, none, on, x[0], x[1])
-        G.anderson_solve(idx, row, rhs, none, none, numbers(B, memory, memory), 1e-8)
+        D.anderson_solve(idx, row, rhs, none, none, numbers(B, memory, memory), 1e-8, torch.float32)
         G.combine(idx, state, torch.rand(B, memory), numbers(), x[0], x[1])
+        G.compare(idx, x[0], x[1], x[2], x[3])
     for rows in (None, on):
-        G.judge(x[0], x[1], x[2], x[3], rows)
         G.cg_direction(x[0], x[1], numbers(), rows)
         G.cg_move(x[0], x[1], x[2], x[3], numbers(), rows)
         G.lanczos_first(x[0], numbers(), x[1], x[2], rows)
@@ -134,22 +137,22 @@ def vectors(B: int, n: int) -> None:
         G.take(rows, (x[0], x[1]), (x[2], x[3]))
         G.take(rows, (x[0], x[1]))
     sums, eps = numbers(3, B), 2.0**-23
-    state_of = (numbers(), numbers(), numbers(), on, none, none, none, on)
-    G.pgd_residual(state_of, sums, numbers(), (1e-3, 1.0, 1.2, 0.5, 300), eps)
-    for plain in (True, False):
-        settings = (1e-3, 1.0, 1.2, 0.5, 300)
-        G.pgd_candidate(state_of, numbers(6, B)[:5], torch.rand(B), numbers(), settings, eps, plain)
-    G.anderson_update(numbers(), numbers(), none, memory, 20.0)
-    G.cg_beta(numbers(2, B)[1], numbers(), on, none, on)
-    G.cg_alpha(sums, numbers(2, B), numbers(), numbers(), none, on, eps, 1e38)
-    G.cg_has_converged(numbers(2, B), sums, numbers(), none, numbers(), on, eps)
+    state_of = PerImageState(numbers(), numbers(), numbers(), on, none, none, none, on)
+    D.convergence_test(state_of, sums, numbers(), dr.PGDOptions(), eps)
+    for kind in ("none", "fista"):
+        options = dr.PGDOptions(acceleration=kind)
+        D.acceptance_test(state_of, numbers(6, B)[:5], torch.rand(B), numbers(), options, eps)
+    D.anderson_update(numbers(), numbers(), none, memory, 20.0)
+    D.cg_beta(numbers(2, B)[1], numbers(), on, none, on)
+    D.cg_alpha(sums, numbers(2, B), numbers(), numbers(), none, on, eps, 1e38)
+    D.cg_has_converged(numbers(2, B), sums, numbers(), none, numbers(), on, eps)
 
 
 def chain(norm: str, head: str, channels: int, depth: int, size: tuple[int, int], **options_of: Any) -> None:
     """A gradient, a linearization and both of its products, of `size` images by pixels a side."""
     batch, side = size
     reg, x = dr.RED(channels, depth, norm, head=head), torch.rand(batch, 1, side, side)
-    form, options = reg.conv_chain_form(), ChainOptions(**options_of)
+    form, options = reg.kernel_form(), ChainOptions(**options_of)
     assert form is not None
     for rows in (None, torch.ones(batch, dtype=torch.bool)):
         with active_images(rows):
@@ -164,8 +167,8 @@ def smoothed_tv(shape: tuple[int, ...]) -> None:
     x = torch.rand(shape)
     for rows in (None, torch.ones(len(x), dtype=torch.bool)):
         with active_images(rows):
-            tv.value_and_grad(0.01, x)
-            tv.GpuTvLinearization(dr.TV(0.01), 0.01, x).hvp(x)
+            tv.value_and_grad(TvForm(0.01), x)
+            tv.GpuTvLinearization(dr.TV(0.01), TvForm(0.01), x).hvp(x)
 
 
 def main() -> None:

@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import deepreg_fast as dr
 from deepreg_fast.backend.cpu.extension import extension, instruction_set
-from deepreg_fast.batched import fused, linalg
+from deepreg_fast.batched import linalg
 from deepreg_fast.evaluation.metrics import psnr
 from deepreg_fast.regularizers.lipschitz import beta_hat, curvature
 from deepreg_fast.solvers import CGOptions, LinearSolution, MinresOptions, cg, extreme_eigenvalues, minres
 from deepreg_fast.solvers.acceleration import make
-from deepreg_fast.solvers.cg import cg_alpha, cg_beta, cg_has_converged, would_overflow
+from deepreg_fast.solvers.cg import cg_alpha, cg_beta, cg_has_converged
 from deepreg_fast.solvers.criteria import PerImageState, acceptance_test, convergence_test
+from deepreg_fast.solvers.steps import compare
 
 Function = Callable[..., object]
 Case = tuple[str, Function, tuple[torch.Tensor, ...]]
@@ -111,9 +112,11 @@ def numbers() -> Iterator[Case]:
 
     def cg_step(sums: torch.Tensor, rz: torch.Tensor, old: torch.Tensor, fresh: torch.Tensor) -> object:
         three, moved = sums.T[:3].contiguous(), sums.T[3:5].contiguous()
-        length, status = cg_alpha(three, rz, old.abs(), 2.0**-23)
-        ends = cg_has_converged(moved, length, fresh.long(), old, 2.0**-23)
-        return (*cg_beta(rz, old, fresh), length, status, would_overflow(moved, three, length, 1.5), *ends)
+        status, on = torch.full_like(fresh, -1, dtype=torch.int64), torch.ones_like(fresh)
+        length, *rest = cg_alpha(three, moved, rz, old.abs(), status, on, 2.0**-23, 1e38)
+        limited = cg_alpha(three, moved, rz, old.abs(), status, on, 2.0**-23, 1.5)
+        ends = cg_has_converged(moved, three, length, fresh.long(), old, on, 2.0**-23)
+        return (*cg_beta(rz, old, fresh, status, on), length, *rest, *limited, *ends)
 
     yield "cg's decisions", cg_step, (squares, normal(count), normal(count), flags(count))
 
@@ -152,8 +155,7 @@ def long_vectors() -> Iterator[Case]:
         a, b = normal(2, LONG, dtype=dtype), normal(2, LONG, dtype=dtype)
         yield f"dot {dtype}", linalg.dot, (a, b)
         yield f"add {dtype}", linalg.add, (a, normal(2), b, torch.tensor([True, False]))
-        every = lambda a, b: fused.judge(a, b, b, a, torch.ones(len(a), dtype=torch.bool))  # noqa: E731
-        yield f"judge {dtype}", every, (a, b)
+        yield f"compare {dtype}", lambda a, b: compare(torch.arange(len(a)), a, b, b, a), (a, b)
         yield f"psnr {dtype}", psnr, (a.reshape(2, 1, 1, -1), b.reshape(2, 1, 1, -1))
         for name, memory in (("fista", 1), ("anderson", 1), ("anderson", 3))[dtype == torch.float64 :]:
 

@@ -315,7 +315,7 @@ def _planes(depth: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     monkeypatch.setattr(weight_gradients, "filters", sums(4, (9, 16, 16)))
     monkeypatch.setattr(weight_gradients, "image_filters", sums(2, (9, 16)))
     reg, x = bench.Workload(2, 8, 16, depth).regularizer(), torch.zeros(2, 1, 8, 8)
-    sweeps = gpu_sweeps.Sweeps(reg.conv_chain_form(), x)
+    sweeps = gpu_sweeps.Sweeps(reg.kernel_form(), x)
     found = {}
     for name, f in {
         "gradient": lambda kept: sweeps.gradient(None),

@@ -74,3 +74,20 @@ def test_backend(names: dict[str, Any]) -> None:
     finally:
         backend._TABLE.clear()
         backend._TABLE.update(kept)
+
+
+def test_step(names: dict[str, Any]) -> None:
+    extrapolate, x, v = names["extrapolate"], images(3, 5), images(3, 5, seed=1)
+    weight = torch.tensor([0.0, 1.0, 3.0])
+    kept = dict(backend._TABLE)
+    try:
+        backend.register(names["HandMadeSteps"]())
+        assert torch.equal(extrapolate(x, v, weight), names["StepKernels"]().extrapolate(x, v, weight))
+        torch.testing.assert_close(extrapolate(x, v, weight), extrapolate.definition(x, v, weight))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(names["StepKernels"], "extrapolate", lambda *_: "kernel")
+            assert extrapolate(x, v, weight) == "kernel"
+    finally:
+        backend._TABLE.clear()
+        backend._TABLE.update(kept)
+    assert torch.equal(extrapolate(x, v, weight), extrapolate.definition(x, v, weight))

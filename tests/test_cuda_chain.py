@@ -46,7 +46,7 @@ def _random(seed: int = 1, scale: float = 0.15, **options: object) -> dr.RED:
 
 def _planes(reg: dr.RED, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u, z of layer 2 and g of layer 1 (math.md, M10), by PyTorch in the dtype of x."""
-    form = reg.conv_chain_form()
+    form = reg.kernel_form()
     assert form is not None
     net: Any = form.net
     w = [m.weight.detach() for m in net.convs]
@@ -76,7 +76,7 @@ def _planes(reg: dr.RED, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fused(reg: dr.RED, x: Tensor, order: int = 0, blocks: int = NARROW, sms: int = 4) -> FusedHvp:
-    form = reg.conv_chain_form()
+    form = reg.kernel_form()
     assert form is not None and fused_chain.unsupported_reason(form) is None
     u, z, g = _planes(reg, x)
     chain = fused_chain.chain_of(form, x.shape[-1], _host(order, blocks, sms), pack(form), blocks)
@@ -246,7 +246,7 @@ def test_bands_share_the_rows_among_multiprocessors() -> None:
 
 def test_what_the_kernel_covers() -> None:
     for options in ({"head": "norm"}, {"depth": 4}, {"channels": 17}, {"norm": "image"}):
-        form = _random(**options).conv_chain_form()
+        form = _random(**options).kernel_form()
         assert form is not None and "three layers" in str(fused_chain.unsupported_reason(form))
 
 
@@ -258,7 +258,7 @@ def test_on_the_gpu(norm: str, size: tuple[int, int, int]) -> None:
     x, v = images(size[0], 1, *size[1:]).float(), normal(size[0], 1, *size[1:]).float()
     v[-1] *= 1e5
     on_gpu = copy.deepcopy(reg).cuda()
-    form = on_gpu.conv_chain_form()
+    form = on_gpu.kernel_form()
     assert form is not None
     lin = GpuLinearization(on_gpu, form, x.cuda(), ChainOptions(fused=True))
     assert lin._fused is not None

@@ -37,7 +37,7 @@ def _compiled() -> None:
 
 def sweep(reg: dr.RED, x: Tensor, order: int = 0, sms: int = 4) -> dict[str, Tensor]:
     """Value, gradient, and what a linearization saves."""
-    form = reg.conv_chain_form()
+    form = reg.kernel_form()
     assert form is not None
     chain = fused_chain.chain_of(form, x.shape[-1], _host(order, NARROW, sms, "gradient"), pack(form), NARROW)
     chain = replace(chain, how=replace(chain.how, blocks=NARROW))
@@ -55,7 +55,7 @@ def _definition(reg: dr.RED, x: Tensor) -> dict[str, Tensor]:
 
 def _cancellation(reg: dr.RED, x: Tensor, value: Tensor) -> float:
     """How much larger the terms (1 + alpha) / 2 u^2 and |u h| / 2 of the energy are than their sum."""
-    form = copy.deepcopy(reg).double().conv_chain_form()
+    form = copy.deepcopy(reg).double().kernel_form()
     assert form is not None
     u = x.double() - form.center
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_neither_warps_nor_bands_nor_neighbors_change_the_bits(norm: str) -> Non
 def test_without_saving() -> None:
     reg = _random(2, norm="pixel")
     x = images(1, 1, 12, 20).float()
-    form = reg.conv_chain_form()
+    form = reg.kernel_form()
     assert form is not None
     chain = fused_chain.chain_of(form, 48, _host(0, NARROW, 1, "gradient"), pack(form), NARROW)
     _, grad = fused_chain.gradient(chain, (x - form.center)[:, 0].contiguous())
@@ -140,7 +140,7 @@ def test_the_backend_uses_it_where_it_covers(norm: str, monkeypatch: pytest.Monk
     machine = Machine(4, LIMIT, lambda options: kernels[options[-1]].launcher(options))
     monkeypatch.setattr(fused_chain, "machine_of", lambda _: machine)
     reg = _random(6, norm=norm, channels=12)
-    form = reg.conv_chain_form()
+    form = reg.kernel_form()
     assert form is not None
     x, v = images(2, 1, 20, 40).float(), normal(2, 1, 20, 40).float()
     options = ChainOptions(fused=True)

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deepreg_fast as dr
 from deepreg_fast import backend
 from deepreg_fast.backend.gpu import graphs as gpu_graphs
-from deepreg_fast.batched import fused, graphs, loop
+from deepreg_fast.batched import graphs, loop
+from deepreg_fast.batched.fused import tensors
 from deepreg_fast.batched.linalg import add, expand, select, solve_spd
 from deepreg_fast.errors import OutOfMemory
 from deepreg_fast.regularizers.base import Regularizer
@@ -35,7 +36,7 @@ from deepreg_fast.solvers.cg import _ConjugateGradients
 from deepreg_fast.solvers.minres import _Minres
 from deepreg_fast.solvers.pgd import _Run
 
-from .helpers import images, normal, random_red
+from .helpers import DEFINITIONS, images, normal, random_red
 
 FIELDS = ("x", "status", "iterations", "gradients", "residual", "tau")
 Solver = Callable[..., Any]
@@ -66,68 +67,60 @@ def poison(rows: torch.Tensor | None, t: torch.Tensor) -> torch.Tensor:
 class PoisonedVectors:
     """Kernels made of torch's definitions that work in place like those of a GPU, with NaN in what they leave out."""
 
-    def remember(self, idx: torch.Tensor, state: tuple[torch.Tensor, ...], *rest: torch.Tensor) -> Any:
-        slot, fresh, x, f = rest
-        with dr.use_backend("reference"):
-            found = self._anderson(state)._remember(x, f, idx, slot, fresh)
-        return tuple(poison(backend.active_mask(x), t) for t in found)
-
-    def combine(self, idx: torch.Tensor, state: tuple[torch.Tensor, ...], *rest: torch.Tensor) -> torch.Tensor:
-        c, limit, x, f = rest
-        with dr.use_backend("reference"):
-            found = self._anderson(state)._combine(x, f, idx, c, limit)
-        return poison(backend.active_mask(x), found)
-
-    def _anderson(self, state: tuple[torch.Tensor, ...]) -> acceleration.Anderson:
-        anderson = acceleration.Anderson(state[2], state[0].shape[1])
-        anderson.dx, anderson.df, anderson.x, anderson.f = state
-        return anderson
-
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name not in ("dot", "add", "dots", "secant", *IN_PLACE):
+        if name not in DONATED:
             raise AttributeError(name)
 
         def kernel(*args: Any) -> Any:
-            rows = args[-1] if name in IN_PLACE else None
             with dr.use_backend("reference"):
-                if name == "take":
-                    for (to, _), new in zip(args[1:], fused.take(*args), strict=True):
-                        to.copy_(new)
-                    return None
-                found = getattr(fused, name)(*args)
-            if name not in IN_PLACE:
-                work = backend.active_mask(args[0] if name != "dots" else args[0][0])
-                if name == "dots":
-                    return poison_sums(work, found)
-                return tuple(poison(work, t) for t in found) if name == "add" else poison(work, found)
-            if name == "descend":
-                return poison(rows, found)
-            if name == "cg_direction":
-                args[0].copy_(found)
-                return None
-            own = args[0] if name == "minres_move" else args
-            given = [own[i] for i in IN_PLACE[name]]
-            new = found[0] if name == "minres_move" else found[: len(given)]
-            for to, source in zip(given, new, strict=False):
+                found = DEFINITIONS[name](*args)
+            donated = [t for k in DONATED[name] for t in tensors(args[k])]
+            if name == "take":
+                donated = [to for to, _ in args[1:]]
+            results = list(tensors(found))
+            for to, source in zip(donated, results, strict=False):
                 to.copy_(source)
-            sums = poison_sums(rows, found if name == "judge" else found[-1])
-            return (poison(rows, found[0]), poison(rows, found[1]), sums) if name == "pgd_step" else sums
+            if name in BY_CONTEXT:
+                rows = backend.active_mask(next(t for t in tensors(args) if t.is_floating_point()))
+            else:
+                rows = args[0] if name == "take" else args[-1]
+            rest = results[len(donated) :]
+            last = [poison_sums(rows, rest.pop())] if name in SUMS else []
+            rest = [poison(rows, t) for t in rest] + last
+            return rebuilt(found, iter(donated + rest))
 
         return kernel
 
 
-# Which arguments a kernel changes.
-IN_PLACE = {
+# Which arguments a kernel changes and returns, in the order of its results. It changes the state of `remember`, too.
+DONATED: dict[str, tuple[int, ...]] = {
+    "dot": (),
+    "dots": (),
+    "add": (),
+    "secant": (),
+    "compare": (),
     "cg_direction": (0,),
     "descend": (),
     "cg_move": (0, 1),
     "lanczos_first": (0,),
     "lanczos_second": (2, 3),
-    "minres_move": (0, 1, 2, 3),
+    "minres_move": (0,),
     "pgd_step": (),
-    "judge": (),
     "take": (),
+    "remember": (),
+    "combine": (),
 }
+
+
+# The images are the active ones.
+BY_CONTEXT = ("dot", "dots", "add", "secant", "compare", "remember", "combine")
+# The last result is sums [k, B].
+SUMS = ("dots", "compare", "cg_move", "lanczos_first", "lanczos_second", "minres_move", "pgd_step")
+
+
+def rebuilt(shape: Any, results: Iterator[torch.Tensor]) -> Any:
+    """These tensors in nested tuples like those of `shape`."""
+    return tuple(rebuilt(s, results) for s in shape) if isinstance(shape, tuple) else next(results)
 
 
 def poison_sums(rows: torch.Tensor | None, sums: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ def _small(**options: Any) -> dr.RED:
 
 
 def _arguments(reg: dr.RED) -> tuple[list[torch.Tensor], tuple[Any, ...]]:
-    form = reg.conv_chain_form()
+    form = reg.kernel_form()
     assert form is not None
     return [p.detach().clone().requires_grad_() for p in form.parameters()], astuple(form.spec)
 

@@ -53,7 +53,7 @@ def _flat(theta: dict[str, Tensor]) -> Tensor:
 def _answers(reg: dr.RED, x: Tensor, v: Tensor, options: ChainOptions = ONE_TILE) -> dict[str, Tensor]:
     """Everything that the kernels compute, by name, an image a row."""
     reg, x, v = copy.deepcopy(reg).to(DEVICE), x.to(DEVICE), v.to(DEVICE)
-    form = reg.conv_chain_form()
+    form = reg.kernel_form()
     assert form is not None and gpu_chain.unsupported_reason(form, x) is None
     value, grad = gpu_chain.value_and_grad(form, x, options)
     lin = GpuLinearization(reg, form, x, options)
@@ -223,7 +223,7 @@ def test_a_layernorm_over_the_image_has_sweeps_of_its_own() -> None:
 
 def test_parameters_may_not_change_under_a_linearization() -> None:
     reg, x = _random(channels=2, depth=2).to(DEVICE), images(1, 1, 4, 5, dtype=torch.float32).to(DEVICE)
-    form = reg.conv_chain_form()
+    form = reg.kernel_form()
     assert form is not None
     lin = GpuLinearization(reg, form, x, ONE_TILE)
     with pytest.raises(dr.errors.InputError, match="shape"):
@@ -249,7 +249,7 @@ def test_parameters_may_not_change_under_a_linearization() -> None:
     ],
 )
 def test_what_it_leaves_to_the_reference(options: dict[str, Any], shape: tuple[int, int], word: str) -> None:
-    form = dr.RED(**{"channels": 2, **options}).conv_chain_form()  # type: ignore[arg-type]
+    form = dr.RED(**{"channels": 2, **options}).kernel_form()  # type: ignore[arg-type]
     assert form is not None
     reason = gpu_chain.unsupported_reason(
         form, torch.empty(1, 1, 1, 1).expand(1, options.get("image_channels", 1), *shape)
@@ -260,7 +260,7 @@ def test_what_it_leaves_to_the_reference(options: dict[str, Any], shape: tuple[i
 @pytest.mark.parametrize("call", ["gradient", "linearization"])
 def test_a_lack_of_memory_is_a_sentence(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reg, x = _random(channels=2).to(DEVICE), images(2, 1, 512, 512, dtype=torch.float32).to(DEVICE)
-    form = reg.conv_chain_form()
+    form = reg.kernel_form()
     assert form is not None
     fresh = torch.Tensor.new_empty
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from deepreg_fast import Status
-from deepreg_fast.backend.gpu.vectors import GpuVectors
-from deepreg_fast.batched.linalg import solve_spd
+from deepreg_fast.backend.gpu.decisions import GpuDecisions
+from deepreg_fast.batched.loop import simulate_device
 from deepreg_fast.kernels.solvers import scalars
+from deepreg_fast.solvers.acceleration import anderson_solve, anderson_update
 from deepreg_fast.solvers.criteria import PerImageState, acceptance_test, convergence_test
-from deepreg_fast.solvers.linear_system import RUNNING
 from deepreg_fast.solvers.options import PGDOptions
 
 from .test_triton_vectors import DEVICE
@@ -27,7 +27,7 @@ from .test_triton_vectors import DEVICE
 # numpy warns where the interpreter makes an infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-VECTORS = GpuVectors()
+DECISIONS = GpuDecisions()
 cg: Any = import_module("deepreg_fast.solvers.cg")  # the package's name `cg` is the function
 EPS = torch.finfo(torch.float32).eps
 SPECIAL = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -1.0, 5e-324, 1e-300, 1e300, -1e300, EPS, 1e-12]
@@ -96,24 +96,20 @@ def chosen(seed: int) -> PGDOptions:
     )
 
 
-def settings_of(o: PGDOptions) -> tuple[float, ...]:
-    return o.tolerance, o.tau, o.grow, o.shrink, o.max_iterations
-
-
 @settings(max_examples=40)
 @given(BATCHES, SEEDS)
-def test_pgd_residual(images: int, seed: int) -> None:
+def test_pgd_convergence(images: int, seed: int) -> None:
     d, options = Draw(images, seed), chosen(seed)
     n, sums, scale = state(d), d.numbers(3), d.numbers(positive=True)
-    wanted = convergence_test(n, sums, scale, options, EPS)
-    found = VECTORS.pgd_residual(n, sums, scale, settings_of(options), EPS)
-    for a, b in zip(found, (wanted.residual, wanted.status, wanted.running), strict=True):
+    wanted = convergence_test.definition(n, sums, scale, options, EPS)
+    found = DECISIONS.convergence_test(n, sums, scale, options, EPS)
+    for a, b in zip(found, wanted, strict=True):
         alike(a, b)
 
 
 @settings(max_examples=60)
 @given(BATCHES, SEEDS)
-def test_pgd_candidate(images: int, seed: int) -> None:
+def test_pgd_acceptance(images: int, seed: int) -> None:
     d, options = Draw(images, seed), chosen(seed)
     n, sums, value, limit = state(d), d.numbers(5), d.numbers().float(), d.numbers(positive=True)
     # Some about the limits.
@@ -122,9 +118,8 @@ def test_pgd_candidate(images: int, seed: int) -> None:
         torch.where(d.flags(0.3), 1e2 * EPS**2 * old2 * (0.5 + torch.rand(images, generator=d.g).to(DEVICE)), dg2)
     )
     bend.copy_(torch.where(d.flags(0.3), dx2 / n.tau + 4.0 * EPS * torch.sqrt(old2 * dx2), bend))
-    wanted, good, forget = acceptance_test(n, sums, value, limit, options, EPS)
-    plain = options.acceleration == "none"
-    found, accept, forgets = VECTORS.pgd_candidate(n, sums, value, limit, settings_of(options), EPS, plain)
+    wanted, good, forget = acceptance_test.definition(n, sums, value, limit, options, EPS)
+    found, accept, forgets = DECISIONS.acceptance_test(n, sums, value, limit, options, EPS)
     for a, b in zip((*found, accept), (*wanted, good), strict=True):
         alike(a, b)
     alike(forgets[n.running], forget[n.running])
@@ -133,15 +128,12 @@ def test_pgd_candidate(images: int, seed: int) -> None:
 @settings(max_examples=20)
 @given(st.integers(0, 3), st.integers(1, 7), SEEDS)
 def test_anderson(images: int, memory: int, seed: int) -> None:
-    """As `Anderson.propose` has it."""
     d, ridge, reach = Draw(images, seed), 1e-8, 20.0
-    count, length, square = d.counts(2 * memory + 2), d.numbers(positive=True), d.numbers(positive=True)
-    size = torch.sqrt(square)
-    kept = torch.where(size > 2.0 * length, 0, count)
-    slot = torch.where(kept > 0, (kept - 1) % memory, 0)
-    found = VECTORS.anderson_update(square, length, count, memory, reach)
-    for a, b in zip(found, (size, kept, slot, kept > 0, reach * size), strict=True):
+    numbers = d.numbers(positive=True), d.numbers(positive=True), d.counts(2 * memory + 2), memory, reach
+    wanted = anderson_update.definition(*numbers)
+    for a, b in zip(DECISIONS.anderson_update(*numbers), wanted, strict=True):
         alike(a, b)
+    _, count, slot, *_ = wanted
 
     df = torch.randn(images + 1, memory, 40, generator=d.g, dtype=torch.float64).to(DEVICE)
     rhs, row = (
@@ -152,18 +144,13 @@ def test_anderson(images: int, memory: int, seed: int) -> None:
         row[:1], rhs[1:2] = torch.nan, torch.inf
     idx, gram = torch.arange(images).flip(0).to(DEVICE) + 1, df @ df.mT
     wanted_gram = gram.clone()
-    wanted_gram[idx, slot, :] = row
-    wanted_gram[idx, :, slot] = row
-    valid = torch.arange(memory, device=DEVICE) < kept.clamp(max=memory)[:, None]
-    g = torch.where(valid[:, None, :] & valid[:, :, None], wanted_gram[idx], 0.0)
-    scale = g.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
-    eye = torch.eye(memory, dtype=torch.float64, device=DEVICE)
-    damped = g + eye * torch.where(valid, ridge * scale[:, None], scale[:, None])[:, None, :]
-    c = torch.where(valid, solve_spd(damped, torch.where(valid, rhs, 0.0)).float(), 0.0)
-    found_count, found = VECTORS.anderson_solve(idx, row, rhs, slot, kept, gram, ridge)
+    dtype = [torch.float32, torch.float64][seed % 2]
+    with simulate_device():
+        wanted_count, c = anderson_solve.definition(idx, row, rhs, slot, count, wanted_gram, ridge, dtype)
+    found_count, found = DECISIONS.anderson_solve(idx, row, rhs, slot, count, gram, ridge, dtype)
     alike(found, c)
     alike(gram, wanted_gram)
-    assert torch.equal(found_count, kept + 1)
+    assert torch.equal(found_count, wanted_count)
 
 
 @settings(max_examples=40)
@@ -171,13 +158,9 @@ def test_anderson(images: int, memory: int, seed: int) -> None:
 def test_cg_turn(images: int, seed: int) -> None:
     d = Draw(images, seed)
     new_rz, rz, fresh, running, status = d.numbers(), d.numbers(positive=True), d.flags(0.3), d.flags(), d.status()
-    wanted_factor, end = cg.cg_beta(new_rz, rz, fresh)
-    go = running & (end == RUNNING)
-    factor, next_rz, next_fresh, next_status, next_running = VECTORS.cg_beta(new_rz, rz, fresh, status, running)
-    alike(factor, wanted_factor)
-    alike(next_rz, torch.where(go, new_rz, rz))
-    alike(next_status, torch.where(running, end, status))
-    assert torch.equal(next_running, go) and torch.equal(next_fresh, fresh & ~go)
+    wanted = cg.cg_beta.definition(new_rz, rz, fresh, status, running)
+    for a, b in zip(DECISIONS.cg_beta(new_rz, rz, fresh, status, running), wanted, strict=True):
+        alike(a, b)
 
 
 @settings(max_examples=60)
@@ -189,15 +172,8 @@ def test_cg_stride(images: int, seed: int) -> None:
     # Some at the very limit, and on either side of it.
     limit = 0.5 * EPS * torch.maximum(a_norm, torch.sqrt(sums[2] / sums[0])) * sums[0]
     sums[1] = torch.where(d.flags(0.5), torch.where(d.flags(0.5), limit, -limit), sums[1])
-    ratio = torch.sqrt(sums[2] / sums[0])
-    norm = torch.where(running & torch.isfinite(ratio), torch.maximum(a_norm, ratio), a_norm)
-    length, end = cg.cg_alpha(sums, rz, norm, EPS)
-    ends, go = torch.where(running, end, status), running & (end == RUNNING)
-    length = torch.where(go, length, 0.0)
-    end = cg.would_overflow(moved, sums, length, 1e38)
-    ends, go = torch.where(go, end, ends), go & (end == RUNNING)
-    found = VECTORS.cg_alpha(sums, moved, rz, a_norm, status, running, EPS, 1e38)
-    for a, b in zip(found, (torch.where(go, length, 0.0), norm, ends, go), strict=True):
+    numbers = sums, moved, rz, a_norm, status, running, EPS, 1e38
+    for a, b in zip(DECISIONS.cg_alpha(*numbers), cg.cg_alpha.definition(*numbers), strict=True):
         alike(a, b)
 
 
@@ -207,9 +183,8 @@ def test_cg_arrived(images: int, seed: int) -> None:
     d = Draw(images, seed)
     moved, sums = d.numbers(2, positive=True), d.numbers(3, positive=True)
     length, idle, running, aim = d.numbers(positive=True), d.counts(4), d.flags(), d.numbers(positive=True)
-    count, done = cg.cg_has_converged(moved, length * torch.sqrt(sums[0]), idle, aim, EPS)
-    found = VECTORS.cg_has_converged(moved, sums, length, idle, aim, running, EPS)
-    for a, b in zip(found, (count, running & ~done), strict=True):
+    numbers = moved, sums, length, idle, aim, running, EPS
+    for a, b in zip(DECISIONS.cg_has_converged(*numbers), cg.cg_has_converged.definition(*numbers), strict=True):
         alike(a, b)
 
 

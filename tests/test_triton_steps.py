@@ -12,11 +12,15 @@ from hypothesis import given, settings
 pytest.importorskip("triton")
 
 import deepreg_fast as dr
+from deepreg_fast import backend
+from deepreg_fast.backend.gpu.decisions import GpuDecisions
 from deepreg_fast.backend.gpu.vectors import GpuVectors
-from deepreg_fast.batched import fused, linalg
+from deepreg_fast.batched import linalg
 from deepreg_fast.batched.loop import simulate_device
-from deepreg_fast.solvers import acceleration as acceleration_module
 from deepreg_fast.solvers import cg, minres
+from deepreg_fast.solvers.cg import cg_direction, cg_move
+from deepreg_fast.solvers.minres import lanczos_first, lanczos_second, minres_move
+from deepreg_fast.solvers.steps import compare, descend, pgd_step, take
 
 from .helpers import images, random_red, relative
 from .test_triton_vectors import COUNTS, DEVICE, EPS, SEEDS, SIZES, near, same, some
@@ -35,54 +39,57 @@ def numbers(count: int, seed: int) -> list[torch.Tensor]:
 
 
 def _direction(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    return [fused.cg_direction(t[0], t[1], s[0], rows)], torch.zeros(0, len(rows), device=DEVICE)
+    return [cg_direction(t[0], t[1], s[0], rows)], torch.zeros(0, len(rows), device=DEVICE)
 
 
 def _move(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    x, r, sums = fused.cg_move(t[0], t[1], t[2], t[3], s[0], rows)
+    x, r, sums = cg_move(t[0], t[1], t[2], t[3], s[0], rows)
     return [x, r], sums
 
 
 def _first(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    u, sums = fused.lanczos_first(t[0], s[0], t[1], t[2], rows)
+    u, sums = lanczos_first(t[0], s[0], t[1], t[2], rows)
     return [u], sums
 
 
 def _second(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    r1, r2, square = fused.lanczos_second(t[0], s[0], t[1], t[2], rows)
+    r1, r2, square = lanczos_second(t[0], s[0], t[1], t[2], rows)
     return [r1, r2], square[None]
 
 
 def _minres(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    state, sums = fused.minres_move((t[0], t[1], t[2], t[3]), t[4], t[5], tuple(s), rows)
+    state, sums = minres_move((t[0], t[1], t[2], t[3]), t[4], t[5], tuple(s), rows)
     return list(state), sums
 
 
 def _descend(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    out = fused.descend(t[0], s[0], t[1], rows)
+    out = descend(t[0], s[0], t[1], rows)
     return [linalg.select(rows, out, 0.0)], torch.zeros(0, len(rows), device=DEVICE)
 
 
 def _step(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    step, candidate, sums = fused.pgd_step(t[0], t[1], t[2], rows)
+    step, candidate, sums = pgd_step(t[0], t[1], t[2], rows)
     return [linalg.select(rows, v, 0.0) for v in (step, candidate)], sums
 
 
-def _judge(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    return [], fused.judge(t[0], t[1], t[2], t[3], rows)
+def _compare(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
+    every = torch.arange(len(rows), device=DEVICE)
+    with backend.active_images(rows):
+        return [], compare(every, t[0], t[1], t[2], t[3])
 
 
 def _take(t: list[torch.Tensor], s: list[torch.Tensor], rows: torch.Tensor) -> Result:
-    return list(fused.take(rows, (t[0], t[1]), (t[2], t[3]), (t[4], t[5]))), torch.zeros(0, len(rows), device=DEVICE)
+    return list(take(rows, (t[0], t[1]), (t[2], t[3]), (t[4], t[5]))), torch.zeros(0, len(rows), device=DEVICE)
 
 
 PASSES: list[Callable[[list[torch.Tensor], list[torch.Tensor], torch.Tensor], Result]] = [
-    _direction, _move, _first, _second, _minres, _descend, _step, _judge, _take,
+    _direction, _move, _first, _second, _minres, _descend, _step, _compare, _take,
 ]  # fmt: skip
 
 
 def kernels_serve(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(fused.backend, "vector_kernels", lambda *_: GpuVectors())
+    patch.setattr(backend, "vector_kernels", lambda *_: GpuVectors())
+    patch.setattr(backend, "decision_kernels", lambda *_: GpuDecisions())
 
 
 def by_both(
@@ -140,7 +147,7 @@ def test_sums_of_a_move(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_layouts_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels_serve(monkeypatch)
     t, s = [some(30, 3, seed=i).t() for i in range(4)], torch.ones(3, device=DEVICE).double()
-    x, r, _ = fused.cg_move(t[0], t[1], t[2], t[3], s, s > 0)
+    x, r, _ = cg_move(t[0], t[1], t[2], t[3], s, s > 0)
     assert torch.equal(x, t[0] + t[2]) and torch.equal(r, t[1] - t[3])
     with pytest.raises(ValueError, match="contiguous"):
         GpuVectors().cg_move(t[0], t[1], t[2], t[3], s, s > 0)
@@ -174,7 +181,6 @@ def test_a_recovery(acceleration: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with dr.use_backend("reference"):
         wanted = run()
     kernels_serve(monkeypatch)
-    monkeypatch.setattr(acceleration_module, "vector_kernels", fused.backend.vector_kernels)
     with simulate_device():
         found = run()
     assert found.status.tolist() == wanted.status.tolist() == [0, int(dr.Status.NON_FINITE), 0]

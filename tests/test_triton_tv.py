@@ -25,6 +25,7 @@ from deepreg_fast.backend.gpu import memory
 from deepreg_fast.backend.gpu import tv as gpu_tv
 from deepreg_fast.backend.gpu.backend import GpuBackend
 from deepreg_fast.backend.gpu.tv import GpuTvLinearization
+from deepreg_fast.functional.tv import TvForm
 from deepreg_fast.kernels import tv as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,9 +37,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def _answers(eps: float, x: Tensor, v: Tensor) -> dict[str, Tensor]:
     """Everything that the kernels compute, by name."""
     reg, x, v = dr.TV(eps), x.to(DEVICE), v.to(DEVICE)
-    assert gpu_tv.unsupported_reason(eps, x) is None
-    value, grad = gpu_tv.value_and_grad(eps, x)
-    lin = GpuTvLinearization(reg, eps, x)
+    assert gpu_tv.unsupported_reason(TvForm(eps), x) is None
+    value, grad = gpu_tv.value_and_grad(TvForm(eps), x)
+    lin = GpuTvLinearization(reg, TvForm(eps), x)
     assert lin.param_vjp(v) == {}
     found = {"value": value, "grad": grad, "kept value": lin.value, "kept": lin.grad, "hvp": lin.hvp(v)}
     return {name: t.cpu() for name, t in found.items()}
@@ -161,11 +162,11 @@ def test_layouts_and_an_empty_batch() -> None:
 
 def test_a_moved_linearization_reads_the_new_memory() -> None:
     reg, x, v = dr.TV(), images(1, 1, 9, 12, dtype=torch.float32).to(DEVICE), normal(1, 1, 9, 12).float().to(DEVICE)
-    lin = GpuTvLinearization(reg, reg.eps, x)
+    lin = GpuTvLinearization(reg, TvForm(reg.eps), x)
     homes: list[Tensor] = []
     there = lin.moved(lambda t: homes.append(t.clone()) or homes[-1])
     assert len(homes) == 1 and torch.equal(there.hvp(v), lin.hvp(v))
-    other = GpuTvLinearization(reg, reg.eps, 0.5 * x.square())
+    other = GpuTvLinearization(reg, TvForm(reg.eps), 0.5 * x.square())
     homes[0].copy_(other.x)
     assert torch.equal(there.hvp(v), other.hvp(v)) and not torch.equal(lin.hvp(v), other.hvp(v))
     assert lin.signature() == other.signature() == GpuBackend().signature(reg, x)
@@ -184,14 +185,15 @@ def test_a_moved_linearization_reads_the_new_memory() -> None:
     ],
 )
 def test_what_it_leaves_to_the_reference(eps: float, shape: tuple[int, ...], word: str) -> None:
-    reason = gpu_tv.unsupported_reason(eps, torch.empty(shape if len(shape) == 4 else (1, 1, *shape), device="meta"))
+    x = torch.empty(shape if len(shape) == 4 else (1, 1, *shape), device="meta")
+    reason = gpu_tv.unsupported_reason(TvForm(eps), x)
     assert reason is not None and word in reason
 
 
 @pytest.mark.parametrize("call", ["gradient", "product"])
 def test_a_lack_of_memory_is_a_sentence(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2, 3, 512, 512, device=DEVICE)
-    lin = GpuTvLinearization(dr.TV(), 1e-2, x[:, :, :2, :2])
+    lin = GpuTvLinearization(dr.TV(), TvForm(1e-2), x[:, :, :2, :2])
     lin.x = x
 
     def full(*_: object, **__: object) -> Tensor:
@@ -200,7 +202,7 @@ def test_a_lack_of_memory_is_a_sentence(call: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "empty_like", full)
     monkeypatch.setattr(memory, "_free", lambda device: 3 << 20)
     with pytest.raises(dr.errors.OutOfMemory, match="needs 6 MiB .* 3 MiB are free; use a smaller batch"):
-        gpu_tv.value_and_grad(1e-2, x) if call == "gradient" else lin.hvp(x)
+        gpu_tv.value_and_grad(TvForm(1e-2), x) if call == "gradient" else lin.hvp(x)
 
 
 def test_tiles_are_those_that_are_compiled() -> None:

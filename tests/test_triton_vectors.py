@@ -18,9 +18,9 @@ pytest.importorskip("triton")
 import deepreg_fast as dr
 from deepreg_fast import backend
 from deepreg_fast.backend.gpu import vectors
+from deepreg_fast.backend.gpu.decisions import GpuDecisions
 from deepreg_fast.backend.gpu.vectors import GpuVectors, Sums
 from deepreg_fast.kernels.solvers import reductions as kernels
-from deepreg_fast.solvers import acceleration
 from deepreg_fast.solvers.acceleration import Anderson
 
 from .helpers import images, normal, relative
@@ -162,7 +162,8 @@ def test_anderson_as_the_reference(n: int, monkeypatch: pytest.MonkeyPatch) -> N
 
     with dr.use_backend("reference"):
         wanted = run()
-    monkeypatch.setattr(acceleration, "vector_kernels", lambda *_: VECTORS)
+    monkeypatch.setattr(backend, "vector_kernels", lambda *_: VECTORS)
+    monkeypatch.setattr(backend, "decision_kernels", lambda *_: GpuDecisions())
     for k, (ours, theirs) in enumerate(zip(run(), wanted, strict=True)):
         # The least-squares problem's conditioning multiplies the roundings (of EPS) by up to 1 / sqrt(ridge) = 1e4.
         assert relative(ours.double(), theirs.double()) <= 1e4 * EPS, k

@@ -39,7 +39,7 @@ def _large_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _answers(reg: dr.RED, x: Tensor, v: Tensor, options: ChainOptions = ONE_TILE) -> dict[str, Tensor]:
     """Everything that the sweeps compute, by name."""
-    form = copy.deepcopy(reg).to(DEVICE).conv_chain_form()
+    form = copy.deepcopy(reg).to(DEVICE).kernel_form()
     assert form is not None
     sweeps = WholeSweeps(form, x.to(DEVICE), options)
     kept = sweeps.allocate_saved()
@@ -133,7 +133,7 @@ def _answers_in_poisoned_memory(reg: dr.RED, x: Tensor, v: Tensor) -> dict[str, 
 def test_the_linearization_is_made_of_these_sweeps() -> None:
     reg = random_red(1, double=False, channels=3, depth=2, norm="image").to(DEVICE)
     x, v = images(1, 1, 6, 7, dtype=torch.float32).to(DEVICE), normal(1, 1, 6, 7).float().to(DEVICE)
-    form = reg.conv_chain_form()
+    form = reg.kernel_form()
     assert form is not None and conv_chain.unsupported_reason(form, x) is None
     lin = conv_chain.GpuLinearization(reg, form, x)
     with dr.use_backend("reference"):

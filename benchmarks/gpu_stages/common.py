@@ -190,7 +190,7 @@ class Kernels:
         from deepreg_fast.backend.gpu import conv_chain
         from deepreg_fast.backend.gpu.pixel_norm import DEFAULT
 
-        return conv_chain, reg.conv_chain_form(), replace(DEFAULT, **self.options)
+        return conv_chain, reg.kernel_form(), replace(DEFAULT, **self.options)
 
     def value_and_grad(self, reg: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r(x)` and `grad r(x)`."""
@@ -217,8 +217,8 @@ class Kernels:
         from deepreg_fast.backend.gpu import tv
 
         return SimpleNamespace(
-            value_and_grad=lambda x: tv.value_and_grad(reg.eps, x),
-            linearize=lambda x: tv.GpuTvLinearization(reg, reg.eps, x),
+            value_and_grad=lambda x: tv.value_and_grad(reg.kernel_form(), x),
+            linearize=lambda x: tv.GpuTvLinearization(reg, reg.kernel_form(), x),
         )
 
     def _under(self, f: Callable[[], Any]) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .. import backend, checks
 from ..ambient import full_precision
+from ..functional.forms import form_of
 from . import conv_chain
 
 
@@ -138,9 +139,9 @@ def _check(reg: nn.Module, x: torch.Tensor) -> None:
 
 def _form(reg: Any, x: torch.Tensor) -> conv_chain.ConvChainForm | None:
     """The conv chain for the operators, or None if the PyTorch definition must be differentiated."""
-    form = reg.conv_chain_form() if hasattr(reg, "conv_chain_form") else None
+    form = form_of(reg)
     # Under torch.compile, the compiled code looks up the kernels when it runs.
-    if form is None or form.net.norm_place != "before":
+    if not isinstance(form, conv_chain.ConvChainForm) or form.net.norm_place != "before":
         return None
     if torch.compiler.is_compiling():
         return form

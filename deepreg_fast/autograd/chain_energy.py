@@ -42,7 +42,7 @@ class ChainEnergy(nn.Module):
         """`r(x_b)`, `[B]`."""
         return self._form.energy(x)
 
-    def conv_chain_form(self) -> ConvChainForm:
+    def kernel_form(self) -> ConvChainForm:
         """The form that kernels need."""
         return self._form
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,113 +22,9 @@ from .cpu import backend as cpu
 from .gpu import backend as gpu
 from .gpu.backend import gpu_options
 from .gpu.graphs import release_graphs
+from .protocols import Backend, Energy, SrmKernels
 from .reference import Linearization
-
-
-class Energy(Protocol):
-    """A scalar energy per image, batched, with parameters, which a backend differentiates."""
-
-    def energy(self, x: torch.Tensor) -> torch.Tensor:
-        """`r(x_b)`, `[B]`."""
-        ...
-
-
-class Backend(Protocol):
-    """The three derivatives of one energy, and the backend's availability and coverage.
-
-    It may have `capturable = True`: `value_and_grad` performs no host synchronization and can be captured in a CUDA
-    graph. The same attribute of a `Linearization` concerns `hvp`, that of `SrmKernels` all products. It may then have
-    `signature(energy, x)`, and a linearization `signature()` and `moved(put)`, so that later solves can reuse a graph
-    (`gpu/graphs.py`).
-    """
-
-    name: str
-    batch_invariant: bool
-    """Whether an image's bits are the same in any batch, including a batch of one."""
-
-    def unavailable(self) -> str | None:
-        """None if the backend can run on this machine, otherwise the reason and the remedy."""
-        ...
-
-    def unsupported_reason(self, energy: nn.Module, x: torch.Tensor) -> str | None:
-        """None if the backend covers this energy for this tensor, else the reason."""
-        ...
-
-    def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`r(x_b)` `[B]` and `grad r(x_b)` `[B, C, H, W]`."""
-        ...
-
-    def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
-        """The Hessian and the mixed derivative at a fixed point."""
-        ...
-
-
-class SrmKernels(Protocol):
-    """A structurally random matrix's products, for images of one dtype and device."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`A x`, `[B, C, H, W] -> [B, m]`."""
-        ...
-
-    def adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        """`A^T y`."""
-        ...
-
-    def normal(self, x: torch.Tensor) -> torch.Tensor:
-        """`A^T A x`."""
-        ...
-
-    def correct(self, x: torch.Tensor, y: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
-        """`x_b + weight_b A^T (y_b - A x_b)`, `weight` `[B]` or a number."""
-        ...
-
-
-class VectorKernels(Protocol):
-    """The solvers' vector work on images `[B, ...]` of one dtype and device, with few reads of memory.
-
-    `idx` `[b]` are the indices of the active images; `state` are Anderson's dx, df `[B, memory, n]`, x and f.
-    """
-
-    def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """`<a_b, b_b>`, float64."""
-        ...
-
-    def add(
-        self, x: torch.Tensor, s: torch.Tensor, p: torch.Tensor, rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x_b + s_b p_b` if `rows`, otherwise `x_b`; and its squared norm, float64."""
-        ...
-
-    def secant(
-        self, idx: torch.Tensor, candidate: torch.Tensor, candidate_g: torch.Tensor, x: torch.Tensor, g: torch.Tensor
-    ) -> torch.Tensor:
-        """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>`, `[b, 4]`, `dx = candidate - x[idx]`, `dg = candidate_g - g[idx]`."""
-        ...
-
-    def remember(
-        self,
-        idx: torch.Tensor,
-        state: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        slot: torch.Tensor,
-        fresh: torch.Tensor,
-        x: torch.Tensor,
-        f: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the newest differences (zeros unless `fresh`), x and f; return `<df_k, newest df>` and `<df_k, f>`."""
-        ...
-
-    def combine(
-        self,
-        idx: torch.Tensor,
-        state: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        c: torch.Tensor,
-        limit: torch.Tensor,
-        x: torch.Tensor,
-        f: torch.Tensor,
-    ) -> torch.Tensor:
-        """`x + f - sum_k c_k (dx_k + df_k)`, the sum shortened to `limit` `[b]`; slots with c = 0 are not read."""
-        ...
-
+from .solver_kernels import DecisionKernels, VectorKernels
 
 _TABLE: dict[str, Backend] = {
     "gpu": gpu.GpuBackend(),
@@ -237,15 +133,23 @@ def srm_kernels_for(A: nn.Module, like: torch.Tensor) -> SrmKernels | None:
     return _find("srm", (A, like))
 
 
-def vector_kernels(*tensors: torch.Tensor) -> VectorKernels | None:
-    """Kernels for the solvers' vector work on these tensors, or None, as `srm_kernels`.
+def vector_kernels(*tensors: torch.Tensor) -> object | None:
+    """Kernels for the solvers' vector steps on these tensors, or None, as `srm_kernels`.
 
-    A backend may have a method `vectors(like)` that returns kernels or None.
+    A backend may have a method `vectors(like)` that returns an object with any methods of `VectorKernels`, or None.
     """
     first = tensors[0]
     if any(t.dtype != first.dtype or t.device != first.device for t in tensors[1:]):
         return None
     return _kernels("vectors", tensors, (first,))
+
+
+def decision_kernels(like: torch.Tensor) -> object | None:
+    """Kernels for the solvers' decisions on numbers `[B]` on the device of `like`, or None, as `srm_kernels`.
+
+    A backend may have a method `decisions(like)` that returns an object with any methods of `DecisionKernels`, or None.
+    """
+    return _kernels("decisions", (like,), (like,))
 
 
 def tomography_kernels(geometry: Any, like: torch.Tensor) -> Any:
@@ -283,12 +187,14 @@ def needs_autograd(t: torch.Tensor) -> bool:
 
 __all__ = [
     "Backend",
+    "DecisionKernels",
     "Energy",
     "Linearization",
     "SrmKernels",
     "VectorKernels",
     "backends",
     "choice",
+    "decision_kernels",
     "needs_autograd",
     "gpu_options",
     "active_images",

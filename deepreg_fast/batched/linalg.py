@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import backend
+from ..backend import active_images
+from .fused import fused
 from .loop import uses_mask
 
 
+@fused("a", "b")
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`<a_b, b_b>` for each image, `[B, ...] -> [B]`, accumulated in float64.
 
@@ -16,8 +18,6 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     if not len(a):
         return torch.zeros(0, dtype=torch.float64, device=a.device)
-    if (kernels := _kernels(a, b)) is not None:
-        return kernels.dot(a, b)
     rows = (a.double() * b.double()).flatten(1)
     if rows.shape[1] == 0:
         return rows.sum(1)
@@ -28,16 +28,22 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return out.cumsum(1)[:, -1]
 
 
+@fused("pairs")
+def dots(*pairs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """`<a_b, b_b>` of each pair, `[pairs, B]`, float64; at most four different tensors."""
+    return torch.stack([dot(a, b) for a, b in pairs])
+
+
+# Without the mask, because images for which `rows` is false are copied, not skipped.
+@active_images(None)
+@fused("x", "p")
 def add(x: torch.Tensor, s: torch.Tensor, p: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`x_b + s_b p_b` if `rows` `[B]` is true, otherwise `x_b`; and its squared norm, `[B]`, float64."""
-    if len(x) and (kernels := _kernels(x, p)) is not None:
-        # No mask: images for which `rows` is false are copied, not skipped.
-        with backend.active_images(None):
-            return kernels.add(x, s, p, rows)
     out = select(rows, x + expand(s, x) * p, x)
     return out, dot(out, out)
 
 
+@fused("candidate", "candidate_g")
 def secant(
     idx: torch.Tensor, candidate: torch.Tensor, candidate_g: torch.Tensor, x: torch.Tensor, g: torch.Tensor
 ) -> torch.Tensor:
@@ -45,18 +51,9 @@ def secant(
 
     `dx = candidate - x[i]` and `dg = candidate_g - g[i]`, where `x` and `g` `[B, ...]` hold all images.
     """
-    if len(idx) and (kernels := _kernels(candidate, candidate_g)) is not None:
-        return kernels.secant(idx, candidate, candidate_g, x, g)
     old = g[idx]
     dx, dg = candidate - x[idx], candidate_g - old
     return torch.stack([dot(dx, dx), dot(dg, dg), dot(dx, dg), dot(old, old)], 1)
-
-
-def _kernels(a: torch.Tensor, b: torch.Tensor) -> backend.VectorKernels | None:
-    """Kernels for two tensors of the same shape, dtype and device."""
-    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
-        return None
-    return backend.vector_kernels(a, b)
 
 
 def norm(a: torch.Tensor) -> torch.Tensor:

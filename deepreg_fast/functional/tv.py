@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from .conv_chain import per_image
-
-
-def eps_of(energy: Any) -> float | None:
-    """The smoothing of an energy that is smoothed TV; None for any other energy."""
-    return getattr(energy, "tv_eps", lambda: None)()
 
 
 def smoothed_tv(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -24,3 +19,14 @@ def smoothed_tv(x: torch.Tensor, eps: float) -> torch.Tensor:
     dv[..., :-1, :] = x[..., 1:, :] - x[..., :-1, :]
     dh[..., :, :-1] = x[..., :, 1:] - x[..., :, :-1]
     return per_image(torch.sqrt((dv.square() + dh.square()).sum(1) + eps**2) - eps)
+
+
+@dataclass(frozen=True)
+class TvForm:
+    """`r(x) = smoothed_tv(x, eps)`: the form for kernels."""
+
+    eps: float
+
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        """`r(x_b)`, `[B]`."""
+        return smoothed_tv(x, self.eps)

@@ -82,10 +82,6 @@ class Regularizer(nn.Module):
         """Whether a backend computes `value_and_grad`, that is, it is not overridden."""
         return type(self).value_and_grad is Regularizer.value_and_grad and "value_and_grad" not in vars(self)
 
-    def grad_s(self, x: torch.Tensor) -> torch.Tensor:
-        """`grad s(x) = (1+alpha)(x - center) - grad r(x)`."""
-        return (1.0 + self.alpha) * (x - self.center) - self.value_and_grad(x)[1]
-
     def rescaled(self, scale: float) -> Regularizer:
         """`r(center + scale u)/scale^2`, `u = x - center`, `scale > 0`: the energy at another contrast, with the same
         Hessians. The result shares this regularizer's weights or has copies of them."""

@@ -127,7 +127,7 @@ class RED(Regularizer):
         """`r(x_b)`, `[B]`."""
         return ConvChainForm(self.net, self.head, self.alpha, self.center).energy(x)
 
-    def conv_chain_form(self) -> ConvChainForm | None:
+    def kernel_form(self) -> ConvChainForm | None:
         """The form that kernels need; None if the energy was altered or has hooks."""
         if self.altered() is not None or hook_on(self.net, *chain.from_iterable(layers_of(self.net))) is not None:
             return None
@@ -147,7 +147,7 @@ class RED(Regularizer):
 
     def rescaled(self, scale: float) -> Regularizer:
         """A copy with `scale` times the gain; a `Scaled` wrapper if the energy was altered."""
-        return super().rescaled(scale) if self.conv_chain_form() is None else with_gain(self, scale)
+        return super().rescaled(scale) if self.kernel_form() is None else with_gain(self, scale)
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments except the seed of the initial weights; only the class if the energy was altered."""

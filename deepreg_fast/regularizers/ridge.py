@@ -97,7 +97,7 @@ class Ridge(Regularizer):
             )
         return RidgeForm(self.net, self.center).energy(x)
 
-    def ridge_form(self) -> RidgeForm | None:
+    def kernel_form(self) -> RidgeForm | None:
         """The form that kernels need; None if the energy was altered or has hooks."""
         if self.altered() is not None or hook_on(self.net) is not None:
             return None

@@ -8,7 +8,7 @@ import torch
 
 from .. import checks
 from ..ambient import full_precision
-from ..functional.tv import smoothed_tv
+from ..functional.tv import TvForm, smoothed_tv
 from ..functional.unaltered import plain_numbers
 from .base import Regularizer, register
 
@@ -46,10 +46,10 @@ class TV(Regularizer):
         """`r(x_b)`, `[B]`."""
         return smoothed_tv(x, self.eps)
 
-    def tv_eps(self) -> float | None:
-        """The smoothing, which kernels need; None for a subclass with a different energy."""
+    def kernel_form(self) -> TvForm | None:
+        """The form that kernels need; None for a subclass with a different energy."""
         altered = type(self).energy is not TV.energy or "energy" in vars(self) or not plain_numbers(self.eps)
-        return None if altered else float(self.eps)
+        return None if altered else TvForm(float(self.eps))
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments."""

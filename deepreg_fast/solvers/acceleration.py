@@ -7,11 +7,9 @@ whole batch, distinct and ascending. The state of inactive images is never used 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from ..backend import vector_kernels
+from ..batched.fused import decision, fused
 from ..batched.linalg import dot, expand, gather, norm, scatter, solve_spd
 from ..batched.loop import uses_mask
 
@@ -76,67 +74,95 @@ class Anderson:
 
     def propose(self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
         """The accelerated point of the images `idx`."""
-        if hasattr(kernels := vector_kernels(x, f), "anderson_solve"):
-            return self._propose_by(kernels, x, f, idx)
-        length = norm(f)
-        count = torch.where(length > 2.0 * gather(self.length, idx), 0, gather(self.count, idx))
-        self.length = scatter(self.length, idx, length)
-        slot = torch.where(count > 0, (count - 1) % self.memory, 0)
-        row, rhs = self._remember(x, f, idx, slot, count > 0)
-        self.gram[idx, slot, :] = row
-        self.gram[idx, :, slot] = row
-        self.count = scatter(self.count, idx, count + 1)
-        valid = torch.arange(self.memory, dtype=torch.int64, device=x.device) < count.clamp(max=self.memory)[:, None]
-        gram = torch.where(valid[:, None, :] & valid[:, :, None], gather(self.gram, idx), 0.0)
-        scale = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
-        eye = torch.eye(self.memory, dtype=torch.float64, device=x.device)
-        damped = gram + eye * torch.where(valid, self.ridge * scale[:, None], scale[:, None])[:, None, :]
-        c = _solve(damped, torch.where(valid, rhs, 0.0)).to(x.dtype)
-        return self._combine(x, f, idx, torch.where(valid, c, 0.0), self.reach * length)
-
-    def _propose_by(self, kernels: Any, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor) -> torch.Tensor:
-        """The same with kernels, which also compute the scalars."""
         state = (self.dx, self.df, self.x, self.f)
-        numbers = (gather(self.length, idx), gather(self.count, idx), self.memory, self.reach)
-        length, count, slot, fresh, limit = kernels.anderson_update(kernels.dot(f, f), *numbers)
-        row, rhs = kernels.remember(idx, state, slot, fresh, x, f)
-        count, c = kernels.anderson_solve(idx, row, rhs, slot, count, self.gram, self.ridge)
+        length, count, slot, fresh, limit = anderson_update(
+            dot(f, f), gather(self.length, idx), gather(self.count, idx), self.memory, self.reach
+        )
+        row, rhs = remember(idx, state, slot, fresh, x, f)
+        count, c = anderson_solve(idx, row, rhs, slot, count, self.gram, self.ridge, x.dtype)
         self.length, self.count = scatter(self.length, idx, length), scatter(self.count, idx, count)
-        return kernels.combine(idx, state, c, limit, x, f)
-
-    def _remember(
-        self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor, slot: torch.Tensor, fresh: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the newest differences (zeros unless `fresh`) in `slot`; return `<df_k, newest df>` and `<df_k, f>`."""
-        if len(idx) and (kernels := vector_kernels(x, f)) is not None:
-            return kernels.remember(idx, (self.dx, self.df, self.x, self.f), slot, fresh, x, f)
-        new_df = torch.where(fresh[:, None], (f - gather(self.f, idx)).flatten(1), 0.0)
-        self.dx[idx, slot] = torch.where(fresh[:, None], (x - gather(self.x, idx)).flatten(1), 0.0)
-        self.df[idx, slot] = new_df
-        self.x[idx], self.f[idx] = x, f
-        df = gather(self.df, idx)
-        return _products(df, new_df), _products(df, f.flatten(1))
-
-    def _combine(
-        self, x: torch.Tensor, f: torch.Tensor, idx: torch.Tensor, c: torch.Tensor, limit: torch.Tensor
-    ) -> torch.Tensor:
-        """`T - sum_i c_i (dx_i + df_i)`, with the sum shortened to at most `limit`."""
-        if len(idx) and (kernels := vector_kernels(x, f)) is not None:
-            return kernels.combine(idx, (self.dx, self.df, self.x, self.f), c, limit, x, f)
-        used = (c != 0)[..., None]
-        differences = torch.where(used, gather(self.dx, idx) + gather(self.df, idx), 0.0)
-        shift = torch.zeros_like(x).flatten(1)
-        # torch.sum over the memory adds in a different order at the end of a vector, and threads split vectors.
-        for k in range(self.memory):
-            shift = shift + c[:, k, None] * differences[:, k]
-        shift = shift.reshape(x.shape)
-        length = norm(shift)
-        factor = torch.where(length > limit, limit / length.clamp_min(1e-300), 1.0)
-        return x + f - expand(factor, shift) * shift
+        return combine(idx, state, c, limit, x, f)
 
     def reset(self, idx: torch.Tensor, forget: torch.Tensor) -> None:
         """Drop the memory of those images of `idx` for which `forget` `[b]` is true."""
         self.count = scatter(self.count, idx, torch.where(forget, 0, gather(self.count, idx)))
+
+
+State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""The memory of all images: dx, df `[B, memory, n]`, and the last x and f."""
+
+
+@decision
+def anderson_update(
+    square: torch.Tensor, length: torch.Tensor, count: torch.Tensor, memory: int, reach: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From `<f, f>`: the new length and count, the newest slot, whether there is a difference, and the limit of the
+    sum. The memory is dropped if the residual has more than doubled."""
+    new_length = torch.sqrt(square)
+    count = torch.where(new_length > 2.0 * length, 0, count)
+    slot = torch.where(count > 0, (count - 1) % memory, 0)
+    return new_length, count, slot, count > 0, reach * new_length
+
+
+@fused("x", "f")
+def remember(
+    idx: torch.Tensor, state: State, slot: torch.Tensor, fresh: torch.Tensor, x: torch.Tensor, f: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store the newest differences (zeros unless `fresh`) in `slot` of `state`, and x and f; both in place.
+
+    Returns `<df_k, newest df>` and `<df_k, f>`, `[b, memory]`.
+    """
+    dx, df, old_x, old_f = state
+    new_df = torch.where(fresh[:, None], (f - gather(old_f, idx)).flatten(1), 0.0)
+    dx[idx, slot] = torch.where(fresh[:, None], (x - gather(old_x, idx)).flatten(1), 0.0)
+    df[idx, slot] = new_df
+    old_x[idx], old_f[idx] = x, f
+    stored = gather(df, idx)
+    return _products(stored, new_df), _products(stored, f.flatten(1))
+
+
+@decision
+def anderson_solve(  # noqa: PLR0913 - all of a step's numbers
+    idx: torch.Tensor,
+    row: torch.Tensor,
+    rhs: torch.Tensor,
+    slot: torch.Tensor,
+    count: torch.Tensor,
+    gram: torch.Tensor,
+    ridge: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write `row` `[b, m]` to `gram` `[B, m, m]` in place; count + 1, and the weights c `[b, m]` in the images' dtype.
+
+    `row` and `rhs` are the results of `remember`; weights of unused slots are zero.
+    """
+    memory = row.shape[1]
+    gram[idx, slot, :] = row
+    gram[idx, :, slot] = row
+    valid = torch.arange(memory, dtype=torch.int64, device=row.device) < count.clamp(max=memory)[:, None]
+    used = torch.where(valid[:, None, :] & valid[:, :, None], gather(gram, idx), 0.0)
+    scale = used.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
+    eye = torch.eye(memory, dtype=torch.float64, device=row.device)
+    damped = used + eye * torch.where(valid, ridge * scale[:, None], scale[:, None])[:, None, :]
+    c = _solve(damped, torch.where(valid, rhs, 0.0)).to(dtype)
+    return count + 1, torch.where(valid, c, 0.0)
+
+
+@fused("x", "f")
+def combine(
+    idx: torch.Tensor, state: State, c: torch.Tensor, limit: torch.Tensor, x: torch.Tensor, f: torch.Tensor
+) -> torch.Tensor:
+    """`T - sum_i c_i (dx_i + df_i)`, with the sum shortened to at most `limit`; slots with c = 0 are not read."""
+    used = (c != 0)[..., None]
+    differences = torch.where(used, gather(state[0], idx) + gather(state[1], idx), 0.0)
+    shift = torch.zeros_like(x).flatten(1)
+    # torch.sum over the memory adds in a different order at the end of a vector, and threads split vectors.
+    for k in range(c.shape[1]):
+        shift = shift + c[:, k, None] * differences[:, k]
+    shift = shift.reshape(x.shape)
+    length = norm(shift)
+    factor = torch.where(length > limit, limit / length.clamp_min(1e-300), 1.0)
+    return x + f - expand(factor, shift) * shift
 
 
 def _products(df: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,11 @@ import torch
 from .. import checks
 from ..ambient import full_precision
 from ..backend.gpu.graphs import retry_after_freeing_graphs
-from ..batched import fused
+from ..batched.fused import decision, fused
 from ..batched.graphs import Reuse
-from ..batched.linalg import dot, select
+from ..batched.linalg import add, dot, dots, select
 from ..status import Status
-from .linear_system import RUNNING, LinearSolution, Map, System, empty, solve_system
+from .linear_system import RUNNING, LinearSolution, Map, System, empty, ended_as, raised_norm, solve_system
 
 
 @dataclass(frozen=True)
@@ -134,102 +134,108 @@ class _ConjugateGradients:
         s = self.system
         self.restarted = self.restarted | s.running
         self.stagnant_steps = torch.where(s.running, 0, self.stagnant_steps)
-        self.squared_norms = fused.dots((s.x, s.x), (s.r, s.r))
+        self.squared_norms = dots((s.x, s.x), (s.r, s.r))
 
     def step(self) -> None:
         s = self.system
-        # Without a preconditioner <r, z> is ||r||^2, which is known.
-        z, rz = s.r, self.squared_norms[1]
-        if self.preconditioner:
-            r = select(s.running, s.r, 0.0)
-            z = self.preconditioner(r)
-            rz = dot(r, z)
-        factor = self._beta(rz)
-        self.p = fused.cg_direction(self.p, z, factor, s.running)
+        z, rz = self._precondition()
+        beta, self.rz, self.restarted, s.status, s.running = cg_beta(rz, self.rz, self.restarted, s.status, s.running)
+        self.p = cg_direction(self.p, z, beta, s.running)
         p = select(s.running, self.p, 0.0)
-        product = s.apply(p, s.running)
-        sums = fused.dots((p, p), (p, product), (product, product))
-        length = self._alpha(sums)
-        s.x, s.r, self.squared_norms = fused.cg_move(s.x, s.r, p, product, length, s.running)
-        self._test_convergence(sums, length)
-
-    # Each decision is a single launch if the backend has a kernel for it.
-
-    def _beta(self, rz: torch.Tensor) -> torch.Tensor:
-        s = self.system
-        if (kernel := fused.kernel_for("cg_beta", s.b)) is not None:
-            factor, self.rz, self.restarted, s.status, s.running = kernel(
-                rz, self.rz, self.restarted, s.status, s.running
-            )
-            return factor
-        factor, status = cg_beta(rz, self.rz, self.restarted)
-        s.end_as(status)
-        self.rz = torch.where(s.running, rz, self.rz)
-        self.restarted = self.restarted & ~s.running
-        return factor
-
-    def _alpha(self, sums: torch.Tensor) -> torch.Tensor:
-        s = self.system
-        if (kernel := fused.kernel_for("cg_alpha", s.b)) is not None:
-            length, s.a_norm, s.status, s.running = kernel(
-                sums, self.squared_norms, self.rz, s.a_norm, s.status, s.running, s.eps, s.max_norm
-            )
-            return length
-        s.record_norm(sums[0], sums[2], s.running)
-        length, status = cg_alpha(sums, self.rz, s.a_norm, s.eps)
-        s.end_as(status)
-        length = torch.where(s.running, length, 0.0)
-        s.end_as(would_overflow(self.squared_norms, sums, length, s.max_norm))
-        return torch.where(s.running, length, 0.0)
-
-    def _test_convergence(self, sums: torch.Tensor, length: torch.Tensor) -> None:
-        s = self.system
-        if (kernel := fused.kernel_for("cg_has_converged", s.b)) is not None:
-            self.stagnant_steps, s.running = kernel(
-                self.squared_norms, sums, length, self.stagnant_steps, self.target_norm, s.running, s.eps
-            )
-            return
-        self.stagnant_steps, done = cg_has_converged(
-            self.squared_norms, length * torch.sqrt(sums[0]), self.stagnant_steps, self.target_norm, s.eps
+        q = s.apply(p, s.running)
+        sums = dots((p, p), (p, q), (q, q))
+        alpha, s.a_norm, s.status, s.running = cg_alpha(
+            sums, self.squared_norms, self.rz, s.a_norm, s.status, s.running, s.eps, s.max_norm
         )
-        s.running = s.running & ~done
+        s.x, s.r, self.squared_norms = cg_move(s.x, s.r, p, q, alpha, s.running)
+        self.stagnant_steps, s.running = cg_has_converged(
+            self.squared_norms, sums, alpha, self.stagnant_steps, self.target_norm, s.running, s.eps
+        )
+
+    def _precondition(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`z = M^{-1} r` and `<r, z>`; without a preconditioner `||r||^2`, which is known."""
+        s = self.system
+        if not self.preconditioner:
+            return s.r, self.squared_norms[1]
+        r = select(s.running, s.r, 0.0)
+        z = self.preconditioner(r)
+        return z, dot(r, z)
 
 
-# The decisions of a step, on vectors [B]. The status RUNNING means that the image continues.
+@fused("p", "z", in_place=True)
+def cg_direction(p: torch.Tensor, z: torch.Tensor, beta: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+    """`p = z + beta p`; donates p, which is not read if `beta` is zero."""
+    new, _ = add(z, beta, select(beta.to(p.dtype) != 0, p, 0.0), active)
+    return select(active, new, p)
 
 
-def cg_beta(rz: torch.Tensor, rz_old: torch.Tensor, restarted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factor of the old direction, from the current and the previous `<r, M^{-1} r>`, and the status."""
-    status = torch.where(torch.isfinite(rz), int(Status.NEGATIVE_CURVATURE), int(Status.NON_FINITE))
-    return torch.where(restarted, 0.0, rz / rz_old), torch.where(torch.isfinite(rz) & (rz > 0), RUNNING, status)
+@fused("x", "r", "p", "q", in_place=True)
+def cg_move(
+    x: torch.Tensor, r: torch.Tensor, p: torch.Tensor, q: torch.Tensor, alpha: torch.Tensor, active: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`x + alpha p`, `r - alpha q`, and `<x, x>`, `<r, r>` of them, `[2, B]`; donates x and r."""
+    (x, xx), (r, rr) = add(x, alpha, p, active), add(r, -alpha, q, active)
+    return x, r, torch.stack([xx, rr])
 
 
-def cg_alpha(
-    sums: torch.Tensor, rz: torch.Tensor, a_norm: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The step length from `<p, p>, <p, A p>, <A p, A p>`, `[3, B]`, and the status."""
+# The decisions of a step, on vectors [B].
+
+
+@decision
+def cg_beta(
+    rz: torch.Tensor, rz_old: torch.Tensor, restarted: torch.Tensor, status: torch.Tensor, running: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The factor of the old direction from the current and the previous `<r, M^{-1} r>`; and the new rz_old,
+    restarted, status and running."""
+    failure = torch.where(torch.isfinite(rz), int(Status.NEGATIVE_CURVATURE), int(Status.NON_FINITE))
+    outcome = torch.where(torch.isfinite(rz) & (rz > 0), RUNNING, failure)
+    beta = torch.where(restarted, 0.0, rz / rz_old)
+    status, running = ended_as(outcome, status, running)
+    return beta, torch.where(running, rz, rz_old), restarted & ~running, status, running
+
+
+@decision
+def cg_alpha(  # noqa: PLR0913 - all of a step's numbers
+    sums: torch.Tensor,
+    squared_norms: torch.Tensor,
+    rz: torch.Tensor,
+    a_norm: torch.Tensor,
+    status: torch.Tensor,
+    running: torch.Tensor,
+    eps: float,
+    max_norm: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The step length from `<p, p>, <p, A p>, <A p, A p>`, `[3, B]`, zero if there is no step; and the new a_norm,
+    status and running. `squared_norms` are `<x, x>, <r, r>`; a step that may make x or r overflow is not taken."""
     pp, curvature, apap = sums
+    a_norm = raised_norm(a_norm, pp, apap, running)
     # <p, A p> contains the rounding of A p; below it the sign has no meaning.
     noise = 0.5 * eps * a_norm * pp
-    status = torch.where(curvature < -noise, int(Status.NEGATIVE_CURVATURE), int(Status.STAGNATED))
-    status = torch.where(curvature > noise, RUNNING, status)
+    outcome = torch.where(curvature < -noise, int(Status.NEGATIVE_CURVATURE), int(Status.STAGNATED))
+    outcome = torch.where(curvature > noise, RUNNING, outcome)
     finite = torch.isfinite(curvature) & torch.isfinite(apap)
-    return rz / curvature, torch.where(finite, status, int(Status.NON_FINITE))
+    status, running = ended_as(torch.where(finite, outcome, int(Status.NON_FINITE)), status, running)
+    alpha = torch.where(running, rz / curvature, 0.0)
+    x = torch.sqrt(squared_norms[0]) + alpha * torch.sqrt(pp)
+    r = torch.sqrt(squared_norms[1]) + alpha * torch.sqrt(apap)
+    outcome = torch.where((x <= max_norm) & (r <= max_norm), RUNNING, int(Status.NON_FINITE))
+    status, running = ended_as(outcome, status, running)
+    return torch.where(running, alpha, 0.0), a_norm, status, running
 
 
-def would_overflow(
-    squared_norms: torch.Tensor, sums: torch.Tensor, length: torch.Tensor, max_norm: float
-) -> torch.Tensor:
-    """`NON_FINITE` if x or r could overflow with this step, else `RUNNING`; `<x, x>, <r, r>` are those before it."""
-    x = torch.sqrt(squared_norms[0]) + length * torch.sqrt(sums[0])
-    r = torch.sqrt(squared_norms[1]) + length * torch.sqrt(sums[2])
-    return torch.where((x <= max_norm) & (r <= max_norm), RUNNING, int(Status.NON_FINITE))
-
-
-def cg_has_converged(
-    squared_norms: torch.Tensor, step: torch.Tensor, stagnant_steps: torch.Tensor, target_norm: torch.Tensor, eps: float
+@decision
+def cg_has_converged(  # noqa: PLR0913 - all of a step's numbers
+    squared_norms: torch.Tensor,
+    sums: torch.Tensor,
+    alpha: torch.Tensor,
+    stagnant_steps: torch.Tensor,
+    target_norm: torch.Tensor,
+    running: torch.Tensor,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Consecutive steps that did not change x, and whether the recursive residual has converged or stagnated."""
+    """Consecutive steps that did not change x, and the images whose recursive residual has neither converged nor
+    stagnated. `squared_norms` are `<x, x>, <r, r>` after the step, the first of `sums` is `<p, p>`."""
     xx, rr = squared_norms
+    step = alpha * torch.sqrt(sums[0])
     stagnant_steps = torch.where(step <= 0.25 * eps * torch.sqrt(xx), stagnant_steps + 1, 0)
-    return stagnant_steps, (torch.sqrt(rr) <= target_norm) | (rr == 0) | (stagnant_steps >= 3)
+    return stagnant_steps, running & ~((torch.sqrt(rr) <= target_norm) | (rr == 0) | (stagnant_steps >= 3))

@@ -5,33 +5,15 @@ Only the numbers of active images change, so the sums of inactive images may be 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from ..batched.fused import kernel_for
+from ..backend.solver_kernels import PerImageState
+from ..batched.fused import decision
 from ..status import Status
 from .options import PGDOptions
 
 
-class PerImageState(NamedTuple):
-    """Scalars of each image, `[b]`: see `Solution`.
-
-    `lipschitz_estimate` is the largest curvature observed, `plain_next` whether the next candidate is the plain step,
-    `running` whether the image is active; an active image has the status `MAX_ITERATIONS`. tau, lipschitz_estimate and
-    residual are float64.
-    """
-
-    tau: torch.Tensor
-    lipschitz_estimate: torch.Tensor
-    residual: torch.Tensor
-    plain_next: torch.Tensor
-    gradients: torch.Tensor
-    iterations: torch.Tensor
-    status: torch.Tensor
-    running: torch.Tensor
-
-
+@decision
 def convergence_test(
     n: PerImageState, sums: torch.Tensor, scale: torch.Tensor, options: PGDOptions, eps: float
 ) -> PerImageState:
@@ -55,6 +37,7 @@ def convergence_test(
     )
 
 
+@decision
 def acceptance_test(
     n: PerImageState, sums: torch.Tensor, value: torch.Tensor, limit: torch.Tensor, options: PGDOptions, eps: float
 ) -> tuple[PerImageState, torch.Tensor, torch.Tensor]:
@@ -90,37 +73,3 @@ def acceptance_test(
         running=n.running & ~failed & ~diverged,
     )
     return numbers, good, plain | ~good
-
-
-# The same with the kernels of the backend for images like `x`, if it has them: one launch each.
-
-
-def run_convergence_test(
-    x: torch.Tensor, n: PerImageState, sums: torch.Tensor, scale: torch.Tensor, options: PGDOptions, eps: float
-) -> PerImageState:
-    """`convergence_test`, as one kernel if there is one."""
-    if (kernel := kernel_for("pgd_residual", x)) is None:
-        return convergence_test(n, sums, scale, options, eps)
-    residual, status, running = kernel(n, sums, scale, _settings(options), eps)
-    return n._replace(residual=residual, status=status, running=running)
-
-
-def run_acceptance_test(  # noqa: PLR0913 - the arguments of acceptance_test, and the images
-    x: torch.Tensor,
-    n: PerImageState,
-    sums: torch.Tensor,
-    value: torch.Tensor,
-    limit: torch.Tensor,
-    options: PGDOptions,
-    eps: float,
-) -> tuple[PerImageState, torch.Tensor, torch.Tensor]:
-    """`acceptance_test`, as one kernel if there is one."""
-    if (kernel := kernel_for("pgd_candidate", x)) is None:
-        return acceptance_test(n, sums, value, limit, options, eps)
-    plain = options.acceleration == "none"
-    numbers, good, forget = kernel(n, sums, value, limit, _settings(options), eps, plain)
-    return PerImageState(*numbers), good, forget
-
-
-def _settings(options: PGDOptions) -> tuple[float, ...]:
-    return options.tolerance, options.tau, options.grow, options.shrink, options.max_iterations

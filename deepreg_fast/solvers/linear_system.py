@@ -104,11 +104,6 @@ class System:
         self.status = torch.where(rows, int(status), self.status)
         self.running = self.running & ~rows
 
-    def end_as(self, status: torch.Tensor) -> None:
-        """Give the active images this status `[B]`; they become inactive unless it is `RUNNING`."""
-        self.status = torch.where(self.running, status, self.status)
-        self.running = self.running & (status == RUNNING)
-
     def apply(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """`A v` for the images `rows`. For the others `v` must be zero and the result is undefined."""
         with backend.active_images(rows):
@@ -122,9 +117,7 @@ class System:
 
     def record_norm(self, v2: torch.Tensor, av2: torch.Tensor, rows: torch.Tensor) -> None:
         """Raise the estimate of `||A||` to at least `||A v|| / ||v||`, given the squares."""
-        ratio = torch.sqrt(av2 / v2)
-        valid = rows & torch.isfinite(ratio)
-        self.a_norm = torch.where(valid, torch.maximum(self.a_norm, ratio), self.a_norm)
+        self.a_norm = raised_norm(self.a_norm, v2, av2, rows)
 
     def true_residual(self, rows: torch.Tensor) -> None:
         """Compute the true residual of `rows` at `x`, plus a bound `eps ||A|| ||x||` of its rounding error."""
@@ -173,6 +166,17 @@ class System:
             self.end(missed, Status.STAGNATED)
             self.end(overflow, Status.NON_FINITE)
         return LinearSolution(x, self.status, self.iterations, self.residual)
+
+
+def raised_norm(a_norm: torch.Tensor, v2: torch.Tensor, av2: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The estimate of `||A||`, raised for `rows` to at least `||A v|| / ||v||`, given the squares."""
+    ratio = torch.sqrt(av2 / v2)
+    return torch.where(rows & torch.isfinite(ratio), torch.maximum(a_norm, ratio), a_norm)
+
+
+def ended_as(outcome: torch.Tensor, status: torch.Tensor, running: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The status and the mask after the active images have this outcome `[B]`: `RUNNING`, or a final status."""
+    return torch.where(running, outcome, status), running & (outcome == RUNNING)
 
 
 def empty(b: torch.Tensor) -> LinearSolution:

@@ -9,7 +9,7 @@ import torch
 from .. import checks
 from ..ambient import full_precision
 from ..backend.gpu.graphs import retry_after_freeing_graphs
-from ..batched import fused
+from ..batched.fused import fused
 from ..batched.graphs import Reuse
 from ..batched.linalg import dot, expand, hypot, select
 from ..status import Status
@@ -173,7 +173,7 @@ class _Minres:
         s.end(s.running & ~self._fits(vv, r2r2, numbers), Status.NON_FINITE)
         rows = s.running
         state = (s.x, s.r, self.w, self.w_old)
-        (s.x, s.r, self.w, self.w_old), moved = fused.minres_move(state, v, self.r2, numbers, rows)
+        (s.x, s.r, self.w, self.w_old), moved = minres_move(state, v, self.r2, numbers, rows)
         self.y = select(rows, y, self.y)
         self.moved = torch.stack([*moved, self.moved[2]])
         self._keep(rows, beta_old=self.beta, beta=beta, dbar=dbar, epsln=epsln, phibar=phibar, cs=cs, sn=sn)
@@ -195,14 +195,52 @@ class _Minres:
         s = self.system
         v = select(s.running, self.y / expand(torch.where(s.running, self.beta, 1.0), self.y), 0.0)
         u = s.apply(v, s.running)
-        u, sums = fused.lanczos_first(u, self.beta / self.beta_old, self.r1, v, s.running)
+        u, sums = lanczos_first(u, self.beta / self.beta_old, self.r1, v, s.running)
         vv, uu, alfa = sums
         s.record_norm(vv, uu, s.running)
         s.end(s.running & ~torch.isfinite(alfa), Status.NON_FINITE)
         factor = torch.where(s.running, alfa / self.beta, 0.0)
-        self.r1, self.r2, r2r2 = fused.lanczos_second(u, factor, self.r1, self.r2, s.running)
+        self.r1, self.r2, r2r2 = lanczos_second(u, factor, self.r1, self.r2, s.running)
         return v, vv, alfa, r2r2
 
     def _keep(self, rows: torch.Tensor, **values: torch.Tensor) -> None:
         for name, value in values.items():
             setattr(self, name, torch.where(rows, value, getattr(self, name)))
+
+
+Vectors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@fused("u", "r1", "v", in_place=True)
+def lanczos_first(
+    u: torch.Tensor, c: torch.Tensor, r1: torch.Tensor, v: torch.Tensor, active: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`u - c r1`, and `[3, B]`: `<v, v>`, the old `<u, u>`, the new `<v, u>`; donates u."""
+    new = select(active, u - expand(c, u) * r1, u)
+    return new, torch.stack([dot(v, v), dot(u, u), dot(v, new)])
+
+
+@fused("u", "r1", "r2", in_place=True)
+def lanczos_second(
+    u: torch.Tensor, c: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, active: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`r1, r2 = r2, u - c r2`, and `<r2, r2>`; donates r1 and r2."""
+    new = select(active, u - expand(c, u) * r2, r2)
+    return select(active, r2, r1), new, dot(new, new)
+
+
+@fused("state", "v", "r2", in_place=True)
+def minres_move(
+    state: Vectors, v: torch.Tensor, r2: torch.Tensor, numbers: tuple[torch.Tensor, ...], active: torch.Tensor
+) -> tuple[Vectors, torch.Tensor]:
+    """The next `state` x, r, w, w_old, and `<x, x>`, `<r, r>`, `<w, w>`, `[3, B]`; donates `state`.
+
+    `w_old, w = w, (v - oldeps w_old - delta w) / gamma`, `x + phi w`, `a r - b r2`. `numbers` are oldeps, delta,
+    gamma, phi, a, b.
+    """
+    x, r, w, w_old = state
+    oldeps, delta, gamma, phi, a, b = (expand(t, v) for t in numbers)
+    new = (v - oldeps * w_old - delta * w) / gamma
+    x, r = select(active, x + phi * new, x), select(active, a * r - b * r2, r)
+    w_old, w = select(active, w, w_old), select(active, new, w)
+    return (x, r, w, w_old), torch.stack([dot(x, x), dot(r, r), dot(w, w)])

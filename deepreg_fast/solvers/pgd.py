@@ -15,15 +15,15 @@ import torch
 from .. import backend
 from ..ambient import full_precision
 from ..backend.gpu.graphs import retry_after_freeing_graphs
-from ..batched import fused
 from ..batched.graphs import GraphedLoop, Reuse, records, reuse_of, worthwhile
-from ..batched.linalg import dot, expand, gather, norm, scatter, secant
+from ..batched.linalg import dot, expand, gather, norm, scatter
 from ..batched.loop import AnyActive, attach_partial_result, uses_mask
 from .acceleration import Anderson, Plain, make
-from .criteria import run_acceptance_test, run_convergence_test
+from .criteria import acceptance_test, convergence_test
 from .options import PGDOptions, Solution
 from .protocols import DataTerm, SmoothTerm, failing_per_image
 from .state import State, set_first_gradient
+from .steps import compare, descend, pgd_step
 
 Observer = Callable[[int, torch.Tensor], None]
 
@@ -165,9 +165,7 @@ class _Run:
         s = self.state
         with self._only():
             candidate, sums = self._propose()
-            numbers = run_convergence_test(
-                candidate, s.numbers(), sums, gather(self.scale, s.idx), self.options, self.eps
-            )
+            numbers = convergence_test(s.numbers(), sums, gather(self.scale, s.idx), self.options, self.eps)
         s.store_state(numbers)
         if self.options.record:
             self.rounds.append(s.residual.clone())
@@ -176,13 +174,11 @@ class _Run:
             return
         with self._only():
             value, grad = self._gradient(candidate)
-            sums, limit = self._compare(candidate, grad), gather(self.limit, s.idx)
+            sums, limit = compare(s.idx, candidate, grad, s.x, s.grad), gather(self.limit, s.idx)
             objective = self._objective(candidate, value) if self.guarded else None
             if objective is not None:
                 sums[2] = torch.where(s.exceeds_best(objective), torch.inf, sums[2])
-            numbers, good, forget = run_acceptance_test(
-                candidate, s.numbers(), sums, value, limit, self.options, self.eps
-            )
+            numbers, good, forget = acceptance_test(s.numbers(), sums, value, limit, self.options, self.eps)
         if objective is not None:
             s.update_best(good, objective)
         s.accept(good, candidate, grad)
@@ -197,9 +193,9 @@ class _Run:
         """The candidate, at which the next gradient of each image of `idx` is taken; `<step, step>, <x, x>, <g, g>`."""
         s, i = self.state, self.state.idx
         x, grad, tau, running = (gather(t, i) for t in (s.x, s.grad, s.tau, s.running))
-        z = fused.descend(x, tau, grad, running)
+        z = descend(x, tau, grad, running)
         prox = z if self.options.data_step == "gradient" else self._prox(z, (tau / gather(self.mu, i)).to(x.dtype))
-        step, plain, sums = fused.pgd_step(prox, x, grad, running)
+        step, plain, sums = pgd_step(prox, x, grad, running)
         if isinstance(self.accelerator, Plain):
             return plain, sums
         candidate = self.accelerator.propose(x, step, i)
@@ -261,10 +257,3 @@ class _Run:
         A, y = self._problem()
         misfit = A.A(x) - y
         return 0.5 * dot(misfit, misfit) / gather(self.mu, self.state.idx).double() + value.double()
-
-    def _compare(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """`<dx, dx>, <dg, dg>, <dx, dg>, <g, g>, <x, x>`, `[5, b]`, of the images `idx` and their candidates."""
-        s = self.state
-        if uses_mask(x):
-            return fused.judge(x, grad, s.x, s.grad, s.running)[:5]
-        return torch.stack([*secant(s.idx, x, grad, s.x, s.grad).unbind(1), dot(x, x)])

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from ..batched import fused
 from ..batched.linalg import expand, gather, scatter
 from ..batched.loop import uses_mask
 from ..status import Status
 from .criteria import PerImageState
 from .options import PGDOptions, Solution
+from .steps import take
 
 
 class State:
@@ -66,7 +66,7 @@ class State:
     def accept(self, good: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> None:
         """Store x and its gradient for the images of `idx` for which `good` is true."""
         if uses_mask(x):
-            self.x, self.grad = fused.take(good, (self.x, x), (self.grad, grad))
+            self.x, self.grad = take(good, (self.x, x), (self.grad, grad))
             return
         all_good = bool(good.all())
         rows = self.idx if all_good else self.idx[good]

@@ -69,7 +69,9 @@ def anderson_solve(
         t = tl.where(i == k, pivot_row, t - tl.sum(tl.where(j == k, t, 0.0), 1, keep_dims=True) * pivot_row)
     solution = tl.sum(tl.where(j == MEMORY, t, 0.0), 1)
     slots = tl.arange(0, WIDTH)
-    tl.store(c + image * MEMORY + slots, tl.where(slots < used, solution, 0.0).to(tl.float32), mask=slots < MEMORY)
+    tl.store(
+        c + image * MEMORY + slots, tl.where(slots < used, solution, 0.0).to(c.dtype.element_ty), mask=slots < MEMORY
+    )
 
 
 def width(memory: int) -> int:

@@ -65,7 +65,7 @@ def take(to, source, to_other, other, rows, N: tl.constexpr, PIECE: tl.constexpr
 
 
 @unspecialized("images", anywhere=None)
-def pgd_residual(
+def convergence_test(
     sums, scale, settings, tau, lipschitz_estimate, residual, gradients, status, running,
     next_residual, next_status, next_running, images, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def pgd_residual(
 
 
 @unspecialized("images", anywhere=None)
-def pgd_candidate(
+def acceptance_test(
     sums, value, limit, settings, tau, lipschitz_estimate, plain_next, gradients, iterations, status, running,
     next_tau, next_lipschitz_estimate, next_plain_next, next_gradients, next_iterations, next_status, next_running,
     accept, forget, images, EPS: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
@@ -105,7 +105,7 @@ def pgd_candidate(
     """Accept the candidate or shrink tau, from `<dx, dx>, <dg, dg>, <dx, dg>, <g, g>, <candidate, candidate>`.
 
     `value` is r at the candidate, `limit` the largest plausible norm of an image, `forget` whether the accelerator is
-    reset. `PLAIN`: without acceleration. `settings` as in `pgd_residual`.
+    reset. `PLAIN`: without acceleration. `settings` as in `convergence_test`.
     """
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = b < images
@@ -150,4 +150,4 @@ def pgd_candidate(
 
 def variants() -> list[Variant]:
     """The kernels as shipped."""
-    return updates(descend, pgd_step, take) + decisions(pgd_residual, pgd_candidate)
+    return updates(descend, pgd_step, take) + decisions(convergence_test, acceptance_test)

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 _MAX_SIDE = 15
 
 
-def form_of(energy: Any) -> RidgeForm | None:
-    """The form of a ridge energy; None for any other energy."""
-    return getattr(energy, "ridge_form", lambda: None)()
-
-
 def unsupported_reason(form: RidgeForm, x: torch.Tensor) -> str | None:
     """None for images and filters that the kernels cover."""
     if (reason := dtype_or_device_mismatch(x, form.net)) is not None:
@@ -66,6 +61,11 @@ def _make(net: RidgeNet, center: float, isa: str) -> Ridge:
 def value_and_grad(form: RidgeForm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`r(x_b)` and `grad r(x_b)` in one sweep."""
     return gradient(_kernels(form), plain(x))
+
+
+def linearize(energy: nn.Module, form: RidgeForm, x: torch.Tensor) -> CpuRidgeLinearization:
+    """Save what the Hessian at x needs."""
+    return CpuRidgeLinearization(energy, form, x)
 
 
 class CpuRidgeLinearization(CpuLinearization):

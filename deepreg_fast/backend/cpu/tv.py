@@ -6,7 +6,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from ...functional.tv import TvForm
 from ...functional.unaltered import dtype_or_device_mismatch
 from .extension import extension, instruction_set, plain
 from .linearization import CpuLinearization, gradient
@@ -25,7 +27,7 @@ def _kernels(channels: int, eps: float, isa: str) -> Tv:
     return module.Tv(channels, eps, isa)
 
 
-def unsupported_reason(x: torch.Tensor) -> str | None:
+def unsupported_reason(form: TvForm, x: torch.Tensor) -> str | None:
     """None for images that the kernels cover."""
     if (reason := dtype_or_device_mismatch(x)) is not None:
         return reason
@@ -34,9 +36,14 @@ def unsupported_reason(x: torch.Tensor) -> str | None:
     return None if x.shape[1] <= _MAX_CHANNELS else f"it has up to {_MAX_CHANNELS} channels, not {x.shape[1]}."
 
 
-def value_and_grad(eps: float, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def value_and_grad(form: TvForm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`r(x_b)` and `grad r(x_b)` in one sweep."""
-    return gradient(_kernels(x.shape[1], eps, instruction_set()), plain(x))
+    return gradient(_kernels(x.shape[1], form.eps, instruction_set()), plain(x))
+
+
+def linearize(energy: nn.Module, form: TvForm, x: torch.Tensor) -> CpuTvLinearization:
+    """Save what the Hessian at x needs."""
+    return CpuTvLinearization(form, x)
 
 
 class CpuTvLinearization(CpuLinearization):
@@ -45,8 +52,8 @@ class CpuTvLinearization(CpuLinearization):
     Memory: 0.4 MB for a gray 180 x 180 image, 0.9 MB for a color one.
     """
 
-    def __init__(self, eps: float, x: torch.Tensor) -> None:
-        kernels = _kernels(x.shape[1], eps, instruction_set())
+    def __init__(self, form: TvForm, x: torch.Tensor) -> None:
+        kernels = _kernels(x.shape[1], form.eps, instruction_set())
         super().__init__(x, kernels, len(x) * kernels.saved_floats(*x.shape[2:]), [])
 
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -10,23 +10,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ...functional.tv import eps_of
+from ...functional.conv_chain import ConvChainForm
+from ...functional.forms import form_of
+from ...functional.tv import TvForm
 from ...machine import NO_CUDA
 from ..reference import Linearization, describe_energy
 from .graphs import Signature
 from .pixel_norm import DEFAULT, ChainOptions
 
 if TYPE_CHECKING:
-    from ...functional.conv_chain import ConvChainForm
+    from .decisions import GpuDecisions
     from .srm import GpuSrm
     from .vectors import GpuVectors
 
+
+_KERNELS: dict[type, str] = {ConvChainForm: ".conv_chain", TvForm: ".tv"}
+"""Modules with `unsupported_reason`, `value_and_grad`, `linearize` and `signature` of a form."""
 
 _OPTIONS: ContextVar[ChainOptions] = ContextVar("deepreg_fast_gpu_options", default=DEFAULT)
 
@@ -87,55 +93,27 @@ class GpuBackend:
 
     def unsupported_reason(self, energy: nn.Module, x: torch.Tensor) -> str | None:
         """None for a conv chain or smoothed TV and a tensor that the kernels cover, otherwise the reason."""
-        form, eps = _form(energy), eps_of(energy)
-        if form is None and eps is None:
+        form = form_of(energy)
+        if type(form) not in _KERNELS:
             return f"it has kernels for the conv chain (RED) and TV only, not for {describe_energy(energy)}."
         if (reason := self.serves(x)) is not None:
             return reason
-        if eps is not None:
-            from . import tv
-
-            return tv.unsupported_reason(eps, x)
-        from . import conv_chain
-
-        assert form is not None
-        return conv_chain.unsupported_reason(form, x)
+        return _kernels(form).unsupported_reason(form, x)
 
     def value_and_grad(self, energy: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r(x_b)` and `grad r(x_b)`."""
-        if (eps := eps_of(energy)) is not None:
-            from . import tv
-
-            return tv.value_and_grad(eps, x)
-        from . import conv_chain
-
-        form = _form(energy)
-        assert form is not None
-        return conv_chain.value_and_grad(form, x.detach(), _OPTIONS.get())
+        form = form_of(energy)
+        return _kernels(form).value_and_grad(form, x.detach(), _OPTIONS.get())
 
     def linearize(self, energy: nn.Module, x: torch.Tensor) -> Linearization:
         """Save the activations that the Hessian at x needs."""
-        if (eps := eps_of(energy)) is not None:
-            from . import tv
-
-            return tv.GpuTvLinearization(energy, eps, x)
-        from . import conv_chain
-
-        form = _form(energy)
-        assert form is not None
-        return conv_chain.GpuLinearization(energy, form, x, _OPTIONS.get())
+        form = form_of(energy)
+        return _kernels(form).linearize(energy, form, x, _OPTIONS.get())
 
     def signature(self, energy: nn.Module, x: torch.Tensor) -> Signature:
         """Everything that recorded gradients depend on besides their images."""
-        if (eps := eps_of(energy)) is not None:
-            from . import tv
-
-            return tv.signature(energy, eps)
-        from . import conv_chain
-
-        form = _form(energy)
-        assert form is not None
-        return conv_chain.signature(energy, form, _OPTIONS.get())
+        form = form_of(energy)
+        return _kernels(form).signature(energy, form, _OPTIONS.get())
 
     def srm(self, A: nn.Module, like: torch.Tensor) -> GpuSrm | None:
         """The CUDA C++ products."""
@@ -153,9 +131,18 @@ class GpuBackend:
 
         return gpu_vectors.GpuVectors()
 
+    def decisions(self, like: torch.Tensor) -> GpuDecisions | None:
+        """The solvers' decisions, for images of any dtype."""
+        if like.device.type != "cuda" or _too_old(like.device) is not None:
+            return None
+        from . import decisions as gpu_decisions
 
-def _form(energy: Any) -> ConvChainForm | None:
-    return getattr(energy, "conv_chain_form", lambda: None)()
+        return gpu_decisions.GpuDecisions()
+
+
+def _kernels(form: object) -> Any:
+    """The module with the kernels of a form."""
+    return import_module(_KERNELS[type(form)], __package__)
 
 
 @lru_cache(maxsize=4)

@@ -63,6 +63,11 @@ def value_and_grad(form: ConvChainForm, x: Tensor, options: ChainOptions = DEFAU
         return _sweeps(form, x, options).gradient() if fused is None else fused
 
 
+def linearize(energy: nn.Module, form: ConvChainForm, x: Tensor, options: ChainOptions = DEFAULT) -> GpuLinearization:
+    """Save the activations that the Hessian at x needs."""
+    return GpuLinearization(energy, form, x, options)
+
+
 class GpuLinearization:
     """The Hessian at a point.
 

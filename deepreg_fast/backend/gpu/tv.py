@@ -1,4 +1,4 @@
-"""Smoothed total variation on a GPU, by the launches of `kernels/tv.py`."""
+"""Smoothed total variation on a GPU, by the launches of `kernels/tv.py`. The options of the network do not matter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...functional.tv import TvForm
 from ...functional.unaltered import dtype_or_device_mismatch
 from ...kernels import tv as kernels  # pyright: ignore[reportMissingImports]
 from ...kernels.conv_chain.pixel_norm import BLOCK, total  # pyright: ignore[reportMissingImports]
@@ -17,12 +18,13 @@ from ..reference import ParameterGuard
 from .decisions import on
 from .graphs import Signature, retry_after_freeing_graphs
 from .memory import memory_guard
+from .pixel_norm import DEFAULT, ChainOptions
 
 _EPS = (2.0**-63, 2.0**63)
 """Between these eps^2 is a normal number of float32."""
 
 
-def unsupported_reason(eps: float, x: Tensor) -> str | None:
+def unsupported_reason(form: TvForm, x: Tensor) -> str | None:
     """None if the kernels cover this smoothing and these images, else the reason."""
     if (reason := dtype_or_device_mismatch(x)) is not None:
         return reason
@@ -30,16 +32,16 @@ def unsupported_reason(eps: float, x: Tensor) -> str | None:
         return "the images have no pixels."
     if x.shape[1] not in kernels.TILES:
         return f"it has up to {max(kernels.TILES)} channels, not {x.shape[1]}."
-    if not _EPS[0] <= eps <= _EPS[1]:
-        return f"it has smoothings from {_EPS[0]:.1e} to {_EPS[1]:.1e}; this is {eps:.1e}."
+    if not _EPS[0] <= form.eps <= _EPS[1]:
+        return f"it has smoothings from {_EPS[0]:.1e} to {_EPS[1]:.1e}; this is {form.eps:.1e}."
     if x.shape[-2] * x.shape[-1] >= 2**31:
         return f"its images have fewer than {2**31} pixels; these are {x.shape[-2]} x {x.shape[-1]}."
     return None
 
 
-def signature(energy: nn.Module, eps: float) -> Signature:
+def signature(energy: nn.Module, form: TvForm, options: ChainOptions = DEFAULT) -> Signature:
     """Everything that recorded products of this energy depend on besides their images."""
-    return Signature(("tv", eps), energy)
+    return Signature(("tv", form.eps), energy)
 
 
 def _tiles(x: Tensor) -> int:
@@ -78,9 +80,14 @@ def _gradient(eps: float, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @retry_after_freeing_graphs
-def value_and_grad(eps: float, x: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_grad(form: TvForm, x: Tensor, options: ChainOptions = DEFAULT) -> tuple[Tensor, Tensor]:
     """`r(x_b)` `[B]` and `grad r(x_b)`, float32, in one sweep."""
-    return _gradient(eps, x.detach().contiguous())
+    return _gradient(form.eps, x.detach().contiguous())
+
+
+def linearize(energy: nn.Module, form: TvForm, x: Tensor, options: ChainOptions = DEFAULT) -> GpuTvLinearization:
+    """Save what the Hessian at x needs."""
+    return GpuTvLinearization(energy, form, x)
 
 
 class GpuTvLinearization:
@@ -90,11 +97,11 @@ class GpuTvLinearization:
     capturable = True
 
     @retry_after_freeing_graphs
-    def __init__(self, energy: nn.Module, eps: float, x: Tensor) -> None:
+    def __init__(self, energy: nn.Module, form: TvForm, x: Tensor) -> None:
         self.x = x.detach().contiguous()
-        self._eps, self._guard = eps, ParameterGuard([])
-        self._signature = signature(energy, eps)
-        self.value, self.grad = _gradient(eps, self.x)
+        self._eps, self._guard = form.eps, ParameterGuard([])
+        self._signature = signature(energy, form)
+        self.value, self.grad = _gradient(form.eps, self.x)
 
     def signature(self) -> Signature:
         """Everything that a recorded `hvp` depends on besides the tensors that `moved` moves."""

@@ -22,14 +22,6 @@ State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 class GpuVectors:
     """Few reads of memory and sums in float64; the bits of an image do not depend on the others."""
 
-    pgd_residual = staticmethod(decisions.pgd_residual)
-    pgd_candidate = staticmethod(decisions.pgd_candidate)
-    anderson_update = staticmethod(decisions.anderson_update)
-    anderson_solve = staticmethod(decisions.anderson_solve)
-    cg_beta = staticmethod(decisions.cg_beta)
-    cg_alpha = staticmethod(decisions.cg_alpha)
-    cg_has_converged = staticmethod(decisions.cg_has_converged)
-
     def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """`<a_b, b_b>`, float64."""
         return self.dots((a, b))[0]
@@ -129,38 +121,46 @@ class GpuVectors:
         sums.launch(kernels.shorten, sums.partial, limit, x, f, out, sums.work, STEP=sums.step)
         return out
 
-    # The following functions process the images `rows` (None: all active images) and change contiguous tensors in place
-    # as `=` indicates. The sums of other images are undefined. `batched/fused.py` has the same functions in PyTorch.
+    # The following functions process the images `active` (None: all active images) and change contiguous tensors in
+    # place as `=` indicates. The sums of other images are undefined.
 
-    def judge(
-        self, candidate: torch.Tensor, candidate_g: torch.Tensor, x: torch.Tensor, g: torch.Tensor, rows: Rows
+    def compare(
+        self,
+        idx: torch.Tensor | None,
+        candidate: torch.Tensor,
+        candidate_g: torch.Tensor,
+        x: torch.Tensor,
+        g: torch.Tensor,
     ) -> torch.Tensor:
-        """The four sums of `secant` without `idx`, and the squared norms of candidate and candidate_g, `[6, B]`."""
-        inputs = (_read(candidate), _read(candidate_g), _read(x), _read(g))
-        return _sums(6, kernels.secant, (None, *inputs), rows, candidate, SIZES=True)
+        """The four sums of `secant`, and `<candidate, candidate>`, `[5, b]`."""
+        inputs = (_places(idx), *map(_read, (candidate, candidate_g, x, g)))
+        return _sums(6, kernels.secant, inputs, None, candidate, SIZES=True)[:5]
 
-    def cg_direction(self, p: torch.Tensor, z: torch.Tensor, s: torch.Tensor, rows: Rows) -> None:
-        """`p = z + s p`."""
-        sums = Sums(p, 0, rows)
-        sums.launch(cg.cg_direction, _own(p), _read(z), s.contiguous(), sums.work)
+    def cg_direction(self, p: torch.Tensor, z: torch.Tensor, beta: torch.Tensor, active: Rows) -> torch.Tensor:
+        """`p = z + beta p`."""
+        sums = Sums(p, 0, active)
+        sums.launch(cg.cg_direction, _own(p), _read(z), beta.contiguous(), sums.work)
+        return p
 
     def cg_move(
-        self, x: torch.Tensor, r: torch.Tensor, p: torch.Tensor, q: torch.Tensor, s: torch.Tensor, rows: Rows
-    ) -> torch.Tensor:
-        """`x += s p`, `r -= s q`; `<x, x>`, `<r, r>`, `[2, B]`."""
-        return _sums(2, cg.cg_move, (_own(x), _own(r), _read(p), _read(q), s.contiguous()), rows, x)
+        self, x: torch.Tensor, r: torch.Tensor, p: torch.Tensor, q: torch.Tensor, alpha: torch.Tensor, active: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`x += alpha p`, `r -= alpha q`; `<x, x>`, `<r, r>`, `[2, B]`."""
+        inputs = (_own(x), _own(r), _read(p), _read(q), alpha.contiguous())
+        return x, r, _sums(2, cg.cg_move, inputs, active, x)
 
     def lanczos_first(
-        self, u: torch.Tensor, c: torch.Tensor, r1: torch.Tensor, v: torch.Tensor, rows: Rows
-    ) -> torch.Tensor:
+        self, u: torch.Tensor, c: torch.Tensor, r1: torch.Tensor, v: torch.Tensor, active: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`<v, v>`, `<u, u>`, then `u -= c r1`, then `<v, u>`, `[3, B]`."""
-        return _sums(3, minres.lanczos_first, (_own(u), c.contiguous(), _read(r1), _read(v)), rows, u)
+        return u, _sums(3, minres.lanczos_first, (_own(u), c.contiguous(), _read(r1), _read(v)), active, u)
 
     def lanczos_second(
-        self, u: torch.Tensor, c: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, rows: Rows
-    ) -> torch.Tensor:
+        self, u: torch.Tensor, c: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, active: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`r1, r2 = r2, u - c r2`; `<r2, r2>`."""
-        return _sums(1, minres.lanczos_second, (_read(u), c.contiguous(), _own(r1), _own(r2)), rows, u)[0]
+        inputs = (_read(u), c.contiguous(), _own(r1), _own(r2))
+        return r1, r2, _sums(1, minres.lanczos_second, inputs, active, u)[0]
 
     def minres_move(
         self,
@@ -168,29 +168,29 @@ class GpuVectors:
         v: torch.Tensor,
         r2: torch.Tensor,
         numbers: tuple[torch.Tensor, ...],
-        rows: Rows,
-    ) -> torch.Tensor:
+        active: Rows,
+    ) -> tuple[State, torch.Tensor]:
         """With `state` x, r, w, w_old and `numbers` oldeps, delta, gamma, phi, a, b `[B]`: `w_old, w = w, (v - oldeps
         w_old - delta w) / gamma`, `x += phi w`, `r = a r - b r2`; `<x, x>`, `<r, r>`, `<w, w>`, `[3, B]`."""
         inputs = (*map(_own, state), _read(v), _read(r2), *(t.contiguous() for t in numbers))
-        return _sums(3, minres.minres_move, inputs, rows, v)
+        return state, _sums(3, minres.minres_move, inputs, active, v)
 
-    def descend(self, x: torch.Tensor, tau: torch.Tensor, g: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def descend(self, x: torch.Tensor, tau: torch.Tensor, g: torch.Tensor, active: Rows) -> torch.Tensor:
         """`x - tau g`."""
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        sums = Sums(x, 0, rows)
+        sums = Sums(x, 0, active)
         sums.launch(pgd.descend, _read(x), tau.contiguous(), _read(g), out, sums.work)
         return out
 
     def pgd_step(
-        self, prox: torch.Tensor, x: torch.Tensor, g: torch.Tensor, rows: Rows
+        self, prox: torch.Tensor, x: torch.Tensor, g: torch.Tensor, active: Rows
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`step = prox - x`, `x + step`, and `<step, step>`, `<x, x>`, `<g, g>`, `[3, B]`."""
         prox, x, g = _read(prox), _read(x), _read(g)
         step, candidate = torch.empty_like(x), torch.empty_like(x)
-        return step, candidate, _sums(3, pgd.pgd_step, (prox, x, g, step, candidate), rows, x)
+        return step, candidate, _sums(3, pgd.pgd_step, (prox, x, g, step, candidate), active, x)
 
-    def take(self, rows: Rows, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def take(self, rows: Rows, *pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """`to = source` for each pair `(to, source)`."""
         for i in range(0, len(pairs), 2):
             (to, source), (to_other, other) = pairs[i], pairs[i + 1] if i + 1 < len(pairs) else (None, None)
@@ -198,6 +198,7 @@ class GpuVectors:
             if to_other is not None and other is not None:
                 to_other, other = _own(to_other), _read(other)
             sums.launch(pgd.take, _own(to), _read(source), to_other, other, sums.work)
+        return tuple(to for to, _ in pairs)
 
 
 class Sums:
