@@ -242,6 +242,15 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         f["y_train"], f["mask_train"] = np.zeros((3, *SHAPE), np.float32), np.zeros((3, *SHAPE))
     refused(tmp_path / "b.h5", "mask_train")
     refused(tmp_path / "b.h5", "y_test", split="test")
+    with h5py.File(tmp_path / "c.h5", "w") as f:
+        f["y_train"], f["x_train"] = dr.SRM(SHAPE, 0.5, seed=1).A(pictures()).numpy(), pictures().numpy()
+    refused(tmp_path / "c.h5", "far from what it measures")
+    with h5py.File(tmp_path / "d.h5", "w") as f:
+        f["y"], f["x"] = dr.SRM(SHAPE, 0.3).A(pictures()).numpy(), pictures().numpy()
+    refused(tmp_path / "d.h5", "name the problem")
+    with h5py.File(tmp_path / "e.h5", "w") as f:
+        f["y"] = operator().A(pictures()).numpy()
+    refused(tmp_path / "e.h5", "save_measurements")
 
 
 def test_units_are_claimed_once(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def recover_many(  # noqa: PLR0913 - the groups of options
     from ..adapters.peers import load_peer
     from ..throughput import Job, open_source, run, shard_of_environment
     from ..throughput.measured_files import MeasurementFiles
-    from ..throughput.units import parse_shard
+    from ..throughput.units import RESULTS, done_units, parse_shard
     from ..weights.io import load, locate
 
     shard = parse_shard(many.shard) if many.shard else shard_of_environment()
@@ -96,7 +96,8 @@ def recover_many(  # noqa: PLR0913 - the groups of options
         many.workers,
     )
     units = -(-len(source) // many.unit)
-    with Pulse("recover", units, "units") as pulse:
+    before = len(done_units(out)) if (out / RESULTS).is_dir() else 0
+    with Pulse("recover", units, "units", before) as pulse:
         count = run(job, out, shard, lambda done, _: pulse.done(done))
     typer.echo(f"This process recovered {count} images. All results:")
     typer.echo(_text(out))

@@ -75,11 +75,6 @@ class Arrays:
             if x is not None and len(x) != len(y):
                 raise DataError(f"{path} must hold as many images x{s} as measurements y{s}, but does not.")
         self.A = operator_of(self, problem)
-        if tuple(self._y[0].array.shape[1:]) != self.A.measurement_shape:
-            raise InputError(
-                f"{path} must hold the measurements of --problem, {list(self.A.measurement_shape)} an image, but holds "
-                f"{list(self._y[0].array.shape[1:])}; name the problem that measured."
-            )
 
     def __len__(self) -> int:
         return int(self._ends[-1])

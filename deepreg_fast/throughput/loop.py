@@ -23,7 +23,8 @@ from .sources import Measurement, Source
 from .units import Units
 
 OPEN_UNITS = 4
-"""Units that a process holds at most: while the slowest images of one are recovered, the slots fill with the next."""
+"""Units that a process holds at most, if they are not smaller than the slots: while the slowest images of one are
+recovered, the slots fill with the next."""
 POLL_SECONDS = 0.5
 
 Item = tuple[OpenUnit, int]
@@ -182,7 +183,10 @@ class _Loop:
     def _claim(self) -> bool:
         """Claim a unit, if there is one. After a failure the folder is left alone for a while."""
         self._open = [u for u in self._open if not u.complete()]
-        if len(self._open) >= OPEN_UNITS or time.monotonic() < self._next_claim:
+        if (
+            len(self._open) >= max(OPEN_UNITS, 2 * self._job.slots // self._job.unit)
+            or time.monotonic() < self._next_claim
+        ):
             return False
         if (claim := self._units.claim()) is None:
             self._next_claim = time.monotonic() + POLL_SECONDS

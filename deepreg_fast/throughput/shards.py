@@ -42,7 +42,7 @@ class TarShards:
                 self._shard.append(number)
                 self._places.extend(places)
         self._keys = unique(names, lambda i: files[self._shard[i]].stem)
-        self.A = operator_of(self, problem, measured)
+        self.A = operator_of(self, problem)
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -148,7 +148,7 @@ class Pictures:
     def __init__(self, files: Sequence[Path], problem: Problem, measured: bool) -> None:
         self._files, self._measured, self._sigma = files, measured, problem.sigma
         self._keys = unique([f.stem for f in files])
-        self.A = operator_of(self, problem, measured)
+        self.A = operator_of(self, problem)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -175,7 +175,7 @@ class Readable(Protocol):
         ...
 
 
-def operator_of(source: Readable, problem: Problem, measured: bool = False) -> LinearOperator:
+def operator_of(source: Readable, problem: Problem) -> LinearOperator:
     """The problem's operator for the shape of the first image that can be read."""
     first, reason = None, "it is empty"
     for i in range(min(len(source), 1000)):
@@ -186,18 +186,37 @@ def operator_of(source: Readable, problem: Problem, measured: bool = False) -> L
             reason = str(error)
     if first is None:
         raise DataError(f"--data must hold images, but none of the first can be read: {reason}")
-    if first.truth is not None:
-        _, h, w = first.truth.shape
-        A = build_operator(problem, (first.truth.shape[0], h, w))
-    elif first.y is not None and (measured or first.y.ndim == 3):
-        c, h, w = first.y.shape
+    truth, y = first.truth, first.y
+    if truth is not None and truth.ndim == 3:
+        c, h, w = truth.shape
+        A = build_operator(problem, (c, h, w))
+        if y is not None:
+            check_operator(A, y, truth, first.sigma)
+    elif truth is None and y is not None and y.ndim == 3:
+        c, h, w = y.shape
         A = operator_measuring(problem, (c, h, w))
     else:
         raise InputError(
-            "--data must hold the true images or measurements that are pictures, so that the size of the images is "
-            "known, but holds vectors alone; use save_measurements, whose files describe their operator."
+            "--data must hold the true images [C, H, W] or measurements that are pictures, so that the size of the "
+            "images is known, but holds others; use save_measurements, whose files describe their operator."
         )
     return one_for_all(A)
+
+
+def check_operator(A: LinearOperator, y: torch.Tensor, truth: torch.Tensor, sigma: float) -> None:
+    """Raise an `InputError` if y is farther from `A x` than from zero, which noise does not explain: by another
+    operator of the same size."""
+    if tuple(y.shape) != A.measurement_shape:
+        raise InputError(
+            f"--data must hold the measurements of --problem, {list(A.measurement_shape)} an image, but holds "
+            f"{list(y.shape)}; name the problem that measured."
+        )
+    misfit = float((y - A.A(truth.to(y.dtype)[None])[0]).double().square().sum())
+    if misfit > max(float(y.double().square().sum()), 4.0 * sigma**2 * y.numel()):
+        raise InputError(
+            "--data must hold the measurements of --problem, but those of the first image are far from what it "
+            "measures of the true image; describe the operator that measured in a .json file."
+        )
 
 
 def one_for_all(A: LinearOperator) -> LinearOperator:

@@ -6,6 +6,7 @@ once. A unit is done when its results are in place; that is tested after the loc
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,8 @@ class Claim:
         """Give the unit back; `done` if its results are in place."""
         if done:
             # Whoever still opens the file or makes a new one finds the results.
-            Path(self._lock.lock_file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                Path(self._lock.lock_file).unlink()
         self._lock.release()
 
 
