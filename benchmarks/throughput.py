@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import random
+import resource
 import signal
 import sys
 import tarfile
@@ -107,9 +108,10 @@ def done(out: Path) -> int:
 
 def supervise(
     begin: Callable[[int], int], out: Path, total: int, processes: int, kills: int
-) -> tuple[float, list[float]]:
-    """Run `processes`, kill one at `kills` random moments and start it again; seconds, and memory in MB over time."""
-    rng, memory, began = random.Random(processes), [], time.perf_counter()
+) -> tuple[float, float, list[float]]:
+    """Run `processes`, kill one at `kills` random moments and start it again; seconds, seconds of the processors, and
+    memory in MB over time."""
+    rng, memory, began, used = random.Random(processes), [], time.perf_counter(), processor_seconds()
     children = [begin(i) for i in range(processes)]
     moments = [total * rng.uniform(k, k + 1) / (kills + 1) for k in range(kills)]
     while children:
@@ -131,7 +133,13 @@ def supervise(
             if number:
                 assert status == 0, "a process failed"
                 children.remove(child)
-    return time.perf_counter() - began, memory
+    return time.perf_counter() - began, processor_seconds() - used, memory
+
+
+def processor_seconds() -> float:
+    """What all children have used that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def digest(out: Path) -> str:
@@ -175,12 +183,13 @@ def measure_kills(options: argparse.Namespace) -> dict[str, Any]:
             def begin(i: int, out: Path = out, n: int = processes) -> int:
                 return start(source, out, (i, n), options.unit, options.slots)
 
-            seconds, memory = supervise(begin, out, total, processes, kills)
+            seconds, busy, memory = supervise(begin, out, total, processes, kills)
             check(source, out, 20)
             found = digest(out)
             expected = expected or found
             assert found == expected, "the bytes differ from those of the undisturbed run"
             row = {"processes": processes, "kills": kills, "images_per_second": round(options.count / seconds, 1)}
+            row["images_per_processor_second"] = round(options.count / busy, 1)
             if memory:
                 parts = [memory[len(memory) * k // 5 : len(memory) * (k + 1) // 5] for k in range(5)]
                 row["memory_mb_by_fifths"] = [round(max(part), 1) for part in parts]

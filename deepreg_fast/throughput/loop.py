@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import checks
 from ..errors import InputError
-from ..files import locked, write_atomically
+from ..files import locked, remove_temporaries, write_atomically
 from ..regularizers.base import Regularizer
 from ..solvers import PGDOptions
 from .results import OpenUnit, Writer
@@ -125,6 +125,7 @@ def agree(job: Job, out: Path) -> None:
     path = out / "run.json"
     with locked(out / "run.lock", str(out), seconds=60.0):
         if not path.exists():
+            remove_temporaries(path)
             write_atomically(path, json.dumps(mine, indent=1).encode())
             return
         try:
