@@ -23,7 +23,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     5: ("solvers", "autograd"),
     6: ("operators", "regularizers"),
     7: ("inverse", "weights", "ops"),
-    8: ("evaluation", "bench", "adapters"),
+    8: ("evaluation", "bench", "adapters", "throughput"),
     9: ("training",),
     10: ("experiments",),
     11: ("cli", "__init__", "__main__"),

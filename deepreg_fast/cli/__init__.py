@@ -1,4 +1,4 @@
-"""The `deepreg-fast` command: train, recover, evaluate, reproduce, demo, data, bench, info."""
+"""The `deepreg-fast` command: train, recover, summary, evaluate, reproduce, demo, data, bench, info."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from ..errors import DeepRegError
 from ..terminal import drop, prepare, say
-from . import bench, data, demo, evaluate, info, recover, reproduce, train
+from . import bench, data, demo, evaluate, info, recover, recover_many, reproduce, train
 
 app = typer.Typer(
     name="deepreg-fast",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(train.app, name="train")
 app.command()(recover.recover)
+app.command("summary")(recover_many.summarize)
 app.command()(evaluate.evaluate)
 app.command()(reproduce.reproduce)
 app.command()(demo.demo)

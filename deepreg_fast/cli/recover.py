@@ -12,6 +12,7 @@ import typer
 from .. import checks
 from ..errors import InputError
 from ..files import check_outputs, make_folder, write_atomically
+from ..problem import Problem
 from .options import (
     MAX_ITERATIONS,
     AccelerationOption,
@@ -24,12 +25,12 @@ from .options import (
     unlike_training,
     use_device,
 )
+from .recover_many import DATA, SHARD, Many, Weighting, recover_many
 
 if TYPE_CHECKING:
     import torch
 
     from ..operators import LinearOperator
-    from ..problem import Problem
     from ..regularizers.base import Regularizer
     from ..solvers import Solution
 
@@ -40,10 +41,12 @@ MU = (
 
 
 def recover(  # noqa: PLR0913 - one argument for each option of the command line
-    source: Annotated[Path, typer.Argument(help="An image (measured here), or measurements (.npz, .safetensors).")],
     weights: Annotated[
         str, typer.Option(help="Weight file (others' are .pt, .pth), or a shipped name, as cs5-beta10.")
     ],
+    source: Annotated[
+        Path | None, typer.Argument(help="An image (measured here), or measurements (.npz, .safetensors).")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for images, figure and results.json.")] = Path("recovered"),
     mu: Annotated[float | None, typer.Option(help=MU)] = None,
     lam: Annotated[float | None, typer.Option(help="With --sigma: mu = lam sigma^2.")] = None,
@@ -63,6 +66,13 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     tolerance: Annotated[float, typer.Option(help="Relative residual at which the recovery has converged.")] = 1e-4,
     max_iterations: Annotated[int, typer.Option(min=0, help=MAX_ITERATIONS)] = 0,
     device: DeviceOption = "cpu",
+    data: Annotated[str, typer.Option(help=DATA)] = "",
+    split: Annotated[str, typer.Option(help="With --data of HDF5 or zarr: read y_<split> only.")] = "",
+    images: Annotated[str, typer.Option(help="With --data: write npy, png, both or none of each image.")] = "npy",
+    unit: Annotated[int, typer.Option(help="With --data: images that are claimed and written together.")] = 256,
+    slots: Annotated[int, typer.Option(help="With --data: images that are recovered at the same time.")] = 64,
+    workers: Annotated[int, typer.Option(help="With --data: threads that read, and as many that encode.")] = 2,
+    shard: Annotated[str, typer.Option(help=SHARD)] = "",
 ) -> None:
     """Recover images and write each as PNG and float32 .npy, plus results.json and a figure.
 
@@ -75,17 +85,27 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     deepreg-fast recover blurred.png --color --measured --problem kernel.png --sigma 0.01 --weights cs5-ridge-weak
 
     deepreg-fast recover measured.npz --weights runs/beta10/weights.safetensors --mu 1e-3 --out recovered
+
+    deepreg-fast recover --data shards --weights cs5-beta10 --out recovered
     """
+    described = Problem(problem, ratio, transform, randomizer, keep_dc, operator_seed, sigma, color)
+    if data:
+        if source is not None:
+            raise InputError(f"Images must come from SOURCE or --data, but {source} and {data} came; leave one out.")
+        many = Many(data, split, images, unit, slots, workers, shard)
+        solver = {"acceleration": acceleration, "max_iterations": max_iterations, "tolerance": tolerance}
+        recover_many(many, weights, out, described, measured, Weighting(mu, lam), device, solver)
+        return
+    if source is None:
+        raise InputError("An image must be named as SOURCE, or many as --data, but neither came; name one.")
     from ..adapters.peers import load_peer
     from ..data import load_image, png
     from ..inverse.data_term import add_noise
     from ..inverse.measurements import load_measurements
     from ..inverse.problem import build_operator, operator_measuring
     from ..inverse.recovery import recover as solve
-    from ..problem import Problem
     from ..weights.io import load, locate
 
-    described = Problem(problem, ratio, transform, randomizer, keep_dc, operator_seed, sigma, color)
     torch_device = use_device(device)
     way_out = "name another --out or rename the source"
     # Checked before anything is computed, so that minutes of work are not lost.
@@ -98,7 +118,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     A: LinearOperator
     if source.suffix.lower() in (".npz", ".safetensors"):
         y, A, noise = load_measurements(source)
-        described = _described(A, noise)
+        described = described_by(A, noise)
     else:
         picture, noise = load_image(source, color=color)[None], sigma
         shape = (picture.shape[1], picture.shape[2], picture.shape[3])
@@ -108,7 +128,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
         else:
             A = build_operator(described, shape)
             y, truth = add_noise(A.A(picture), sigma, seed=1), picture
-    reg = _lifted(reg, A)
+    reg = lifted(reg, A)
     names = [source.stem] if len(y) == 1 else [f"{source.stem}_{i:03d}" for i in range(len(y))]
     check_outputs([out / f"{n}{s}" for n in names for s in (".npy", ".png")] + summary_files, [source], way_out)
     make_folder(out)
@@ -120,9 +140,9 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
             typer.echo(f"The weights were trained for another problem (here {differs}); mu is {mu:.2g}.", err=True)
     if lam is not None and not noise > 0:
         raise InputError("--lam needs noisy measurements (mu = lam sigma^2), but sigma is 0; give --mu instead.")
-    solver = pgd_options(meta, acceleration, max_iterations=max_iterations, tolerance=tolerance, record=True)
+    options = pgd_options(meta, acceleration, max_iterations=max_iterations, tolerance=tolerance, record=True)
     reg, A, y = reg.to(torch_device), A.to(torch_device), y.to(torch_device)
-    sol = solve(y, A, reg, mu, lam=lam, sigma=noise if lam is not None else None, options=solver)
+    sol = solve(y, A, reg, mu, lam=lam, sigma=noise if lam is not None else None, options=options)
     weight = mu if lam is None else lam * noise**2
     sol.x = sol.x.cpu()
     for name, image in zip(names, sol.x, strict=True):
@@ -137,17 +157,15 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     typer.echo(f"Written to {out}; mu was {weight:.2g}.")
 
 
-def _described(A: LinearOperator, sigma: float) -> Problem:
+def described_by(A: LinearOperator, sigma: float) -> Problem:
     """The problem of a measurement file."""
-    from ..problem import Problem
-
     kind, color = A.describe()["kind"], A.image_shape[0] == 3
     if kind == "srm":
         return Problem(ratio=A.measurements / math.prod(A.image_shape), sigma=sigma, color=color)
     return Problem(kind, sigma=sigma, color=color)
 
 
-def _lifted(reg: Regularizer, A: LinearOperator) -> Regularizer:
+def lifted(reg: Regularizer, A: LinearOperator) -> Regularizer:
     """The regularizer for the operator's images: one of gray images on each channel, or on both parts of a complex
     image."""
     from ..operators import MRI

@@ -81,6 +81,11 @@ def load_image(
     return center_crop(torch.from_numpy(values), size, str(path), option)
 
 
+def decode_image(text: bytes, name: str, color: bool = False) -> torch.Tensor:
+    """Like `load_image` for the content of a file; `name` is for error messages."""
+    return torch.from_numpy(_decode(io.BytesIO(text), Path(name), color))
+
+
 def center_crop(image: torch.Tensor, size: Size, name: str = "the image", option: str = "size") -> torch.Tensor:
     """The center `height x width` pixels of an image `[..., H, W]`, from row `(H - height) // 2` and column
     `(W - width) // 2`. Images are never scaled or padded.

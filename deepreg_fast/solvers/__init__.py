@@ -12,6 +12,7 @@ from .linear_system import LinearSolution
 from .minres import MinresOptions, minres
 from .options import PGDOptions, Solution
 from .pgd import pgd
+from .slots import Slots
 
 __all__ = [
     "ACCELERATIONS",
@@ -19,6 +20,7 @@ __all__ = [
     "LinearSolution",
     "MinresOptions",
     "PGDOptions",
+    "Slots",
     "Solution",
     "cg",
     "extreme_eigenvalues",

@@ -83,7 +83,9 @@ class State:
 
     def start_best(self, objective: torch.Tensor) -> None:
         """Store the first objectives of the images `idx`."""
-        self.first, self.best = scatter(self.first, self.idx, objective), scatter(self.best, self.idx, objective)
+        # Copies: if all images are active, `scatter` returns its argument, and the two would be one tensor.
+        self.first = scatter(self.first, self.idx, objective.clone())
+        self.best = scatter(self.best, self.idx, objective.clone())
 
     def update_best(self, good: torch.Tensor, objective: torch.Tensor) -> None:
         """Lower the best objectives of the images of `idx` for which `good` is true."""
