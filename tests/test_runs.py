@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import deepreg_fast as dr
 from deepreg_fast.errors import InputError
 from deepreg_fast.training import checkpoint, log
-from deepreg_fast.training import trainer as loop
+from deepreg_fast.training import folder as run_folder
 from deepreg_fast.training.checkpoint import load_checkpoint
 
 from .helpers import log_lines, small_config
@@ -85,7 +84,9 @@ def test_an_interrupted_trainer_goes_on_to_the_same_bits(
     trainer = dr.BilevelTrainer(c, progress=False)
     with monkeypatch.context() as patch:
         count = {"save_checkpoint": 2, "_validate": 1, "put": 9}.get(point, 4)
-        _interrupting(trainer.store if point == "put" else trainer, point, count, patch, late)
+        objective = trainer.objective
+        target = {"put": objective.store, "after_update": objective}.get(point, trainer)
+        _interrupting(target, point, count, patch, late)
         with pytest.raises(KeyboardInterrupt):
             trainer.fit()
     trainer.fit() if late else trainer.resume()
@@ -96,9 +97,9 @@ def test_a_stop_is_heard_once(folder: Path, tmp_path: Path, whole: dict[str, np.
     trainer = dr.BilevelTrainer(_config(folder, tmp_path), progress=False)
     real = trainer.gradients
 
-    def gradients(rows: Any, x: torch.Tensor) -> dict[str, Any]:
+    def gradients(batch: Any) -> dict[str, Any]:
         trainer.stopping = trainer.step_done == 2
-        return real(rows, x)
+        return real(batch)
 
     trainer.gradients = gradients  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
@@ -123,11 +124,11 @@ def test_adam_forgets_what_a_checkpoint_does_not_hold(folder: Path, tmp_path: Pa
 
 def test_the_count_of_idle_steps_goes_on(folder: Path, tmp_path: Path) -> None:
     trainer = dr.BilevelTrainer(_config(folder, tmp_path), progress=False)
-    trainer._idle = 7
+    trainer.objective._idle = 7
     trainer.save_checkpoint()
     again = dr.BilevelTrainer(_config(folder, tmp_path), progress=False)
     again.load_state()
-    assert again._idle == 7
+    assert again.objective._idle == 7
 
 
 def test_two_runs_in_one_folder(folder: Path, tmp_path: Path, whole: dict[str, np.ndarray]) -> None:
@@ -136,7 +137,7 @@ def test_two_runs_in_one_folder(folder: Path, tmp_path: Path, whole: dict[str, n
     first = dr.BilevelTrainer(c, progress=False)
     real, seen = first.gradients, []
 
-    def gradients(rows: Any, x: torch.Tensor) -> dict[str, Any]:
+    def gradients(batch: Any) -> dict[str, Any]:
         if first.step_done == 3:
             before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
             second = dr.BilevelTrainer(c, progress=False)
@@ -144,10 +145,11 @@ def test_two_runs_in_one_folder(folder: Path, tmp_path: Path, whole: dict[str, n
                 with pytest.raises(InputError, match="one process at a time"):
                     train()
             second.load_state()
-            assert second.step_done == 3 and np.abs(second.store.state()["store.x"]).max() > 0  # type: ignore[arg-type]
+            warm = second.objective.store.state()["store.x"]
+            assert second.step_done == 3 and np.abs(warm).max() > 0  # type: ignore[arg-type]
             assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
             seen.append(second)
-        return real(rows, x)
+        return real(batch)
 
     first.gradients = gradients  # type: ignore[method-assign]
     first.fit()
@@ -159,7 +161,7 @@ def test_files_of_warm_starts_are_made_by_a_run_only(folder: Path, tmp_path: Pat
     out = tmp_path / "run"
     trainer = dr.BilevelTrainer(_config(folder, out, memory_budget_mb=0), progress=False)
     assert not out.exists()
-    assert not trainer.store.get("x", trainer.placement.rows(np.arange(2))).any()
+    assert not trainer.objective.store.get("x", trainer.placement.rows(np.arange(2))).any()
 
 
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
@@ -216,7 +218,7 @@ def test_a_log_that_fails_costs_nothing_else(
         answer._board._file = _Full(answer._board._file, lambda n: n > 1)  # type: ignore[assignment]
         return answer
 
-    monkeypatch.setattr(loop, "RunLog", failing)
+    monkeypatch.setattr(run_folder, "RunLog", failing)
     dr.BilevelTrainer(_config(folder, tmp_path), progress=False).fit()
     _assert_same(tmp_path, whole)
     told = capsys.readouterr().err.splitlines()

@@ -53,8 +53,8 @@ def fused(*images: str, in_place: bool = False) -> Callable[[Callable[P, R]], Fu
         def kernel(arguments: tuple[Any, ...]) -> Callable[..., Any] | None:
             first = _first(arguments[places[0]])
             # Most steps have no kernel on the CPU, so this comes before the other checks.
-            found = getattr(backend.vector_kernels(first), name, None) if len(first) else None
-            if found is None:
+            implementation = getattr(backend.vector_kernels(first), name, None) if len(first) else None
+            if implementation is None:
                 return None
             kind = (first.shape, first.dtype, first.device)
             for place in places:
@@ -63,7 +63,7 @@ def fused(*images: str, in_place: bool = False) -> Callable[[Callable[P, R]], Fu
                         return None
                     if t is not first and backend.needs_autograd(t):
                         return None
-            return found
+            return implementation
 
         return _dispatching(definition, kernel)
 
@@ -88,8 +88,8 @@ def _dispatching(
     @wraps(definition)
     def call(*arguments: Any) -> Any:
         # First, so that torch.compile traces the definition alone.
-        found = None if torch.compiler.is_compiling() else kernel(arguments)
-        return compute(*arguments) if found is None else found(*arguments)
+        implementation = None if torch.compiler.is_compiling() else kernel(arguments)
+        return compute(*arguments) if implementation is None else implementation(*arguments)
 
     call.definition = definition  # pyright: ignore[reportAttributeAccessIssue]
     return cast("Fused[P, R]", call)

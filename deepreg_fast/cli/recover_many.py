@@ -143,12 +143,12 @@ def summarize(
 def _text(out: Path) -> str:
     from ..throughput import summary
 
-    found = summary(out)
-    pairs = [("images", f"{found['done']} of {found['images']} done")]
-    pairs += [(status, str(count)) for status, count in found["statuses"].items()]
-    if "iterations" in found:
-        pairs.append(("iterations", f"{found['iterations']:.1f} on average"))
-    if "psnr" in found:
-        pairs.append(("PSNR", f"{found['psnr']:.2f} dB on average"))
-    pairs += [(f"error of {visible(e['key'])}", e["error"]) for e in found.get("errors", [])]
+    total = summary(out)
+    pairs = [("images", f"{total['done']} of {total['images']} done")]
+    pairs += [(status, str(count)) for status, count in total["statuses"].items()]
+    if "iterations" in total:
+        pairs.append(("iterations", f"{total['iterations']:.1f} on average"))
+    if "psnr" in total:
+        pairs.append(("PSNR", f"{total['psnr']:.2f} dB on average"))
+    pairs += [(f"error of {visible(e['key'])}", e["error"]) for e in total.get("errors", [])]
     return facts(pairs)

@@ -114,7 +114,7 @@ def agree(job: Job, out: Path) -> None:
     digest = hashlib.sha256()
     for i in range(len(job.source)):
         digest.update(job.source.key(i).encode() + b"\n")
-    mine = {
+    settings = {
         "count": len(job.source),
         "keys": digest.hexdigest(),
         "unit": job.unit,
@@ -126,14 +126,14 @@ def agree(job: Job, out: Path) -> None:
     with locked(out / "run.lock", str(out), seconds=60.0):
         if not path.exists():
             remove_temporaries(path)
-            write_atomically(path, json.dumps(mine, indent=1).encode())
+            write_atomically(path, json.dumps(settings, indent=1).encode())
             return
         try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
+            stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} must hold the settings of a run, but cannot be read ({error}).") from error
-    mine = json.loads(json.dumps(mine))
-    if differing := sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k)):
+    settings = json.loads(json.dumps(settings))
+    if differing := sorted(k for k in {*settings, *stored} if settings.get(k) != stored.get(k)):
         raise InputError(
             f"{out} holds the results of a run with other settings ({', '.join(differing)}); name another --out, or "
             "repeat the command that began it."

@@ -109,10 +109,10 @@ def expand(path: str) -> list[Path]:
         return [Path(f"{path[: match.start()]}{i:0{width}d}{path[match.end() :]}") for i in range(low, high + 1)]
     if Path(path).exists():
         return [Path(path)]
-    found = sorted(glob.glob(path), key=portable)
-    if not found:
+    paths = sorted(glob.glob(path), key=portable)
+    if not paths:
         raise DataError(f"--data must be {KINDS}, but there is nothing at {path}; check the path.")
-    return [Path(p) for p in found]
+    return [Path(p) for p in paths]
 
 
 def _folder(folder: Path, problem: Problem, measured: bool) -> Source:
