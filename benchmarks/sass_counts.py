@@ -36,7 +36,7 @@ from triton.runtime.jit import JITFunction
 
 import deepreg_fast as dr
 from deepreg_fast.backend.gpu import conv_chain
-from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
+from deepreg_fast.backend.gpu.chain_options import ChainOptions
 
 TOOLS = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
 CLASSES = {

@@ -30,8 +30,8 @@ import deepreg_fast as dr
 from deepreg_fast.backend.active import active_images
 from deepreg_fast.backend.gpu import conv_chain, tv
 from deepreg_fast.backend.gpu import vectors as gpu_vectors
+from deepreg_fast.backend.gpu.chain_options import ChainOptions
 from deepreg_fast.backend.gpu.decisions import GpuDecisions
-from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
 from deepreg_fast.backend.solver_kernels import PerImageState
 from deepreg_fast.functional.tv import TvForm
 

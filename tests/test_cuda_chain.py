@@ -17,10 +17,10 @@ from torch import Tensor
 import deepreg_fast as dr
 from deepreg_fast.backend import active_images
 from deepreg_fast.backend.gpu import fused_chain
+from deepreg_fast.backend.gpu.chain_options import ChainOptions
 from deepreg_fast.backend.gpu.conv_chain import GpuLinearization
 from deepreg_fast.backend.gpu.fused_chain import FusedHvp, Machine
 from deepreg_fast.backend.gpu.fused_pack import pack
-from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
 
 from .helpers import EPS, images, normal, random_red, relative
 from .host_cuda import COMPILER, HostLauncher, library

@@ -15,9 +15,9 @@ import deepreg_fast as dr
 from deepreg_fast.backend import active_images
 from deepreg_fast.backend.gpu import conv_chain as gpu_chain
 from deepreg_fast.backend.gpu import fused_chain
+from deepreg_fast.backend.gpu.chain_options import ChainOptions
 from deepreg_fast.backend.gpu.fused_chain import Machine
 from deepreg_fast.backend.gpu.fused_pack import pack
-from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
 
 from .helpers import EPS, images, normal, relative
 from .host_cuda import COMPILER, library

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import deepreg_fast as dr
 from deepreg_fast import backend
 from deepreg_fast.backend.gpu import nvrtc, srm
-from deepreg_fast.backend.gpu.srm_plan import FORWARD, dct_factors, hadamard_factors, plan
+from deepreg_fast.backend.gpu.srm_factors import dct_factors, hadamard_factors
+from deepreg_fast.backend.gpu.srm_plan import FORWARD, plan
 from deepreg_fast.functional import hadamard
 
 from .helpers import normal, relative

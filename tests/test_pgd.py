@@ -7,6 +7,7 @@ import torch
 
 import deepreg_fast as dr
 from deepreg_fast.data import embedded_images
+from deepreg_fast.solvers.state import State
 
 from .helpers import images, random_red
 
@@ -201,3 +202,12 @@ def test_anderson_does_not_climb() -> None:
     lowest = met.cummin(0).values
     assert bool((met <= lowest + 1.1e-4 * (lowest.abs() + met[0] - lowest)).all())
     assert lowest[-1] < 0.5 * met[0]
+
+
+def test_the_first_objective_stays_when_the_best_one_falls() -> None:
+    """Also if all images are active, and `scatter` returns what it was given."""
+    state = State(images(3, 1, 4, 4), None, dr.PGDOptions(), 0.5)
+    state.start_best(torch.full((3,), 9.0, dtype=torch.float64))
+    state.idx = state.idx[:2]
+    state.update_best(torch.tensor([True, False]), torch.full((2,), 4.0, dtype=torch.float64))
+    assert state.first.tolist() == [9.0, 9.0, 9.0] and state.best.tolist() == [4.0, 9.0, 9.0]

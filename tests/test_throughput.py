@@ -449,3 +449,29 @@ def test_pictures_that_are_measurements(run: Run, tmp_path: Path) -> None:
     assert run("recover", tmp_path / "data/a3.png", *command, "--out", tmp_path / "alone").code == 0
     assert np.array_equal(recovered(tmp_path / "out")["a3"].numpy(), np.load(tmp_path / "alone/a3.npy"))
     assert load_image(tmp_path / "alone/a3.png").shape == (1, 16, 14)
+
+
+def test_pictures_in_color(run: Run, tmp_path: Path) -> None:
+    """A gray regularizer on each channel; the results are those of the command for one image."""
+    dr.save(random_red(scale=0.03, double=False, channels=4), tmp_path / "w.safetensors", {"mu": MU})
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        save_image(tmp_path / f"data/c{i}.png", images(3, 12, 10, seed=i, dtype=torch.float32))
+    with tarfile.open(tmp_path / "c.tar", "w") as archive:
+        for i in range(3):
+            archive.add(tmp_path / f"data/c{i}.png", f"c{i}.png")
+    command = ("--color", "--problem", "inpaint", "--sigma", 0.02, "--weights", tmp_path / "w.safetensors")
+    many = (*command, "--out")
+    assert run("recover", "--data", tmp_path / "data", *many, tmp_path / "out").code == 0
+    assert run("recover", "--data", tmp_path / "c.tar", *many, tmp_path / "tar").code == 0
+    assert run("recover", tmp_path / "data/c0.png", *command, "--out", tmp_path / "alone").code == 0
+    alone = np.load(tmp_path / "alone/c0.npy")
+    assert alone.shape == (3, 12, 10)
+    for out in ("out", "tar"):
+        assert np.array_equal(recovered(tmp_path / out)["c0"].numpy(), alone)
+    assert run("recover", "--data", tmp_path / "data", *command, "--images", "png", "--out", tmp_path / "png").code == 0
+    with tarfile.open(tmp_path / "png/units/000000.tar") as archive:
+        file = archive.extractfile("c1.png")
+        assert file is not None
+        (tmp_path / "c1.png").write_bytes(file.read())
+    assert load_image(tmp_path / "c1.png", color=True).shape == (3, 12, 10)

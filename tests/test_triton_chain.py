@@ -29,8 +29,8 @@ import triton.language as tl
 
 from deepreg_fast.backend.gpu import conv_chain as gpu_chain
 from deepreg_fast.backend.gpu import memory
+from deepreg_fast.backend.gpu.chain_options import ChainOptions
 from deepreg_fast.backend.gpu.conv_chain import GpuLinearization
-from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
 from deepreg_fast.kernels.conv_chain import pixel_norm as conv_chain
 from deepreg_fast.kernels.conv_chain import tiles, weight_gradients
 

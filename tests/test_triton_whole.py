@@ -21,8 +21,8 @@ from .helpers import assert_as_exact_as_torch, images, normal, random_red, relat
 pytest.importorskip("triton")
 
 from deepreg_fast.backend.gpu import conv_chain
+from deepreg_fast.backend.gpu.chain_options import ChainOptions
 from deepreg_fast.backend.gpu.image_norm import WholeSweeps
-from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
 from deepreg_fast.kernels.conv_chain import image_norm, weight_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

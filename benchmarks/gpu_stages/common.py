@@ -188,7 +188,7 @@ class Kernels:
 
     def _chain(self, reg: Any) -> tuple[Any, Any, Any]:
         from deepreg_fast.backend.gpu import conv_chain
-        from deepreg_fast.backend.gpu.pixel_norm import DEFAULT
+        from deepreg_fast.backend.gpu.chain_options import DEFAULT
 
         return conv_chain, reg.kernel_form(), replace(DEFAULT, **self.options)
 

@@ -92,7 +92,7 @@ def _captured(stage: Stage, f: Callable[[int], object]) -> Callable[[int], objec
 
 def _chain(stage: Stage, norm: str, options: dict[str, Any]) -> None:
     """Time gradient, linearization and both products; bytes per second use the counts of docs/device_loops.md."""
-    from deepreg_fast.backend.gpu.pixel_norm import ChainOptions
+    from deepreg_fast.backend.gpu.chain_options import ChainOptions
     from deepreg_fast.bench import counts
 
     unknown = [k for k in options if k not in ChainOptions.__dataclass_fields__]

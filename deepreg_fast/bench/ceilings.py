@@ -87,7 +87,7 @@ def measure(
 
 def in_force() -> str:
     """The current precision of our kernels' products."""
-    from ..backend.gpu.pixel_norm import DEFAULT
+    from ..backend.gpu.chain_options import DEFAULT
 
     return DEFAULT.precision
 

@@ -22,8 +22,8 @@ from ...functional.forms import form_of
 from ...functional.tv import TvForm
 from ...machine import NO_CUDA
 from ..reference import Linearization, describe_energy
+from .chain_options import DEFAULT, ChainOptions
 from .graphs import Signature
-from .pixel_norm import DEFAULT, ChainOptions
 
 if TYPE_CHECKING:
     from .decisions import GpuDecisions

@@ -16,8 +16,9 @@ from ...functional.conv_chain import ConvChainForm, layers_of
 from ...functional.unaltered import dtype_or_device_mismatch
 from ..reference import Gradients, ParameterGuard, unsupported_norm_position
 from . import fused_chain
+from .chain_options import DEFAULT, ChainOptions, convs_of, norms_of
 from .graphs import Signature, places_of, retry_after_freeing_graphs
-from .pixel_norm import DEFAULT, ChainOptions, Sweeps, convs_of, norms_of
+from .pixel_norm import Sweeps
 
 _MAX_CHANNELS = 64
 

@@ -21,7 +21,8 @@ from .memory import hold
 from .packed import packed
 
 if TYPE_CHECKING:
-    from .pixel_norm import ChainOptions, SavedActivations
+    from .activations import SavedActivations
+    from .chain_options import ChainOptions
 
 SOURCE = "conv_chain.cu"
 SWEEPS = ("hvp", "gradient")

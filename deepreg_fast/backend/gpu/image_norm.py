@@ -18,8 +18,10 @@ from torch import Tensor
 
 from ...functional.conv_chain import ConvChainForm
 from ..active import active_mask
+from .activations import Planes, SavedActivations, aligned, over_rows
+from .chain_options import DEFAULT, ChainOptions, convs_of, norms_of
 from .memory import memory_guard
-from .pixel_norm import DEFAULT, ChainOptions, Planes, SavedActivations, Sweeps, _over_rows, aligned, convs_of, norms_of
+from .pixel_norm import Sweeps
 
 _HEADS = {"red": (1.0, -0.5, 0.0), "residual": (1.0, -1.0, 1.0), "norm": (0.0, 0.0, 1.0)}
 """`phi_uu, phi_uh, phi_hh` of docs/math.md, M9."""
@@ -247,5 +249,5 @@ class WholeSweeps(Sweeps):
         for layer in range(2, K + 1):
             filters.append(weight_gradients.filters(t.a[layer - 1], t.gu1[layer], rows, (t.a1[layer - 1], t.gu[layer])))
         filters.append(weight_gradients.image_filters(t.c1, t.a[K], rows, (kept.c, t.a1[K])).flip(0))
-        last_bias = _over_rows(t.c1, rows).sum(dtype=torch.float64)
+        last_bias = over_rows(t.c1, rows).sum(dtype=torch.float64)
         return [*filters, *(t.sums[layer].sum(0) for layer in self._hidden), last_bias]

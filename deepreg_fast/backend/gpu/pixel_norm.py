@@ -9,107 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ... import checks
-from ...errors import InputError
-from ...functional.conv_chain import HEADS, ChannelNorm, ConvChainForm
+from ...functional.conv_chain import HEADS, ConvChainForm
 from ..active import active_mask, mask_bytes
+from .activations import Chunk, Planes, SavedActivations, absent_arguments, over_rows
+from .chain_options import DEFAULT, ChainOptions, convs_of, norms_of
 from .memory import memory_guard
 from .packed import packed
-
-Planes = dict[int, Tensor]
-"""`[B, H, W, CP]` by the layer's number."""
-
-
-@dataclass(frozen=True)
-class ChainOptions:
-    """Numerical and launch options of the sweeps.
-
-    `precision` of the convolutions: `"tf32x3"`, float32 accuracy on tensor cores; `"ieee"`, float32 without them;
-    `"tf32"`, three digits: tight solves stagnate, and a LayerNorm's filters are no longer centered.
-    `storage` of the planes between kernels: `"float32"`, or `"bfloat16"` with half the bytes and three digits: solves
-    stagnate as with tf32 (docs/kernels.md).
-    `plane_bytes`: the batch is processed in parts, so that a plane of all channels takes at most this many bytes (but
-    at least one image); small planes stay in the L2 cache. The bits of an image do not depend on it.
-    `tile`: height, width and warps of a program; None uses the kernels' own.
-    `maxnreg`: maximum registers per thread of `primal` and of `tangent`, each a number or None (the compiler decides).
-    Without a pair, the kernels' own limits apply, or with a `tile` the compiler's.
-    `fused`: gradients and Hessian-vector products in one launch each, where `fused_chain.py` covers them. They have not
-    run on a GPU.
-    """
-
-    precision: str = "tf32x3"
-    plane_bytes: int = 512 << 20
-    tile: tuple[int, int, int] | None = None
-    storage: str = "float32"
-    maxnreg: tuple[int | None, int | None] | None = None
-    fused: bool = False
-
-    def __post_init__(self) -> None:
-        checks.choice(self.precision, "precision", ("tf32x3", "ieee", "tf32"))
-        checks.choice(self.storage, "storage", ("float32", "bfloat16"))
-        checks.integer(self.plane_bytes, "plane_bytes", 1)
-        if self.maxnreg is not None and len(self.maxnreg) != 2:
-            raise InputError(f"maxnreg must be None or a pair of numbers, but is {self.maxnreg!r}.")
-        for limit in self.maxnreg or ():
-            if limit is not None:
-                checks.integer(limit, "maxnreg", 16)
-
-
-DEFAULT = ChainOptions()
-
-
-def convs_of(form: ConvChainForm) -> list[nn.Conv2d]:
-    """The convolutions."""
-    return cast("list[nn.Conv2d]", list(form.net.convs))
-
-
-def norms_of(form: ConvChainForm) -> list[ChannelNorm]:
-    """The LayerNorms, if there are any."""
-    return cast("list[ChannelNorm]", list(form.net.norms)) if form.net.norm != "none" else []
-
-
-@dataclass(frozen=True)
-class SavedActivations:
-    """Tensors of the gradient's sweep that the products need: `z[l]`, l = 2..K, `g[l]`, l = 1..K - 1, and the image c
-    `[B, H, W]`, which is u for the head red (the kernels halve it)."""
-
-    z: Planes
-    g: Planes
-    c: Tensor
-
-    def each(self, f: Callable[[Tensor], Tensor]) -> SavedActivations:
-        """A copy with each tensor t replaced by `f(t)`."""
-        z, g = ({layer: f(t) for layer, t in planes.items()} for planes in (self.z, self.g))
-        return SavedActivations(z, g, f(self.c))
-
-    def of(self, part: slice) -> SavedActivations:
-        """The activations of a part of the batch."""
-        return self.each(lambda t: t[part])
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """A part of the batch, and memory for its sweep.
-
-    `pair`: planes that alternate between layers, `pair[l % 2]` for layer l; `own`: planes of one layer each.
-    """
-
-    where: slice
-    rows: Tensor | None
-    u: Tensor
-    kept: SavedActivations
-    pair: list[Tensor]
-    own: list[Tensor]
-    h_taps: Tensor
-    g_taps: Tensor
-    image: Tensor
 
 
 class Sweeps:
@@ -148,8 +59,6 @@ class Sweeps:
         moved._layers = {}
         return moved
 
-    # Saved activations, and temporary memory.
-
     def allocate_saved(self) -> SavedActivations:
         """Uninitialized memory for the whole batch."""
         needed = self._bytes(self._count, 2 * (self._K - 1), not self._red)
@@ -160,7 +69,7 @@ class Sweeps:
                 self._u if self._red else torch.empty_like(self._u),
             )
 
-    def _parts(self, own: int, kept: SavedActivations | None) -> Iterator[_Chunk]:
+    def _parts(self, own: int, kept: SavedActivations | None) -> Iterator[Chunk]:
         """The parts of the batch, with memory that they share, including `own` planes."""
         per_part, rows = self._most(), active_mask(self._u)
         with memory_guard(
@@ -175,7 +84,7 @@ class Sweeps:
             views = [p[:n] for p in planes]
             saved = SavedActivations({}, {}, u if self._red else image[:n]) if kept is None else kept.of(part)
             active = None if rows is None else rows[part]
-            yield _Chunk(part, active, u, saved, views[:2], views[2:], taps[0][:n], taps[1][:n], image[:n])
+            yield Chunk(part, active, u, saved, views[:2], views[2:], taps[0][:n], taps[1][:n], image[:n])
 
     def _most(self) -> int:
         """Images per part. If there are several parts, it is a multiple of 4 (unless it is less than 4), so that every
@@ -188,8 +97,6 @@ class Sweeps:
 
     def _plane(self, images: int) -> Tensor:
         return self._u.new_empty(images, self._height, self._width, self._CP, dtype=self._storage)
-
-    # Launches.
 
     def _to_pack(self) -> tuple[list[Tensor], tuple[Any, ...]]:
         """The tensors and settings from which the filters and vectors are packed."""
@@ -224,10 +131,10 @@ class Sweeps:
         """The arguments and options of a kernel that are the same for every launch."""
         size = {"height": self._height, "width": self._width, "alpha": self._alpha, "eps": self._eps}
         options = {"num_warps": self._warps, "num_stages": 1, "enable_fp_fusion": True, "maxnreg": maxnreg}
-        names = _absent(kernel)
+        names = absent_arguments(kernel)
         return {**names, **{n: v for n, v in size.items() if n in names}, **constants, **self._tile, **options}
 
-    def _layer(self, kernel: Any, layer: int, ways: str, part: _Chunk, given: dict[str, Any]) -> None:
+    def _layer(self, kernel: Any, layer: int, ways: str, part: Chunk, given: dict[str, Any]) -> None:
         """Launch `primal` or `tangent` of hidden layer `layer`: forward ("f"), backward ("b") or both."""
         key = kernel, layer, ways, "sums" in given
         if (fixed := self._layers.get(key)) is None:
@@ -250,14 +157,12 @@ class Sweeps:
             "C": self._C, "CP": self._CP, "FIRST": layer == 1, "LAST": layer == self._K, "FORWARD": "f" in ways,
             "BACKWARD": "b" in ways, "NORM": self._norm, "PRECISION": self._options.precision,
         }  # fmt: skip
-        names = _absent(kernel)
+        names = absent_arguments(kernel)
         return self._fixed(kernel, limit, **{n: p for n, p in parameters.items() if n in names}, **constants)
 
     def _backward_layers(self) -> Iterator[tuple[int, str]]:
         for layer in range(self._K, 0, -1):
             yield layer, "fb" if self._red and layer == self._K else "b"
-
-    # The gradient.
 
     def gradient(self, kept: SavedActivations | None = None) -> tuple[Tensor, Tensor]:
         """`r` `[B]` and its gradient; the activations that the products need are written to `kept`."""
@@ -277,7 +182,7 @@ class Sweeps:
             )  # fmt: skip
         return value, grad.view(self._shape)
 
-    def _gradient(self, part: _Chunk, partial: Tensor, grad: Tensor) -> None:
+    def _gradient(self, part: Chunk, partial: Tensor, grad: Tensor) -> None:
         pair, z, g = part.pair, part.kept.z, part.kept.g
         bias = {"bias": self._vectors[-1]}
         for layer in self._way_out:
@@ -295,11 +200,9 @@ class Sweeps:
             self._layer(self._kernels.primal, layer, ways, part, arguments)
         self._join(part, part.u, part.kept.c, grad, bias)
 
-    def _join(self, part: _Chunk, image: Tensor, c: Tensor, out: Tensor, bias: dict[str, Tensor]) -> None:
+    def _join(self, part: Chunk, image: Tensor, c: Tensor, out: Tensor, bias: dict[str, Tensor]) -> None:
         arguments = {"image_in": image, "c": c, "h_taps": part.h_taps, "g_taps": part.g_taps, "out": out, **bias}
         self._launch(self._kernels.join, part.rows, len(image), arguments)
-
-    # The products.
 
     def product(self, kept: SavedActivations, v: Tensor) -> Tensor:
         """`hess r v`."""
@@ -321,7 +224,7 @@ class Sweeps:
         """The layers whose u' is saved for the backward sweep."""
         return [layer for layer in self._way_out if layer > 1]
 
-    def _tangent_forward(self, part: _Chunk, v: Tensor, raw1: Planes, a1: list[Tensor], a: Planes) -> Tensor:
+    def _tangent_forward(self, part: Chunk, v: Tensor, raw1: Planes, a1: list[Tensor], a: Planes) -> Tensor:
         """Forward tangent sweep: writes a' to `a1` (layers 0..K - 1, and K if `a1` has it) and a to `a`; returns c', or
         v for the head red."""
         for layer in self._way_out:
@@ -336,7 +239,7 @@ class Sweeps:
         return part.image
 
     def _back(  # noqa: PLR0913 - a layer of the backward sweep
-        self, part: _Chunk, v: Tensor, c1: Tensor, raw1: Planes, layer: int, ways: str, given: dict[str, Any]
+        self, part: Chunk, v: Tensor, c1: Tensor, raw1: Planes, layer: int, ways: str, given: dict[str, Any]
     ) -> None:
         saved = {"z": part.kept.z.get(layer), "g": part.kept.g.get(layer), "raw1_in": raw1.get(layer)}
         self._layer(self._kernels.tangent, layer, ways, part, {"v": v, "c1": c1, **saved, **given})
@@ -368,14 +271,14 @@ class Sweeps:
                 }
                 arguments |= {"a_out": a[layer], "a1_out": a1[layer]} if ways == "fb" else {}
                 self._back(part, v_part, c1, raw1, layer, ways, {**arguments, "sums": tile_sums})
-                sums[layer - 1] += _over_rows(tile_sums, rows).sum((0, 1))
+                sums[layer - 1] += over_rows(tile_sums, rows).sum((0, 1))
                 if layer > 1:
                     filters[layer - 1] += weight_gradients.filters(a[layer - 1], gu1, rows, (a1[layer - 1], gu))
                 else:
                     filters[0] += weight_gradients.image_filters(part.u, gu1, rows, (v_part, gu))
             factor = -0.5 if self._red else 1.0
             filters[K] += factor * weight_gradients.image_filters(c1, a[K], rows, (part.kept.c, a1[K])).flip(0)
-            last_bias += factor * _over_rows(c1, rows).sum(dtype=torch.float64)
+            last_bias += factor * over_rows(c1, rows).sum(dtype=torch.float64)
         return self._as_parameters(filters, sums, last_bias)
 
     def _as_parameters(self, filters: list[Tensor], sums: list[Tensor], last_bias: Tensor) -> list[Tensor]:
@@ -390,19 +293,3 @@ class Sweeps:
             biases = [b - b.mean() for b in biases]
         conv_grads = [p for pair in zip(weights, [*biases, last_bias[None] / gain], strict=True) for p in pair]
         return conv_grads + [s[i, :C] for s in sums for i in (1, 2) if self._norm]
-
-
-@lru_cache(maxsize=64)
-def _absent(kernel: Any) -> dict[str, None]:
-    """The non-constant arguments of a kernel, all None."""
-    return dict.fromkeys(n for n in kernel.arg_names if not n.isupper())
-
-
-def aligned(t: Tensor) -> Tensor:
-    """A tensor aligned to 16 bytes: for other tensors Triton compiles kernels with different loads."""
-    return t.clone() if t.data_ptr() % 16 else t
-
-
-def _over_rows(t: Tensor, rows: Tensor | None) -> Tensor:
-    """`t` with zeros for inactive images, whose values are undefined."""
-    return t if rows is None else torch.where(rows.view(-1, *[1] * (t.dim() - 1)), t, 0.0)

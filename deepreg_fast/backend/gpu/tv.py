@@ -15,10 +15,10 @@ from ...kernels import tv as kernels  # pyright: ignore[reportMissingImports]
 from ...kernels.conv_chain.pixel_norm import BLOCK, total  # pyright: ignore[reportMissingImports]
 from ..active import active_mask, mask_bytes
 from ..reference import ParameterGuard
+from .chain_options import DEFAULT, ChainOptions
 from .decisions import on
 from .graphs import Signature, retry_after_freeing_graphs
 from .memory import memory_guard
-from .pixel_norm import DEFAULT, ChainOptions
 
 _EPS = (2.0**-63, 2.0**63)
 """Between these eps^2 is a normal number of float32."""
