@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import deepreg_fast as dr
+from deepreg_fast import terminal
 from deepreg_fast.cli import info, main
 from deepreg_fast.inverse.measurements import load_measurements, save_measurements
 from deepreg_fast.machine import may_have_cuda, torch_build
@@ -40,6 +41,8 @@ def _run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run(*arguments: object) -> Answer:
         monkeypatch.setattr(sys, "argv", ["deepreg-fast", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "160")
+        # No line of progress, however busy the machine is.
+        monkeypatch.setattr(terminal, "INTERVAL", 86400.0)
         code = 0
         try:
             main()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import deepreg_fast as dr
 from deepreg_fast.data import embedded_images
+from deepreg_fast.errors import InputError
 from deepreg_fast.evaluation import tuning
 from deepreg_fast.evaluation.compare import Method, run
 from deepreg_fast.evaluation.tuning import Tuner, bracketed, tuned_tv
@@ -120,3 +121,11 @@ def test_the_nearest_solution_is_one_of_the_same_scale() -> None:
     assert tuner._near(replace(method, mu=2e-2)) is solved[1e-1] is not None
     assert tuner._near(replace(method, mu=1e-4)) is solved[1e-3]
     assert tuner._near(replace(method, mu=1e-4, scale=2.0)) is solved[2e-2]
+
+
+def test_a_tuner_is_for_one_regularizer() -> None:
+    """Its scores are named by mu and scale alone."""
+    tuner = Tuner(*_photographs())
+    tuner.score(replace(_TV, mu=0.1))
+    with pytest.raises(InputError, match="make a Tuner for each"):
+        tuner.score(Method("other", dr.TV(2e-2), 0.1))

@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ..errors import InputError
 from ..operators import LinearOperator
 from ..regularizers import TV
+from ..regularizers.base import Regularizer
 from ..solvers import PGDOptions, Solution
 from .compare import Method, run
 from .metrics import psnr
@@ -33,7 +35,8 @@ class Tuner:
     """Chooses a method's mu and scale by its mean PSNR on images `x` `[M, C, H, W]`, which must not be test images.
 
     `scores` stores the PSNR of each pair (mu, scale) under `score_key`; stored values are not computed again. On a tie
-    the value that was tried first is chosen. Non-finite scores count as minus infinity.
+    the value that was tried first is chosen. Non-finite scores count as minus infinity. A tuner is for one regularizer:
+    the scores of another one would have the same keys.
 
     With `warm`, each recovery starts from that of the nearest mu. Use it for convex regularizers, whose solution does
     not depend on the start: the PSNR then changes only within the tolerance, and a recovery takes about a third of the
@@ -51,6 +54,7 @@ class Tuner:
         self.x, self.y, self.A, self.warm = x, y, A, warm
         self.scores = {} if scores is None else scores
         self._solved: dict[tuple[float, float], Solution] = {}
+        self._reg: Regularizer | None = None
 
     @staticmethod
     def score_key(method: Method) -> str:
@@ -58,7 +62,19 @@ class Tuner:
         return f"mu={method.mu!r} scale={method.scale!r}"
 
     def score(self, method: Method) -> float:
-        """Mean PSNR in dB."""
+        """Mean PSNR in dB.
+
+        Raises
+        ------
+        InputError
+            If the tuner has scored another regularizer.
+        """
+        self._reg = self._reg or method.reg
+        if method.reg is not self._reg:
+            raise InputError(
+                f"A Tuner must score one regularizer, but {method.name!r} has another than the first method; make a "
+                "Tuner for each."
+            )
         key = self.score_key(method)
         if key not in self.scores:
             sol = run(method, self.y, self.A, near=self._near(method))

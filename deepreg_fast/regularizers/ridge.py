@@ -17,7 +17,7 @@ class Ridge(Regularizer):
     """Ridge regularizer `r(x) = sum_i sum_p psi_i((W_i * u)_p)` with `u = x - center`.
 
     The filters `W_i` and the profiles `psi_i` are learned; the profiles are sums of smooth steps at fixed scales
-    (Goujon et al. 2023 and 2024; docs/math.md, M15). `r >= 0 = r(center)`.
+    (Goujon et al. 2022 and 2024; docs/math.md, M15). `r >= 0 = r(center)`.
 
     - `convex=True`: every `psi_i` is convex, and so is r, so no Lipschitz penalty is needed (train with `beta=0`).
       `s = 1/2 ||u||^2 - r` serves only `beta_hat` and `spectrum`, with `hess s <= I`.
