@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 
@@ -41,13 +42,24 @@ def main() -> None:
     """Entry point. A `DeepRegError` prints its message on stderr and exits with code 2, without a traceback. A closed
     pipe ends the command silently."""
     prepare()
+    code: object = 1
     try:
         app()
+    except SystemExit as error:
+        code = error.code
+        raise
     except DeepRegError as error:
         say(f"deepreg-fast: {error}")
+        code = 2
         sys.exit(2)
     except BrokenPipeError:
         drop()
         sys.exit(1)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
     finally:
         drop()
+        # Present if the command is a training.
+        if (world := sys.modules.get("deepreg_fast.training.world")) is not None:
+            world.leave(code if isinstance(code, int) else 1 if code else 0)

@@ -7,15 +7,25 @@ number of processes.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import InputError, ProcessLost
+
+# The store of the processes that this one has joined, and the seconds that it waits for them at the end.
+_STORES: list[Store] = []
+_PATIENCE = 60.0
 
 
 class World:
@@ -149,17 +159,69 @@ def joined() -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ or dist.is_initialized():
         yield World(shared=True)
         return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        store, rank, size = next(iter(rendezvous("env://")))
+        _STORES.append(_store_of_these(store, rank, size))
+        dist.init_process_group(backend, store=_STORES[-1], rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"The processes of a training must reach each other, but torch.distributed says: {_first_line(error)}; "
             "start them with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
         ) from error
-    try:
-        yield World(shared=True)
-    finally:
-        dist.destroy_process_group()
+    yield World(shared=True)
+
+
+def leave(code: int) -> None:
+    """End this process now, if it has joined others, after all of them have finished their exchanges.
+
+    A process that frees gloo's connections while another one closes them is aborted at times, after a training that
+    succeeded or before its error is printed. So nothing is freed.
+    """
+    if not (dist.is_available() and dist.is_initialized() and "RANK" in os.environ):
+        return
+    if code == 0:
+        store, size, until = _STORES[-1], dist.get_world_size(), time.monotonic() + _PATIENCE
+        store.set(f"done {dist.get_rank()}", "")
+        while not store.check([f"done {r}" for r in range(size)]) and time.monotonic() < until:
+            time.sleep(0.02)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def _store_of_these(store: Store, rank: int, size: int, seconds: float = 600.0) -> Store:
+    """A part of the store for exactly the processes that run now.
+
+    torchrun starts processes again with the same store, in which the addresses of the earlier ones remain; who reads
+    one of those waits forever. So each process writes a name that nobody had before, the first one publishes all names
+    until all others have confirmed them, and the names are the prefix of the part.
+    """
+    name, until = secrets.token_hex(8), time.monotonic() + seconds
+    store.set(f"process {rank}", name)
+    others, confirmed = range(1, size), ""
+    while time.monotonic() < until:
+        if rank == 0 and all(store.check([f"process {r}"]) for r in others):
+            names = "-".join([name, *(_text(store, f"process {r}") for r in others)])
+            if names != confirmed:
+                confirmed = names
+                store.set("processes", names)
+            if all(_text(store, f"confirmed {r}") == names for r in others):
+                store.set("begin", names)
+                return PrefixStore(names, store)
+        elif rank > 0 and (names := _text(store, "processes")).split("-")[rank : rank + 1] == [name]:
+            if names != confirmed:
+                confirmed = names
+                store.set(f"confirmed {rank}", names)
+            if _text(store, "begin") == names:
+                return PrefixStore(names, store)
+        time.sleep(0.02)
+    raise RuntimeError(f"not all {size} processes came within {seconds:.0f} seconds")
+
+
+def _text(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def was_restarted() -> bool:
