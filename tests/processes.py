@@ -35,6 +35,8 @@ class Processes:
         try:
             torch.set_num_threads(1)
             os.environ.update(LOOPBACK)
+            # Ends a child that waits forever, so that the test fails.
+            signal.alarm(1200)
             if size > 1:
                 store = f"file://{self.folder}/rendezvous"
                 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)

@@ -339,7 +339,10 @@ def test_torchrun_restarts_to_the_same_bits(folder: Path, tmp_path: Path, kills:
         folder, tmp_path / "run", "--nproc-per-node=2", f"--max-restarts={kills}",
         PYTHONPATH=path, TEST_KILLS=str(tmp_path / "plan"),
     )  # fmt: skip
-    printed, _ = process.communicate()
+    try:
+        printed, _ = process.communicate(timeout=1200)
+    finally:
+        process.terminate()
     assert process.returncode == 0, printed
     assert len(list(tmp_path.glob("plan.*"))) == kills
     assert printed.count("deepreg-fast: All 2 processes of a training must go on, but one has ended") == kills, printed
