@@ -30,8 +30,16 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
         If the folder cannot be written or the disk is full; an existing file stays unchanged.
     """
     make_folder(path.parent)
-    try:
+    with writing(path):
         replace_atomically(path, data)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise the system's errors inside the block as an `InputError` about the file `path`, which is replaced only as a
+    whole."""
+    try:
+        yield
     except OSError as error:
         raise InputError(
             f"{path} must be writable, but the system says: {error.strerror or error}; free space or choose another "
@@ -53,7 +61,7 @@ def replace_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
             for piece in pieces:
                 f.write(piece)
             f.flush()
-            _sync(f.fileno())
+            sync(f.fileno())
         with contextlib.suppress(OSError):
             os.chmod(temporary, path.stat().st_mode & 0o7777)
         os.replace(temporary, path)
@@ -62,7 +70,7 @@ def replace_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def remove_temporaries(path: Path) -> None:
@@ -74,7 +82,8 @@ def remove_temporaries(path: Path) -> None:
                 file.unlink(missing_ok=True)
 
 
-def _sync(number: int) -> None:
+def sync(number: int) -> None:
+    """Bring a file's content to the disk, if the file system supports that."""
     try:
         os.fsync(number)
     except OSError as error:
@@ -82,7 +91,7 @@ def _sync(number: int) -> None:
             raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename survive a power failure, if the system can. The file is in place, so errors are ignored."""
     with contextlib.suppress(OSError):
         number = os.open(folder, os.O_RDONLY)

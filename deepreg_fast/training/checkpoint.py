@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import torch
 
-from ..errors import CheckpointError, InputError
-from ..files import reserve, write_atomically
+from ..errors import CheckpointError
+from ..files import reserve, sync, sync_folder, write_atomically, writing
 from .world import World
 
 FORMAT = "deepreg-fast-checkpoint-1"
@@ -107,11 +107,11 @@ def _write_together(
     temporary = path.with_name(f".{path.name}.shared.tmp")
     size = max((end for _, end in offsets.values()), default=len(text))
     try:
-        with world.together(), _as_input_error(path):
+        with world.together(), writing(path):
             if world.is_first:
                 with open(temporary, "wb") as f:
                     reserve(f, size)
-        with world.together(), _as_input_error(path), open(temporary, "r+b", buffering=0) as f:
+        with world.together(), writing(path), open(temporary, "r+b", buffering=0) as f:
             if world.is_first:
                 _write_at(f, 0, text)
                 for name, a in tensors.items():
@@ -120,10 +120,11 @@ def _write_together(
                         _write_at(f, f.tell(), piece)
             for name, shard in shards.items():
                 _write_rows(f, offsets[name], shard)
-            os.fsync(f.fileno())
-        with world.together(), _as_input_error(path):
+            sync(f.fileno())
+        with world.together(), writing(path):
             if world.is_first:
                 os.replace(temporary, path)
+                sync_folder(path.parent)
     except BaseException:
         if world.is_first:
             with contextlib.suppress(OSError):
@@ -145,17 +146,6 @@ def _write_at(f: BinaryIO, position: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[f.write(rest) :]
-
-
-@contextlib.contextmanager
-def _as_input_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path} must be writable, but the system says: {error.strerror or error}; free space or choose another "
-            "place (what was there before is unharmed)."
-        ) from error
 
 
 def _type(a: Array) -> str:
