@@ -6,17 +6,21 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from .. import checks
+from ..errors import InputError
 from ..problem import FIELDS, PROBLEM_HELP, Problem
 from ..weights.cards import card_of
 
 if TYPE_CHECKING:
     import torch
 
+    from ..operators import LinearOperator
+    from ..regularizers.base import Regularizer
     from ..solvers import PGDOptions
 
 DeviceOption = Annotated[
@@ -55,6 +59,46 @@ def default_mu(meta: dict[str, Any], sigma: float) -> float:
     mu = checks.number(meta.get("mu", 1e-2), "mu of the weight file", 0.0, open_low=True)
     trained = checks.number(_trained(meta).get("sigma", 0.0), "sigma of the weight file", 0.0)
     return mu_with_noise(mu, sigma, card_of(meta).get("lam") or (mu / trained**2 if trained else LAM))
+
+
+def mu_of(lam: float, sigma: float) -> float:
+    """`lam sigma^2`.
+
+    Raises
+    ------
+    InputError
+        If there is no noise.
+    """
+    if not sigma > 0:
+        raise InputError("--lam needs noisy measurements (mu = lam sigma^2), but sigma is 0; give --mu instead.")
+    return lam * sigma**2
+
+
+def load_weights(weights: str) -> tuple[Regularizer, dict[str, Any]]:
+    """The regularizer of a weight file, ours or another package's (.pt, .pth), and the notes beside it."""
+    from ..adapters.peers import load_peer
+    from ..weights.io import load
+
+    return load_peer(weights) if Path(weights).suffix.lower() in (".pt", ".pth") else load(weights)
+
+
+def described_by(A: LinearOperator, sigma: float) -> Problem:
+    """The problem of a measurement file."""
+    kind, color = A.describe()["kind"], A.image_shape[0] == 3
+    if kind == "srm":
+        return Problem(ratio=A.measurements / math.prod(A.image_shape), sigma=sigma, color=color)
+    return Problem(kind, sigma=sigma, color=color)
+
+
+def lifted(reg: Regularizer, A: LinearOperator) -> Regularizer:
+    """The regularizer for the operator's images: one of gray images on each channel, or on both parts of a complex
+    image."""
+    from ..operators import MRI
+    from ..regularizers import RealImag, for_channels
+
+    if isinstance(A, MRI) and reg.image_channels == 1:
+        return RealImag(reg)
+    return for_channels(reg, A.image_shape[0])
 
 
 def _trained(meta: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +20,10 @@ from .options import (
     KeepDcOption,
     ProblemOption,
     default_mu,
+    described_by,
+    lifted,
+    load_weights,
+    mu_of,
     pgd_options,
     unlike_training,
     use_device,
@@ -98,13 +101,12 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
         return
     if source is None:
         raise InputError("An image must be named as SOURCE, or many as --data, but neither came; name one.")
-    from ..adapters.peers import load_peer
-    from ..data import load_image, png
+    from ..data import load_image, npy, png
     from ..inverse.data_term import add_noise
     from ..inverse.measurements import load_measurements
     from ..inverse.problem import build_operator, operator_measuring
     from ..inverse.recovery import recover as solve
-    from ..weights.io import load, locate
+    from ..weights.io import locate
 
     torch_device = use_device(device)
     way_out = "name another --out or rename the source"
@@ -113,7 +115,7 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
     check_outputs(
         [out / f"{source.stem}.png", out / f"{source.stem}.npy", *summary_files], [source, locate(weights)], way_out
     )
-    reg, meta = load_peer(weights) if Path(weights).suffix.lower() in (".pt", ".pth") else load(weights)
+    reg, meta = load_weights(weights)
     truth: torch.Tensor | None = None
     A: LinearOperator
     if source.suffix.lower() in (".npz", ".safetensors"):
@@ -138,15 +140,13 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
         mu = default_mu(meta, noise)
         if differs := unlike_training(meta, described):
             typer.echo(f"The weights were trained for another problem (here {differs}); mu is {mu:.2g}.", err=True)
-    if lam is not None and not noise > 0:
-        raise InputError("--lam needs noisy measurements (mu = lam sigma^2), but sigma is 0; give --mu instead.")
+    weight = mu if lam is None else mu_of(lam, noise)
     options = pgd_options(meta, acceleration, max_iterations=max_iterations, tolerance=tolerance, record=True)
     reg, A, y = reg.to(torch_device), A.to(torch_device), y.to(torch_device)
     sol = solve(y, A, reg, mu, lam=lam, sigma=noise if lam is not None else None, options=options)
-    weight = mu if lam is None else lam * noise**2
     sol.x = sol.x.cpu()
     for name, image in zip(names, sol.x, strict=True):
-        write_atomically(out / f"{name}.npy", _npy(image.float()))
+        write_atomically(out / f"{name}.npy", npy(image))
         write_atomically(out / f"{name}.png", png(_shown(image).clamp(0, 1)))
     results = {**_results(sol, truth), "mu": weight, "device": str(torch_device)}
     write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
@@ -155,25 +155,6 @@ def recover(  # noqa: PLR0913 - one argument for each option of the command line
         quality = f", {row['psnr']:.2f} dB" if "psnr" in row else ""
         typer.echo(f"image {i}: {row['status']} after {row['iterations']} iterations{quality}. {row['advice']}")
     typer.echo(f"Written to {out}; mu was {weight:.2g}.")
-
-
-def described_by(A: LinearOperator, sigma: float) -> Problem:
-    """The problem of a measurement file."""
-    kind, color = A.describe()["kind"], A.image_shape[0] == 3
-    if kind == "srm":
-        return Problem(ratio=A.measurements / math.prod(A.image_shape), sigma=sigma, color=color)
-    return Problem(kind, sigma=sigma, color=color)
-
-
-def lifted(reg: Regularizer, A: LinearOperator) -> Regularizer:
-    """The regularizer for the operator's images: one of gray images on each channel, or on both parts of a complex
-    image."""
-    from ..operators import MRI
-    from ..regularizers import RealImag, for_channels
-
-    if isinstance(A, MRI) and reg.image_channels == 1:
-        return RealImag(reg)
-    return for_channels(reg, A.image_shape[0])
 
 
 def _shown(image: torch.Tensor) -> torch.Tensor:
@@ -195,16 +176,6 @@ def _as_weights(
             err=True,
         )
     return y.to(dtype), None if truth is None else truth.to(dtype)
-
-
-def _npy(image: torch.Tensor) -> bytes:
-    import io
-
-    import numpy as np
-
-    buffer = io.BytesIO()
-    np.save(buffer, image.numpy(), allow_pickle=False)
-    return buffer.getvalue()
 
 
 def _results(sol: Solution, truth: torch.Tensor | None) -> dict[str, Any]:

@@ -14,7 +14,16 @@ import typer
 from ..errors import InputError
 from ..problem import Problem
 from ..terminal import Pulse, facts, visible
-from .options import default_mu, pgd_options, unlike_training, use_device
+from .options import (
+    default_mu,
+    described_by,
+    lifted,
+    load_weights,
+    mu_of,
+    pgd_options,
+    unlike_training,
+    use_device,
+)
 
 DATA = (
     "Recover many images: a folder of pictures or measurement files, tar shards (a file, a folder, or shards-{000..003}"
@@ -58,16 +67,14 @@ def recover_many(  # noqa: PLR0913 - the groups of options
     solver: dict[str, Any],
 ) -> None:
     """Recover what is not done yet, and print the summary of all."""
-    from ..adapters.peers import load_peer
     from ..throughput import Job, open_source, run, shard_of_environment
     from ..throughput.measured_files import MeasurementFiles
     from ..throughput.units import RESULTS, done_units, parse_shard
-    from ..weights.io import load, locate
-    from .recover import described_by, lifted
+    from ..weights.io import locate
 
     shard = parse_shard(many.shard) if many.shard else shard_of_environment()
     torch_device = use_device(device)
-    reg, meta = load_peer(weights) if Path(weights).suffix.lower() in (".pt", ".pth") else load(weights)
+    reg, meta = load_weights(weights)
     source = open_source(many.data, problem, measured, many.split)
     reg = lifted(reg, source.A)
     if isinstance(source, MeasurementFiles):
@@ -114,10 +121,8 @@ def _weight(weighting: Weighting, meta: dict[str, Any]) -> Callable[[float], flo
             value = mu
         elif lam is None:
             value = default_mu(meta, sigma)
-        elif sigma > 0:
-            value = lam * sigma**2
         else:
-            raise InputError("--lam needs noisy measurements (mu = lam sigma^2), but sigma is 0; give --mu instead.")
+            value = mu_of(lam, sigma)
         if not value > 0:
             raise InputError(f"The weight mu must be positive, but is {value:g}; give another --mu or --lam.")
         return value

@@ -14,7 +14,7 @@ from .folder import (
     load_split,
     split_sha256,
 )
-from .images import MAX_PIXELS, center_crop, load_image, png, save_image
+from .images import MAX_PIXELS, center_crop, load_image, npy, png, save_image
 
 __all__ = [
     "AUGMENTATIONS",
@@ -36,6 +36,7 @@ __all__ = [
     "load_image",
     "load_images",
     "load_split",
+    "npy",
     "png",
     "save_image",
     "split_sha256",

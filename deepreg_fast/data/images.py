@@ -165,6 +165,13 @@ def png(image: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
+def npy(image: torch.Tensor) -> bytes:
+    """The bytes of a .npy file with an image in float32."""
+    buffer = io.BytesIO()
+    np.save(buffer, image.float().numpy(), allow_pickle=False)
+    return buffer.getvalue()
+
+
 def _decode(file: BinaryIO, path: Path, color: bool) -> np.ndarray:
     """Float32 values `[1, H, W]` or `[3, H, W]` of an open file; any damage raises a `DataError`."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import tarfile
@@ -13,11 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .. import checks
-from ..data import png
+from ..data import npy, png
 from ..errors import DataError
 from ..files import write_atomically
 from .units import RESULTS, Claim, done_units, unit_paths
@@ -81,9 +79,7 @@ def encode(key: str, x: torch.Tensor, images: str) -> Encoded:
     """The files of an image `[C, H, W]`: float32 .npy, 8-bit .png."""
     out: Encoded = []
     if images in ("npy", "both"):
-        buffer = io.BytesIO()
-        np.save(buffer, x.float().numpy(), allow_pickle=False)
-        out.append((f"{key}.npy", buffer.getvalue()))
+        out.append((f"{key}.npy", npy(x)))
     if images in ("png", "both"):
         out.append((f"{key}.png", png(x.nan_to_num().clamp(0, 1))))
     return out
