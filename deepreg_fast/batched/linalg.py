@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..backend import active_images
@@ -54,6 +56,14 @@ def secant(
     old = g[idx]
     dx, dg = candidate - x[idx], candidate_g - old
     return torch.stack([dot(dx, dx), dot(dg, dg), dot(dx, dg), dot(old, old)], 1)
+
+
+def ordered_sum(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum in the order of the terms: `torch.sum` adds in another order at the end of a vector."""
+    first, *rest = terms
+    for t in rest:
+        first = first + t
+    return first
 
 
 def norm(a: torch.Tensor) -> torch.Tensor:

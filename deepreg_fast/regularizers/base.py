@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -141,6 +142,26 @@ def written(reg: Any) -> Any:
     """
     original = getattr(reg, "_orig_mod", None)
     return original if isinstance(original, Regularizer) else reg
+
+
+def backend_of_parts(backends: Sequence[backend.Backend]) -> backend.Backend:
+    """The first backend that is not batch-invariant (then the sum of the parts is not either), or the first."""
+    return next((b for b in backends if not b.batch_invariant), backends[0])
+
+
+def sum_by_name(
+    whole: nn.Module, parts: Iterable[tuple[nn.Module, Mapping[str, torch.Tensor]]]
+) -> dict[str, torch.Tensor]:
+    """Gradients of the parameters of `whole` from those of its parts, in order. A parameter that several parts share
+    has one name in the whole and another in each part."""
+    names = {id(p): n for n, p in whole.named_parameters()}
+    out: dict[str, torch.Tensor] = {}
+    for part, gradients in parts:
+        name_in_whole = {n: names[id(p)] for n, p in part.named_parameters()}
+        for k, g in gradients.items():
+            name = name_in_whole[k]
+            out[name] = out[name] + g if name in out else g
+    return out
 
 
 def as_regularizer(reg: nn.Module) -> Regularizer:

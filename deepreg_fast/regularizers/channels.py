@@ -15,6 +15,7 @@ from torch import nn
 from ..ambient import full_precision
 from ..backend import Backend, Linearization, active_images, active_mask
 from ..backend.reference import ParameterGuard
+from ..batched.linalg import ordered_sum
 from ..errors import InputError
 from .base import Regularizer, as_regularizer, from_description, register
 
@@ -43,10 +44,7 @@ def fold(x: torch.Tensor) -> torch.Tensor:
 
 def channel_sum(value: torch.Tensor, channels: int) -> torch.Tensor:
     """`[B C] -> [B]`, added in the order of the channels."""
-    first, *rest = value.reshape(-1, channels).unbind(1)
-    for v in rest:
-        first = first + v
-    return first
+    return ordered_sum(value.reshape(-1, channels).unbind(1))
 
 
 @contextmanager

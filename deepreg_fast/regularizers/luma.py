@@ -14,7 +14,7 @@ from .. import checks
 from ..ambient import full_precision
 from ..backend import Backend, Linearization
 from ..backend.reference import ParameterGuard
-from .base import Regularizer, register
+from .base import Regularizer, backend_of_parts, register, sum_by_name
 from .channels import active_channels, channel_sum, fold, gray_regularizer
 
 LUMA = 1.0 / math.sqrt(3.0)
@@ -148,9 +148,8 @@ class Luma(Regularizer):
         return _LumaLinearization(self, parts, lins, x)
 
     def backend_for(self, x: torch.Tensor) -> Backend:
-        """The first of the parts' backends that is not batch-invariant (then the sum is not either), or the first."""
-        backends = [p.reg.backend_for(p.direction(x)) for p in self._parts()]
-        return next((b for b in backends if not b.batch_invariant), backends[0])
+        """The backend of luma and chroma, as in `Sum`."""
+        return backend_of_parts([p.reg.backend_for(p.direction(x)) for p in self._parts()])
 
     def describe(self) -> dict[str, Any]:
         """The descriptions of both regularizers, and the weight."""
@@ -182,15 +181,11 @@ class _LumaLinearization:
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
         self._guard.check(v, self.x)
-        # Luma and chroma may share parameters, which have one name in the whole.
-        names = {id(q): n for n, q in self._whole.named_parameters()}
-        z, total = opponent(v), {}
+        z, gradients = opponent(v), []
         for p, lin in zip(self._parts, self._lins, strict=True):
-            name_in_whole = {n: names[id(q)] for n, q in p.reg.named_parameters()}
-            for k, g in lin.param_vjp(p.direction(z)).items():
-                name, term = name_in_whole[k], (p.weight / p.scale) * g
-                total[name] = total[name] + term if name in total else term
-        return total
+            by_name = lin.param_vjp(p.direction(z))
+            gradients.append((p.reg, {k: (p.weight / p.scale) * g for k, g in by_name.items()}))
+        return sum_by_name(self._whole, gradients)
 
 
 register("luma", Luma)

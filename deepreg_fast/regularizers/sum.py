@@ -10,8 +10,9 @@ from torch import nn
 
 from ..ambient import full_precision
 from ..backend import Backend, Linearization
+from ..batched.linalg import ordered_sum
 from ..errors import InputError
-from .base import Regularizer, from_description, register
+from .base import Regularizer, backend_of_parts, from_description, register, sum_by_name
 
 
 class Sum(Regularizer):
@@ -71,16 +72,15 @@ class Sum(Regularizer):
     def value_and_grad(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`r(x_b)` `[B]` and `grad r(x_b)`, as in `Regularizer`."""
         value, grad = zip(*[p.value_and_grad(x) for p in self], strict=True)
-        return _total(value), _total(grad)
+        return ordered_sum(value), ordered_sum(grad)
 
     def linearize(self, x: torch.Tensor) -> Linearization:
         """The linearizations of the parts at `x`."""
         return _SumLinearization(self, [p.linearize(x) for p in self])
 
     def backend_for(self, x: torch.Tensor) -> Backend:
-        """The first of the parts' backends that is not batch-invariant (then the sum is not either), or the first."""
-        backends = [p.backend_for(x) for p in self]
-        return next((b for b in backends if not b.batch_invariant), backends[0])
+        """The first of the parts' backends that is not batch-invariant, or the first."""
+        return backend_of_parts([p.backend_for(x) for p in self])
 
     def rescaled(self, scale: float) -> Regularizer:
         """The sum of the rescaled parts."""
@@ -97,32 +97,17 @@ class _SumLinearization:
     def __init__(self, total: Sum, parts: list[Linearization]) -> None:
         self._sum, self._parts = total, parts
         self.x = parts[0].x
-        self.value = _total([p.value for p in parts])
-        self.grad = _total([p.grad for p in parts])
+        self.value = ordered_sum([p.value for p in parts])
+        self.grad = ordered_sum([p.grad for p in parts])
 
     def hvp(self, v: torch.Tensor) -> torch.Tensor:
         """`hess r(x_b) v_b`."""
-        return _total([p.hvp(v) for p in self._parts])
+        return ordered_sum([p.hvp(v) for p in self._parts])
 
     def param_vjp(self, v: torch.Tensor) -> dict[str, torch.Tensor]:
         """`sum_b d/dtheta <grad r(x_b), v_b>`, by parameter name."""
-        # A parameter that several parts share has one name in the sum and another in each part.
-        names = {id(p): n for n, p in self._sum.named_parameters()}
-        total: dict[str, torch.Tensor] = {}
-        for part, lin in zip(self._sum, self._parts, strict=True):
-            name_in_sum = {n: names[id(p)] for n, p in part.named_parameters()}
-            for k, g in lin.param_vjp(v).items():
-                name = name_in_sum[k]
-                total[name] = total[name] + g if name in total else g
-        return total
-
-
-def _total(terms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum in the order of the parts."""
-    total = terms[0]
-    for t in terms[1:]:
-        total = total + t
-    return total
+        gradients = [lin.param_vjp(v) for lin in self._parts]
+        return sum_by_name(self._sum, zip(self._sum, gradients, strict=True))
 
 
 register("sum", Sum)
