@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..ambient import outside_inference
+from ..batched.linalg import ordered_sum
 from ..errors import TrainingDiverged
 from ..regularizers.base import Regularizer, as_regularizer
 from .build import regularizer_of
@@ -127,7 +128,7 @@ class Bilevel(Objective[BilevelConfig]):
     def observe(self, stats: Stats) -> dict[str, Any]:
         """Set the gradient in log mu, count the guards' actions, and update the tolerance."""
         s, run = StepStats(**stats), self.run
-        run.log_mu.grad = sum(s.log_mu[1:], start=s.log_mu[0]).to(run.log_mu.dtype)
+        run.log_mu.grad = ordered_sum(s.log_mu.unbind(0)).to(run.log_mu.dtype)
         valid = s.valid > 0
         self._count(s, int(valid.sum()))
         total, pixels = len(s.error), math.prod(run.A.image_shape)

@@ -162,7 +162,7 @@ class Hypergradients:
         """The mean of a loss over the whole batch; each lane calls it for its own images."""
         assert self.loss is not None
         parts = [losses.supervised(self.loss, x_hat[s], batch.x[s]) for s in batch.lanes]
-        share = (batch.lanes[0].stop - batch.lanes[0].start) / batch.total
+        share = batch.per_lane / batch.total
         return losses.Judged(share * torch.cat([p.value for p in parts]), share * torch.cat([p.by_x for p in parts]))
 
     def _unrolled(self, batch: Batch, r: Recovered, weights: torch.Tensor) -> Hyper:

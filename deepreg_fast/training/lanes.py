@@ -55,6 +55,11 @@ class Batch:
     lanes: tuple[slice, ...]
 
     @property
+    def per_lane(self) -> int:
+        """Number of images in each lane."""
+        return self.lanes[0].stop - self.lanes[0].start
+
+    @property
     def pixels(self) -> int:
         """Number of values in the whole batch."""
         return self.total * self.x[0].numel()

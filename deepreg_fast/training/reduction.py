@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..batched.linalg import ordered_sum
 from ..errors import ProcessLost
 from .lanes import Lanes
 from .objective import LaneGradients, Objective
@@ -77,10 +78,8 @@ class Reduction:
             stats = self._columns(parts, images)
         else:
             vectors, stats = self._exchange(parts, images, error)
-        total = vectors[0]
-        for vector in vectors[1:]:
-            total = total + vector
-        for p, g in zip(self.params, total.split([p.numel() for p in self.params]), strict=True):
+        whole = ordered_sum(vectors.unbind(0))
+        for p, g in zip(self.params, whole.split([p.numel() for p in self.params]), strict=True):
             p.grad = g.reshape(p.shape).to(p)
         return self._unpack(stats, images)
 

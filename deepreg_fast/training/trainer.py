@@ -57,7 +57,7 @@ class Trainer:
         self.world.check_lanes(config.lanes)
         self.placement = Placement(local_device(config.device, self.world), config.device_budget_mb)
         self.device = self.placement.device
-        self.world = World(config.lanes > 1, self.device)
+        self.world.exchange_on(self.device)
         self.files = RunFolder(config, self.world)
         self.samples, validation = load_samples(config)
         self.lanes = Lanes(len(self.samples), config.batch, config.lanes, config.seed, self.world.rank, self.world.size)
@@ -236,7 +236,7 @@ class Trainer:
             joint = len(batch.lanes) == 1 or self.reg.backend_for(batch.x).batch_invariant
             return [self.objective.gradients(b) for b in ([batch] if joint else batch.split())]
 
-        return self.objective.observe(self.reduction(compute, batch.total // self.lanes.lanes))
+        return self.objective.observe(self.reduction(compute, batch.per_lane))
 
     def _validate(self) -> dict[str, Any]:
         """Score the validation images and save a new best as `best.safetensors`."""

@@ -65,7 +65,12 @@ class _Scores:
         x: torch.Tensor,
         y: torch.Tensor,
     ) -> None:
-        self.config, self.run, self.hyper, self.A, self.x, self.y = config, run, hyper, A, x, y
+        self.config, self.run, self.A, self.x, self.y = config, run, A, x, y
+        # Drawn for all images, whichever of them this process recovers.
+        if config.loss == "noise2noise":
+            self.other = add_noise(A.A(x), config.sigma, config.seed + 2)
+        elif config.loss == "sure":
+            self.probe = run.placement.upload(torch.from_numpy(hyper.probe(tuple(y.shape), -1)))
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         x, y = self.x[rows], self.y[rows]
@@ -77,12 +82,9 @@ class _Scores:
         """Minus each image's loss, if the loss does not use the true images; otherwise 0."""
         c, A, y, scale = self.config, self.A, self.y[rows], MSE_SCALE / self.x.numel()
         if c.loss == "noise2noise":
-            other = add_noise(A.A(self.x), c.sigma, c.seed + 2)[rows]
-            return -losses.noise2noise(A, sol.x, other, scale).value
+            return -losses.noise2noise(A, sol.x, self.other[rows], scale).value
         if c.loss == "sure":
-            tau = PROBE * c.sigma
-            signs = torch.from_numpy(self.hyper.probe(tuple(self.y.shape), -1))
-            probe = self.run.placement.upload(signs)[rows]
+            tau, probe = PROBE * c.sigma, self.probe[rows]
             options = PGDOptions(300, 1e-4, acceleration="fista")
             second = recover(y + tau * probe, A, self.run.reg, self.run.mu, options=options, x0=sol.x, tau0=sol.tau)
             return -losses.sure(A, sol.x, second.x, y, probe, c.sigma, tau, scale).value

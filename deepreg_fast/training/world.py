@@ -35,17 +35,18 @@ class World:
     ----------
     shared : bool
         Whether the training is shared with the processes of an initialized `torch.distributed`.
-    device : torch.device
-        Device of the training; NCCL exchanges there, gloo on the host.
     """
 
-    def __init__(self, shared: bool = False, device: torch.device | None = None) -> None:
+    def __init__(self, shared: bool = False) -> None:
         self.rank, self.size = 0, 1
         self.device = torch.device("cpu")
         if shared and dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            if device is not None and device.type == "cuda" and "nccl" in str(dist.get_backend()):
-                self.device = device
+
+    def exchange_on(self, device: torch.device) -> None:
+        """Exchange on the training's device if NCCL can, otherwise on the host."""
+        if self.size > 1 and device.type == "cuda" and "nccl" in str(dist.get_backend()):
+            self.device = device
 
     @property
     def is_first(self) -> bool:
@@ -178,7 +179,7 @@ def leave(code: int) -> None:
     A process that frees gloo's connections while another one closes them is aborted at times, after a training that
     succeeded or before its error is printed. So nothing is freed.
     """
-    if not (dist.is_available() and dist.is_initialized() and "RANK" in os.environ):
+    if not _STORES:
         return
     if code == 0:
         store, size, until = _STORES[-1], dist.get_world_size(), time.monotonic() + _PATIENCE
