@@ -42,24 +42,30 @@ def main() -> None:
     """Entry point. A `DeepRegError` prints its message on stderr and exits with code 2, without a traceback. A closed
     pipe ends the command silently."""
     prepare()
-    code: object = 1
     try:
         app()
-    except SystemExit as error:
-        code = error.code
-        raise
     except DeepRegError as error:
         say(f"deepreg-fast: {error}")
-        code = 2
+        _leave(2)
         sys.exit(2)
     except BrokenPipeError:
         drop()
+        _leave(1)
         sys.exit(1)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
+    except SystemExit as error:
+        _leave(error.code)
+        raise
+    except BaseException:
+        _leave(1, unexpected=True)
+        raise
     finally:
         drop()
-        # Present if the command is a training.
-        if (world := sys.modules.get("deepreg_fast.training.world")) is not None:
-            world.leave(code if isinstance(code, int) else 1 if code else 0)
+
+
+def _leave(code: object, unexpected: bool = False) -> None:
+    """End the process here if it trains with others (`training/world.py`). An `unexpected` error is printed first."""
+    world = sys.modules.get("deepreg_fast.training.world")
+    if world is not None and world.has_joined():
+        if unexpected:
+            traceback.print_exc()
+        world.leave(code if isinstance(code, int) else int(bool(code)))

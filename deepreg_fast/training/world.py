@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -173,14 +173,17 @@ def joined() -> Iterator[World]:
     yield World(shared=True)
 
 
-def leave(code: int) -> None:
-    """End this process now, if it has joined others, after all of them have finished their exchanges.
+def has_joined() -> bool:
+    """Whether this process has joined others by `joined`."""
+    return bool(_STORES)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, which has joined others, after all of them have finished their exchanges.
 
     A process that frees gloo's connections while another one closes them is aborted at times, after a training that
     succeeded or before its error is printed. So nothing is freed.
     """
-    if not _STORES:
-        return
     if code == 0:
         store, size, until = _STORES[-1], dist.get_world_size(), time.monotonic() + _PATIENCE
         store.set(f"done {dist.get_rank()}", "")
