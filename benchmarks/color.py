@@ -11,19 +11,16 @@ process per image. A case that is in the output file is not computed again.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from problem_cases import run_cases
 
 import deepreg_fast as dr
-from deepreg_fast.bench.machine import describe
 from deepreg_fast.evaluation.compare import Experiment, Method, against_tv, figures, measure
 from deepreg_fast.evaluation.tuning import tune_mu, tuned_tv
-from deepreg_fast.files import write_atomically
 
 
 def case(problem: str, sigma: float, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -66,18 +63,7 @@ def main() -> None:
     parser.add_argument("--tuning", type=int, default=3, help="images on which mu is tuned")
     parser.add_argument("--iterations", type=int, default=300, help="gradients of a recovery by the weights")
     arguments = parser.parse_args()
-    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"cases": []}
-    record["machine"], record["versions"] = describe(), {"torch": torch.__version__, "deepreg_fast": dr.__version__}
-    settings = {k: getattr(arguments, k) for k in ("weights", "crop", "limit", "tuning", "iterations", "data")}
-    for noise in arguments.noise:
-        for problem in arguments.problems:
-            if any(c["problem"] == problem and abs(c["sigma"] * 255 - noise) < 1e-9 for c in record["cases"]):
-                continue
-            found = case(problem, noise / 255, arguments) | {"settings": settings}
-            record["cases"].append(found)
-            write_atomically(arguments.out, json.dumps(record, indent=1).encode())
-            scores = ", ".join(f"{n} {r['psnr_mean']:.2f}" for n, r in found["results"].items())
-            print(f"{problem}, {noise:g}/255: {scores}", flush=True)
+    run_cases(case, arguments, ("weights", "crop", "limit", "tuning", "iterations", "data"))
 
 
 if __name__ == "__main__":

@@ -11,20 +11,17 @@ and all results are on test images. A case that is in the output file is not com
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from problem_cases import run_cases
 
 import deepreg_fast as dr
-from deepreg_fast.bench.machine import describe
 from deepreg_fast.data import load_folder, load_split
 from deepreg_fast.evaluation.compare import Experiment, Method, evaluate, measure
 from deepreg_fast.evaluation.tuning import Tuner, tuned_tv
-from deepreg_fast.files import write_atomically
 from deepreg_fast.problem import PROBLEMS
 from deepreg_fast.weights.cards import card_of
 
@@ -108,18 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
     names = load_split("bsd400")
     load_folder(arguments.data, None, names.test[:1])
-    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"cases": []}
-    record["machine"], record["versions"] = describe(), {"torch": torch.__version__, "deepreg_fast": dr.__version__}
-    settings = {k: getattr(arguments, k) for k in ("weights", "steps", "crop", "limit", "tuning")}
-    for noise in arguments.noise:
-        for problem in arguments.problems:
-            if any(c["problem"] == problem and abs(c["sigma"] * 255 - noise) < 1e-9 for c in record["cases"]):
-                continue
-            found = case(problem, noise / 255, arguments) | {"settings": settings}
-            record["cases"].append(found)
-            write_atomically(arguments.out, json.dumps(record, indent=1).encode())
-            scores = ", ".join(f"{n} {r['psnr_mean']:.2f}" for n, r in found["results"].items())
-            print(f"{problem}, {noise:g}/255: {scores}", flush=True)
+    run_cases(case, arguments, ("weights", "steps", "crop", "limit", "tuning"))
 
 
 if __name__ == "__main__":

@@ -177,23 +177,32 @@ def test_what_cannot_be_computed_stays_with_its_image(folder: Path, tmp_path: Pa
     assert found[0][0] >= 1 and all(f == found[0] for f in found)
 
 
-def test_a_failure_ends_all_with_a_sentence(folder: Path, tmp_path: Path) -> None:
-    """One process has no memory left: it says so, the others say which one; the checkpoint is whole."""
-    c = _config(folder, tmp_path / "run")
+def _acting(c: dr.BilevelConfig, rank: int, step: int, act: Callable[[], None]) -> Callable[[int], None]:
+    """Train; the process `rank` calls `act` before its gradients of step `step`."""
 
-    def train(rank: int) -> None:
+    def train(this: int) -> None:
         trainer = dr.BilevelTrainer(c, progress=False)
         inner = trainer.objective.gradients
 
         def gradients(batch: Any) -> Any:
-            if rank == 1 and trainer.step_done == 3:
-                raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
+            if this == rank and trainer.step_done == step:
+                act()
             return inner(batch)
 
         trainer.objective.gradients = gradients  # type: ignore[method-assign]
         trainer.fit()
 
-    first, second, third = _run(3, tmp_path, train)
+    return train
+
+
+def test_a_failure_ends_all_with_a_sentence(folder: Path, tmp_path: Path) -> None:
+    """One process has no memory left: it says so, the others say which one; the checkpoint is whole."""
+    c = _config(folder, tmp_path / "run")
+
+    def exhaust() -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
+
+    first, second, third = _run(3, tmp_path, _acting(c, 1, 3, exhaust))
     assert second["error"] == "OutOfMemory" and "20 GiB" in second["message"]
     assert first["error"] == third["error"] == "ProcessLost"
     assert first["message"] == (
@@ -230,19 +239,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(folder: Path, tmp_path: Path, mon
 def test_a_killed_process_ends_the_others(folder: Path, tmp_path: Path) -> None:
     c = _config(folder, tmp_path / "run")
 
-    def train(rank: int) -> None:
-        trainer = dr.BilevelTrainer(c, progress=False)
-        inner = trainer.objective.gradients
-
-        def gradients(batch: Any) -> Any:
-            if rank == 2 and trainer.step_done == 4:
-                os.kill(os.getpid(), 9)
-            return inner(batch)
-
-        trainer.objective.gradients = gradients  # type: ignore[method-assign]
-        trainer.fit()
-
-    first, second, third = _run(3, tmp_path, train)
+    first, second, third = _run(3, tmp_path, _acting(c, 2, 4, lambda: os.kill(os.getpid(), 9)))
     assert third["message"] == "-9"
     for other in (first, second):
         assert other["error"] == "ProcessLost"
